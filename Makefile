@@ -1,0 +1,48 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`.
+# Both build what they need first: a virtual environment, the pinned packages, the C++ extension.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CORE   := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test test-all lint format types bench clean
+
+demo: $(VENV)/.built
+	$(BIN)/stepagent demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.built
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+types: $(VENV)/.built
+	$(BIN)/mypy
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+# The benchmarks of the README, but for the three seeds of the demo (benchmarks/demo_seeds.py).
+bench: $(VENV)/.built
+	$(BIN)/python benchmarks/step_pair_update.py
+	$(BIN)/python benchmarks/inspection.py
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/wheel.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Rebuilt when the C++ sources or the pins change. Without build isolation the CMake cache is kept.
+$(VENV)/.built: $(CORE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt scikit-build-core pybind11 cmake ninja
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@

@@ -1,0 +1,733 @@
+"""The torch path of the ops against `stepagent.reference`: values, gradients, failures."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepagent import ops, reference
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64 against float64
+SINGLE = {"rtol": 2e-5, "atol": 2e-6}  # float32 against float64
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def tiny_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many slices of 3 vocabulary entries, or one row at a time."""
+    monkeypatch.setattr(ops, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(ops, "MIN_SLICE", 3)
+
+
+def head(
+    seed: int = 0,
+    R: int = 7,
+    H: int = 5,
+    V: int = 17,
+    N: int = 9,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Arguments of linear_logprobs: rows that labels share, a row unused, two labels masked."""
+    g = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(V, (N,), generator=g)
+    labels_N[[1, N // 2]] = -100
+    return {
+        "hidden_RH": torch.randn(R, H, generator=g, dtype=torch.float64).to(dtype),
+        "weight_VH": torch.randn(V, H, generator=g, dtype=torch.float64).to(dtype),
+        "labels_N": labels_N,
+        "rows_N": torch.randint(R - 1, (N,), generator=g),
+        "bias_V": torch.randn(V, generator=g, dtype=torch.float64).to(dtype),
+        "temperature": 0.5 + torch.rand(N, generator=g),
+        "softcap": 3.0,
+    }
+
+
+def run(function: Callable[..., Any], arguments: dict[str, Any], leaves: list[str]) -> list[Tensor]:
+    """Outputs, then gradients of the leaves, with another upstream for every token and output."""
+    fresh = {k: arguments[k].detach().clone().requires_grad_() for k in leaves}
+    outputs = function(**{**arguments, **fresh})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    g = torch.Generator().manual_seed(1)
+    upstreams = [torch.randn(o.shape, generator=g, dtype=torch.float64) for o in outputs]
+    torch.autograd.backward(
+        outputs, [u.to(o.dtype) for u, o in zip(upstreams, outputs, strict=True)]
+    )
+    return [*(o.detach() for o in outputs), *(fresh[k].grad for k in leaves)]
+
+
+def assert_like_reference(name: str, arguments: dict[str, Any], leaves: list[str]) -> None:
+    expected = run(getattr(reference, name), arguments, leaves)
+    actual = run(getattr(ops, name), arguments, leaves)
+    tolerance = EXACT if arguments[leaves[0]].dtype == torch.float64 else SINGLE
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), **tolerance)
+
+
+HEAD_LEAVES = ["hidden_RH", "weight_VH", "bias_V"]
+
+# Each drops or changes one thing of head(): every branch of the op, once.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "no softcap": {"softcap": None},
+    "one temperature": {"temperature": 0.7},
+    "temperature of shape ()": {"temperature": torch.tensor(0.7)},
+    "each row once": {"rows_N": torch.tensor([6, 5, 4, 3, 2, 1, 0]), "N": 7},
+    "row n for label n": {"rows_N": None, "N": 7},
+    "numpy int32": {"rows_N": np.array([0, 0, 1, 2, 2, 2, 3, 3, 3], dtype=np.int32)},
+    "torch int32": {"labels_N": torch.tensor([5, -100, 0, 1, 16, 2, 3, 3, 3], dtype=torch.int32)},
+    "one vocabulary entry": {"V": 1},
+}
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_linear_logprobs_equals_the_reference(
+    variant: str, dtype: torch.dtype, entropy: bool
+) -> None:
+    changes = dict(VARIANTS[variant])
+    shapes = {k: changes.pop(k) for k in ("N", "V") if k in changes}
+    arguments = {**head(dtype=dtype, **shapes), **changes, "return_entropy": entropy}
+    assert_like_reference("linear_logprobs", arguments, HEAD_LEAVES)
+
+
+@pytest.mark.usefixtures("tiny_workspace")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_many_slices_equal_the_reference_when_v_is_no_multiple(dtype: torch.dtype) -> None:
+    for V in (17, 18, 19):  # slices of 3: remainders 2, 0, 1
+        arguments = {**head(dtype=dtype, V=V), "return_entropy": True}
+        assert_like_reference("linear_logprobs", arguments, HEAD_LEAVES)
+
+
+def logits(
+    seed: int = 0, N: int = 6, V: int = 11, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(V, (N,), generator=g)
+    labels_N[2] = -100
+    return {
+        "logits_NV": (3 * torch.randn(N, V, generator=g, dtype=torch.float64)).to(dtype),
+        "labels_N": labels_N,
+        "temperature": 0.5 + torch.rand(N, generator=g),
+    }
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_token_logprobs_equals_the_reference(
+    dtype: torch.dtype, temperature: float | None, entropy: bool
+) -> None:
+    arguments = {**logits(dtype=dtype), "return_entropy": entropy}
+    if temperature is not None:
+        arguments["temperature"] = temperature
+    assert_like_reference("token_logprobs", arguments, ["logits_NV"])
+
+
+@pytest.mark.usefixtures("tiny_workspace")
+def test_token_logprobs_row_by_row_equals_the_reference() -> None:
+    assert_like_reference("token_logprobs", {**logits(), "return_entropy": True}, ["logits_NV"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logprob_diff_equals_the_reference(dtype: torch.dtype) -> None:
+    arguments = {**logits(dtype=dtype), "ref_logits_NV": logits(seed=3, dtype=dtype)["logits_NV"]}
+    assert_like_reference("logprob_diff", arguments, ["logits_NV"])
+
+
+def test_logprob_diff_gives_the_reference_model_no_gradient() -> None:
+    arguments = logits()
+    ref_logits_NV = arguments["logits_NV"].clone().requires_grad_()
+    arguments["logits_NV"].requires_grad_()
+    ops.logprob_diff(ref_logits_NV=ref_logits_NV, **arguments).sum().backward()
+    assert ref_logits_NV.grad is None
+    assert arguments["logits_NV"].grad.abs().sum() > 0
+
+
+# ------------------------------------------------ precision, against the baseline's own error
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])  # 20: where bf16 logits lose whole digits
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_token_logprobs_errs_at_most_twice_plain_torch(dtype: torch.dtype, offset: float) -> None:
+    arguments = {**logits(N=32, V=600, dtype=dtype), "return_entropy": True}
+    arguments["logits_NV"] = arguments["logits_NV"] + offset
+    assert_errs_at_most_twice("token_logprobs", arguments, ["logits_NV"])
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_linear_logprobs_errs_at_most_twice_plain_torch(dtype: torch.dtype) -> None:
+    arguments = {**head(N=32, H=64, V=600, dtype=dtype), "return_entropy": True}
+    assert_errs_at_most_twice("linear_logprobs", arguments, HEAD_LEAVES)
+
+
+def assert_errs_at_most_twice(name: str, arguments: dict[str, Any], leaves: list[str]) -> None:
+    """Truth is float64 on the same inputs; the baseline is plain torch on them in float32."""
+    truth = run(getattr(reference, name), arguments, leaves)
+    plain = run(lambda **a: getattr(reference, name)(**a, dtype=torch.float32), arguments, leaves)
+    ours = run(getattr(ops, name), arguments, leaves)
+    for o, p, t in zip(ours, plain, truth, strict=True):
+        assert o.dtype == p.dtype
+        assert not o.isnan().any()
+        eps = torch.finfo(o.dtype).eps * (1 + t.abs().max())
+        assert (o - t).abs().max() <= 2 * (p - t).abs().max() + eps
+
+
+def test_every_dtype_in_gives_float32_out_and_gradients_in_the_input_dtype() -> None:
+    for dtype in (*HALVES, torch.float32):
+        logps_N, grad = run(ops.token_logprobs, logits(dtype=dtype), ["logits_NV"])
+        assert logps_N.dtype == torch.float32
+        assert grad.dtype == dtype
+
+
+def test_temperature_divides_after_the_upcast() -> None:
+    arguments = {**logits(dtype=torch.bfloat16), "temperature": 0.7}
+    upcast = {**arguments, "logits_NV": arguments["logits_NV"].float()}
+    assert torch.equal(ops.token_logprobs(**arguments), ops.token_logprobs(**upcast))
+
+
+def test_autocast_does_not_round_the_products() -> None:
+    arguments = head(dtype=torch.float32)
+    expected = run(ops.linear_logprobs, arguments, HEAD_LEAVES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(ops.linear_logprobs, arguments, HEAD_LEAVES)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+# --------------------------------------------------------- what other projects got wrong
+
+
+def test_every_token_has_its_own_upstream_gradient() -> None:
+    """Liger #968: with reduction="none" all gradients were scaled by the first token's."""
+    logits_NV = logits()["logits_NV"].requires_grad_()
+    labels_N = torch.arange(6)
+    upstream_N = torch.tensor([0.0, 1.0, -2.0, 0.0, 3.0, 0.5], dtype=torch.float64)
+    ops.token_logprobs(logits_NV, labels_N).backward(upstream_N)
+    onehot_NV = torch.nn.functional.one_hot(labels_N, 11)
+    expected = upstream_N[:, None] * (onehot_NV - logits_NV.detach().softmax(1))
+    torch.testing.assert_close(logits_NV.grad, expected, **EXACT)
+
+
+@pytest.mark.parametrize("offset", [-120.0, -1e4, 1e4])
+def test_logits_all_far_from_zero(offset: float) -> None:
+    """verl: a merge that starts from max = 0 gives +inf log-probs and NaN entropy near −120."""
+    arguments = {**logits(dtype=torch.float32), "return_entropy": True}
+    arguments["logits_NV"] = (64 * arguments["logits_NV"]).round() / 64 + offset  # exact in float32
+    arguments["temperature"] = 1.0
+    for a, e in zip(
+        run(ops.token_logprobs, arguments, ["logits_NV"]),
+        run(reference.token_logprobs, arguments, ["logits_NV"]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), e.double(), **SINGLE)
+
+
+@pytest.mark.usefixtures("tiny_workspace")
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_bias_of_120_in_many_slices(sign: int) -> None:
+    arguments = {**head(dtype=torch.float32), "softcap": None, "return_entropy": True}
+    arguments["bias_V"] = arguments["bias_V"] + sign * 120
+    expected = run(reference.linear_logprobs, arguments, HEAD_LEAVES)
+    for a, e in zip(run(ops.linear_logprobs, arguments, HEAD_LEAVES), expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=2e-4)
+
+
+def test_a_masked_label_is_exactly_zero_whatever_its_row_holds() -> None:
+    """verl: label −100 returned uninitialised memory."""
+    arguments = {**logits(), "return_entropy": True}
+    arguments["logits_NV"][2] = torch.nan
+    logps_N, entropy_N, grad_NV = run(ops.token_logprobs, arguments, ["logits_NV"])
+    assert logps_N[2] == 0
+    assert entropy_N[2] == 0
+    assert not grad_NV[2].any()
+    assert not grad_NV.isnan().any()
+
+
+def test_a_hidden_row_without_a_valid_label_is_never_read() -> None:
+    arguments = {**head(), "return_entropy": True}
+    unread = torch.ones(7, dtype=torch.bool)
+    unread[arguments["rows_N"][arguments["labels_N"] != -100]] = False
+    assert unread.any()
+    arguments["hidden_RH"][unread] = torch.nan
+    results = run(ops.linear_logprobs, arguments, HEAD_LEAVES)
+    assert not any(r.isnan().any() for r in results)
+    assert not results[2][unread].any()
+
+
+@pytest.mark.parametrize("gap", [6.0, 12.0, 25.0])  # label probability 0.98, 0.99995, 1 − 1e−10
+def test_the_label_gradient_keeps_its_digits_near_probability_one(gap: float) -> None:
+    """Liger #1329: rounding p before subtracting 1 left it 20 to 100 % wrong."""
+    logits_NV = torch.zeros(1, 8)
+    logits_NV[0, 3] = gap
+    arguments = {"logits_NV": logits_NV, "labels_N": torch.tensor([3]), "return_entropy": True}
+    actual = run(ops.token_logprobs, arguments, ["logits_NV"])
+    expected = run(
+        reference.token_logprobs, {**arguments, "logits_NV": logits_NV.double()}, ["logits_NV"]
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=0)
+
+
+class Recorder(TorchDispatchMode):
+    """The sizes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.sizes.append(tensor.numel())
+        return out
+
+
+def linear_inputs(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of the operator below linear_logprobs."""
+    values = {k: arguments[k] for k in ("hidden_RH", "weight_VH", "labels_N", "rows_N", "bias_V")}
+    return (*values.values(), torch.as_tensor(arguments["temperature"]), arguments["softcap"], True)
+
+
+def test_no_tensor_of_n_by_v_and_no_upcast_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    N, V, H = 64, 1024, 48
+    monkeypatch.setattr(ops, "WORKSPACE_BYTES", 4 * N * 128)
+    monkeypatch.setattr(ops, "MIN_SLICE", 32)
+    inputs = linear_inputs(head(N=N, V=V, H=H, R=50, dtype=torch.bfloat16))
+    with Recorder() as forward:
+        results = ops._linear_forward(*inputs)
+    with Recorder() as backward:
+        ops._linear_backward(*results[:2], list(results), *inputs[:-1], [True, False, False])
+    assert max(forward.sizes) <= N * 128
+    assert max(backward.sizes) <= N * 128  # less than the V·H of the weights too
+
+
+def test_a_frozen_head_allocates_no_weight_gradient() -> None:
+    """TRL #7076, Liger #1441."""
+    N, V, H = 9, 64, 96
+    inputs = linear_inputs(head(N=N, V=V, H=H, dtype=torch.float32))
+    results = ops._linear_forward(*inputs)
+    with Recorder() as recorder:
+        grads = ops._linear_backward(
+            *results[:2], list(results), *inputs[:-1], [True, False, False]
+        )
+    assert [g.numel() for g in grads] == [7 * H, 0, 0]
+    assert V * H not in recorder.sizes
+    with Recorder() as recorder:
+        grads = ops._linear_backward(
+            *results[:2], list(results), *inputs[:-1], [False, True, False]
+        )
+    assert [g.numel() for g in grads] == [0, V * H, 0]
+
+
+def test_token_logprobs_keeps_to_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    N, V = 64, 128
+    monkeypatch.setattr(ops, "WORKSPACE_BYTES", 4 * V * 8)
+    arguments = logits(N=N, V=V, dtype=torch.float32)
+    with Recorder() as recorder:
+        ops._token_forward(arguments["logits_NV"], arguments["labels_N"], torch.ones(()), True)
+    assert max(recorder.sizes) <= 8 * V
+
+
+def test_a_hidden_row_goes_through_the_head_once() -> None:
+    arguments = {**head(), "rows_N": torch.tensor([4, 2, 4, 4, 2, 2, 2, 2, 4])}
+    inputs = linear_inputs(arguments)
+    assert ops._head(*inputs[:-1]).hidden_UH.shape == (2, 5)
+    assert_like_reference("linear_logprobs", {**arguments, "return_entropy": True}, HEAD_LEAVES)
+
+
+def test_all_masked_is_a_connected_zero() -> None:
+    arguments = {**head(), "labels_N": torch.full((9,), -100), "return_entropy": True}
+    results = run(ops.linear_logprobs, arguments, HEAD_LEAVES)
+    assert all(not r.any() for r in results)  # NaN is truthy
+    arguments = {**logits(), "labels_N": torch.full((6,), -100), "return_entropy": True}
+    assert all(not r.any() for r in run(ops.token_logprobs, arguments, ["logits_NV"]))
+
+
+def test_no_token_at_all_is_a_connected_zero() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    arguments = {**head(), "labels_N": none, "rows_N": none, "temperature": 1.0}
+    logps_N, *grads = run(ops.linear_logprobs, arguments, HEAD_LEAVES)
+    assert logps_N.shape == (0,)
+    assert all(not g.any() for g in grads)
+    logits_0V = torch.zeros(0, 4, requires_grad=True)
+    ops.token_logprobs(logits_0V, none).sum().backward()
+    assert logits_0V.grad.shape == (0, 4)
+
+
+def test_non_contiguous_inputs() -> None:
+    arguments = {**head(), "return_entropy": True}
+    strided = {**arguments, "hidden_RH": arguments["hidden_RH"].T.contiguous().T}
+    strided["weight_VH"] = torch.stack([arguments["weight_VH"]] * 2, -1)[..., 1]
+    strided["labels_N"] = arguments["labels_N"].repeat_interleave(2)[::2]
+    strided["temperature"] = arguments["temperature"].repeat_interleave(3)[::3]
+    assert_like_reference("linear_logprobs", strided, HEAD_LEAVES)
+    transposed = logits()
+    transposed["logits_NV"] = transposed["logits_NV"].T.contiguous().T
+    assert_like_reference("token_logprobs", transposed, ["logits_NV"])
+
+
+def test_a_logit_of_minus_infinity_forbids_its_token() -> None:
+    arguments = {**logits(), "return_entropy": True}
+    arguments["labels_N"][:] = 0
+    arguments["logits_NV"][:, 5:8] = -torch.inf
+    arguments["logits_NV"][1, 1:] = -torch.inf  # the label is all that is left
+    assert_like_reference("token_logprobs", arguments, ["logits_NV"])
+    logps_N, entropy_N = ops.token_logprobs(**arguments)
+    assert (logps_N[1], entropy_N[1]) == (0, 0)
+
+
+@pytest.mark.usefixtures("tiny_workspace")
+def test_slices_of_nothing_but_minus_infinity() -> None:
+    arguments = {**head(), "softcap": None, "return_entropy": True}
+    arguments["labels_N"][arguments["labels_N"] >= 0] = 7
+    arguments["bias_V"][:6] = -torch.inf
+    assert_like_reference("linear_logprobs", arguments, ["hidden_RH", "weight_VH"])
+
+
+def test_a_forbidden_label_has_log_prob_minus_infinity() -> None:
+    logits_NV = torch.tensor([[0.0, -torch.inf, 1.0]], requires_grad=True)
+    logps_N, entropy_N = ops.token_logprobs(logits_NV, torch.tensor([1]), return_entropy=True)
+    assert logps_N.item() == -torch.inf
+    assert 0 < entropy_N.item() < 1
+    logps_N.backward()
+    torch.testing.assert_close(logits_NV.grad, torch.tensor([[-0.2689414, 1.0, -0.7310586]]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 3])  # the label's, another one's
+def test_a_broken_logit_shows(bad: float, column: int) -> None:
+    logits_NV = torch.zeros(2, 5)
+    logits_NV[0, column] = bad
+    logps_N, entropy_N = ops.token_logprobs(logits_NV, torch.tensor([0, 0]), return_entropy=True)
+    assert logps_N.isnan().tolist() == [True, False]
+    assert entropy_N.isnan().tolist() == [True, False]
+
+
+# ----------------------------------------------------------------------- properties
+
+hostile = st.sampled_from([0.0, -0.0, 1.0, -120.0, 88.0, 1e-30, -1e4, 1e4]) | st.floats(-40, 40)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_hostile_logits_equal_the_reference(data: st.DataObject) -> None:
+    N, V = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    rows = st.lists(st.lists(hostile, min_size=V, max_size=V), min_size=N, max_size=N)
+    label = st.just(-100) | st.integers(0, V - 1)
+    arguments = {
+        "logits_NV": torch.tensor(data.draw(rows), dtype=torch.float64),
+        "labels_N": torch.tensor(data.draw(st.lists(label, min_size=N, max_size=N))),
+        "temperature": data.draw(st.sampled_from([0.1, 1.0, 7.0])),
+        "return_entropy": True,
+    }
+    expected = run(reference.token_logprobs, arguments, ["logits_NV"])
+    actual = run(ops.token_logprobs, arguments, ["logits_NV"])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    R=st.integers(2, 6),
+    N=st.integers(2, 8),
+    V=st.integers(1, 13),
+    slice_width=st.integers(1, 5),
+)
+def test_any_shape_and_slice_equals_the_reference(
+    seed: int, R: int, N: int, V: int, slice_width: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "WORKSPACE_BYTES", 1)
+        patch.setattr(ops, "MIN_SLICE", slice_width)
+        arguments = {**head(seed=seed, R=R, N=N, V=V), "return_entropy": True}
+        assert_like_reference("linear_logprobs", arguments, HEAD_LEAVES)
+
+
+@given(shift=st.floats(-1e3, 1e3))
+@settings(max_examples=20)
+def test_a_shift_of_all_logits_changes_nothing(shift: float) -> None:
+    arguments = {**logits(), "return_entropy": True}
+    shifted = {**arguments, "logits_NV": arguments["logits_NV"] + shift}
+    results = run(ops.token_logprobs, arguments, ["logits_NV"])
+    for a, e in zip(run(ops.token_logprobs, shifted, ["logits_NV"]), results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+    assert results[2].sum(1).abs().max() < 1e-12  # hence the gradient sums to 0 over the vocabulary
+
+
+def test_probabilities_of_all_labels_sum_to_one_and_give_the_entropy() -> None:
+    arguments = head(V=17)
+    row = {"rows_N": torch.full((17,), 3), "labels_N": torch.arange(17), "temperature": 0.8}
+    logps_V, entropy_V = ops.linear_logprobs(**{**arguments, **row}, return_entropy=True)
+    p_V = logps_V.exp()
+    torch.testing.assert_close(p_V.sum(), torch.ones((), dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(entropy_V, -(p_V * logps_V).sum().expand(17), **EXACT)
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    arguments = {**head(dtype=torch.float32), "return_entropy": True}
+    once, again = (run(ops.linear_logprobs, arguments, HEAD_LEAVES) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+# ------------------------------------------------------------------ steps
+
+OFFSETS = torch.tensor([0, 2, 2, 5, 6, 6])  # two empty steps, one of them last
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_step_sums_equals_the_reference(dtype: torch.dtype) -> None:
+    values_N = torch.randn(6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    arguments = {"values_N": values_N, "step_offsets": OFFSETS}
+    assert_like_reference("step_sums", arguments, ["values_N"])
+    sums_S, grad_N = run(ops.step_sums, arguments, ["values_N"])
+    assert sums_S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert grad_N.dtype == dtype
+    assert sums_S[1] == sums_S[4] == 0
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 0], [0, 0, 0]])
+def test_step_sums_of_nothing(offsets: list[int]) -> None:
+    arguments = {"values_N": torch.zeros(0), "step_offsets": np.array(offsets, dtype=np.int32)}
+    sums_S, grad_N = run(ops.step_sums, arguments, ["values_N"])
+    assert sums_S.tolist() == [0.0] * (len(offsets) - 1)
+    assert grad_N.shape == (0,)
+
+
+def test_step_sums_add_in_float64() -> None:
+    values_N = torch.tensor([1e8, 1.0, -1e8, 2.0])
+    assert ops.step_sums(values_N, torch.tensor([0, 3, 4])).tolist() == [1.0, 2.0]
+
+
+def test_a_broken_value_stays_in_its_step() -> None:
+    values_N = torch.tensor([1.0, torch.inf, torch.nan, 2.0])
+    sums_S = ops.step_sums(values_N, torch.tensor([0, 1, 2, 3, 4]))
+    assert sums_S[[0, 1, 3]].tolist() == [1.0, torch.inf, 2.0]
+    assert sums_S[2].isnan()
+
+
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(0, 4), max_size=6), seed=st.integers(0, 99))
+def test_steps_of_any_length_equal_the_reference(lengths: list[int], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values_N = torch.randn(sum(lengths), generator=g, dtype=torch.float64)
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
+    assert_like_reference(
+        "step_sums", {"values_N": values_N, "step_offsets": offsets}, ["values_N"]
+    )
+
+
+def test_step_rewards_equal_the_reference_with_gradient_to_the_policy_only() -> None:
+    g = torch.Generator().manual_seed(0)
+    logps_N, ref_logps_N = -torch.rand(2, 6, generator=g, dtype=torch.float64)
+    arguments = {
+        "logps_N": logps_N,
+        "ref_logps_N": ref_logps_N,
+        "step_offsets": OFFSETS,
+        "beta": 0.3,
+    }
+    assert_like_reference("step_rewards", arguments, ["logps_N"])
+    ref_logps_N.requires_grad_()
+    logps_N.requires_grad_()
+    ops.step_rewards(logps_N, ref_logps_N, OFFSETS, beta=0.3).sum().backward()
+    assert ref_logps_N.grad is None
+
+
+def test_step_rewards_subtract_after_the_upcast() -> None:
+    logps_N = torch.tensor([-100.0, -7.03125], dtype=torch.bfloat16)
+    ref_logps_N = torch.tensor([-0.0078125, -0.0078125], dtype=torch.bfloat16)
+    rewards_S = ops.step_rewards(logps_N, ref_logps_N, np.array([0, 2]), beta=1.0)
+    assert rewards_S.tolist() == [-107.015625]
+
+
+# --------------------------------------------------------------- the operators themselves
+
+
+def test_memory_is_poisoned_in_these_tests() -> None:
+    assert ops.torch.empty(3).isnan().all()
+    assert not torch.ones(3).isnan().any()
+
+
+def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    arguments = head(**shapes)
+    leaves = {k: arguments[k].requires_grad_() for k in HEAD_LEAVES}
+    tokens = logits()
+    tokens["logits_NV"].requires_grad_()
+    values_N = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    bare = {
+        **arguments,
+        "bias_V": None,
+        "rows_N": None,
+        "softcap": None,
+        "temperature": torch.ones(()),
+    }
+    bare["labels_N"] = torch.tensor([0, -100, 3, *[2] * (shapes.get("R", 7) - 3)])
+    frozen = {**arguments, **{k: v.detach() for k, v in leaves.items() if k != "hidden_RH"}}
+    token_inputs = (tokens["logits_NV"], tokens["labels_N"], tokens["temperature"].double())
+    arguments["temperature"] = frozen["temperature"] = arguments["temperature"].double()
+    bare["temperature"] = bare["temperature"].double()
+    return {
+        "linear": (ops._linear_logprobs, linear_inputs(arguments)),
+        "linear, bare": (ops._linear_logprobs, (*linear_inputs(bare)[:-1], False)),
+        "linear, frozen head": (ops._linear_logprobs, linear_inputs(frozen)),
+        "token": (ops._token_logprobs, (*token_inputs, True)),
+        "token, no entropy": (ops._token_logprobs, (*token_inputs, False)),
+        "steps": (ops._step_sums, (values_N, OFFSETS)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+@pytest.mark.parametrize("case", op_calls())
+def test_opcheck(case: str) -> None:
+    op, inputs = op_calls()[case]
+    torch.library.opcheck(op, inputs)
+
+
+@pytest.mark.parametrize("case", op_calls())
+def test_gradcheck(case: str) -> None:
+    op, inputs = op_calls(R=3, H=2, V=4, N=3)[case]
+    torch.autograd.gradcheck(lambda *a: op(*a), inputs)
+
+
+def scored_rewards(arguments: dict[str, Any]) -> Tensor:
+    logps_N, entropy_N = ops.linear_logprobs(**arguments, return_entropy=True)
+    logits_NV = arguments["hidden_RH"] @ arguments["weight_VH"].T
+    diff_R = ops.logprob_diff(logits_NV, logits_NV + 1, torch.arange(logits_NV.shape[0]))
+    rewards_S = ops.step_rewards(logps_N, entropy_N, torch.tensor([0, 4, 9]), beta=0.5)
+    return rewards_S.sum() + diff_R.sum() + ops.step_sums(entropy_N, np.array([0, 9])).sum()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_compile_fullgraph_gives_the_same() -> None:
+    compiled = torch.compile(scored_rewards, fullgraph=True, backend="aot_eager")
+    expected = run(lambda **a: scored_rewards(a), head(), HEAD_LEAVES)
+    actual = run(lambda **a: compiled(a), head(), HEAD_LEAVES)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **EXACT)
+    bad = {**head(), "labels_N": torch.full((9,), 17)}
+    with pytest.raises(ValueError, match=r"labels_N\[0\] = 17"):
+        compiled(bad)
+
+
+def test_importing_the_ops_loads_no_triton() -> None:
+    code = "import sys, stepagent.ops; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --------------------------------------------------------------------- failures
+
+BAD_HEADS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"hidden_RH": torch.zeros(7, 4, dtype=torch.float64)},
+        ValueError,
+        r"weight_VH must be \(V, 4\)",
+    ),
+    (
+        {"hidden_RH": torch.zeros(7, 5)},
+        TypeError,
+        "weight_VH is torch.float64 but hidden_RH is torch.float32",
+    ),
+    (
+        {"hidden_RH": torch.zeros(7, 5, dtype=torch.int64)},
+        TypeError,
+        "float tensor, got torch.int64",
+    ),
+    ({"hidden_RH": torch.zeros(5, dtype=torch.float64)}, ValueError, "must have 2 dimensions"),
+    ({"hidden_RH": [[0.0]]}, TypeError, "hidden_RH must be a float tensor, got list"),
+    ({"weight_VH": torch.zeros(0, 5, dtype=torch.float64)}, ValueError, "V >= 1"),
+    (
+        {"bias_V": torch.zeros(16, dtype=torch.float64)},
+        ValueError,
+        r"bias_V must be \(17,\), got \(16,\)",
+    ),
+    ({"labels_N": torch.zeros(9)}, TypeError, "int32 or int64 tensor or array, got torch.float32"),
+    ({"labels_N": [1, 2]}, TypeError, "got list"),
+    ({"labels_N": torch.zeros(3, 3, dtype=torch.int64)}, ValueError, "1 dimension"),
+    (
+        {"labels_N": torch.tensor([0, -100, 3, 17, 99, 0, 0, 0, 0])},
+        ValueError,
+        r"labels_N\[3\] = 17, but .*17\)",
+    ),
+    ({"labels_N": torch.tensor([0, -1, 3, 17, 99, 0, 0, 0, 0])}, ValueError, r"labels_N\[1\] = -1"),
+    (
+        {"rows_N": torch.tensor([0, 7, 0, 0, 0, 0, 0, 0, 0])},
+        ValueError,
+        r"rows_N\[1\] = 7, but .*\[0, 7\)",
+    ),
+    ({"rows_N": torch.tensor([0, 1])}, ValueError, "rows_N has 2 entries but must have 9"),
+    ({"rows_N": None}, ValueError, "labels_N has 9 entries but must have 7"),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ({"temperature": float("nan")}, ValueError, "got nan"),
+    ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
+    ({"temperature": torch.ones(8)}, ValueError, r"shape \(\) or \(9,\), got \(8,\)"),
+    ({"temperature": torch.tensor([1.0] * 8 + [-2.0])}, ValueError, r"temperature\[8\] = -2.0"),
+    ({"temperature": torch.ones(9, dtype=torch.int64)}, TypeError, "float tensor, got torch.int64"),
+    ({"temperature": torch.ones(9, requires_grad=True)}, ValueError, "no gradient flows"),
+    ({"temperature": torch.ones(9, device="meta")}, ValueError, "temperature is on meta"),
+    ({"softcap": -1.0}, ValueError, "softcap must be positive and finite, got -1.0"),
+    (
+        {"weight_VH": torch.zeros(17, 5, dtype=torch.float64, device="meta")},
+        ValueError,
+        "weight_VH is on meta",
+    ),
+    (
+        {"labels_N": torch.zeros(9, dtype=torch.int64, device="meta")},
+        ValueError,
+        "labels_N is on meta",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_HEADS)
+def test_linear_logprobs_refuses(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ops.linear_logprobs(**{**head(), **change})
+
+
+def test_token_logprobs_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="labels_N has 2 entries but must have 3"):
+        ops.token_logprobs(torch.zeros(3, 4), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"labels_N\[0\] = 4"):
+        ops.token_logprobs(torch.zeros(1, 4), torch.tensor([4]))
+    with pytest.raises(ValueError, match="V >= 1"):
+        ops.token_logprobs(torch.zeros(1, 0), torch.tensor([-100]))
+    with pytest.raises(ValueError, match=r"logits_NV is \(1, 4\) but ref_logits_NV is \(1, 5\)"):
+        ops.logprob_diff(torch.zeros(1, 4), torch.zeros(1, 5), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 4], r"step_offsets\[0\] = 1, but the first must be 0"),
+        ([0, 3, 2, 4], r"step_offsets\[2\] = 2, but offsets must ascend"),
+        ([0, 3], r"step_offsets\[1\] = 3, but the last must be 4"),
+        ([0], r"step_offsets\[0\] = 0, but the last must be 4"),
+        ([], "at least|>= 1"),
+    ],
+)
+def test_step_sums_refuse_offsets(offsets: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.step_sums(torch.zeros(4), np.array(offsets, dtype=np.int64))
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("inf"), float("nan")])
+def test_step_rewards_refuse_beta(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta must be positive and finite, got"):
+        ops.step_rewards(torch.zeros(2), torch.zeros(2), np.array([0, 2]), beta=beta)
+
+
+def test_step_rewards_refuse_two_shapes() -> None:
+    with pytest.raises(ValueError, match=r"logps_N is \(2,\) but ref_logps_N is \(3,\)"):
+        ops.step_rewards(torch.zeros(2), torch.zeros(3), np.array([0, 2]), beta=1.0)

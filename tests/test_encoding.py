@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepagent.encoding import SENTINEL, Trunk, encode
-from stepagent.trajectory import Trajectory
 from tiny_tokenizers import (
     CHATML,
     GEMMA,
@@ -26,6 +24,9 @@ from tiny_tokenizers import (
     word_level,
 )
 from tokenizers import AddedToken, normalizers
+
+from stepagent.encoding import SENTINEL, Trunk, encode
+from stepagent.trajectory import Trajectory
 
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from stepagent import envs
 from stepagent.envs import ExpertUnavailable, TextEnv
 
@@ -17,6 +18,7 @@ gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("minigrid")
 
 from minigrid.core.actions import Actions  # noqa: E402
+
 from stepagent.envs.babyai import ACTIONS, VOCABULARY  # noqa: E402
 
 # One room and mazes, objects and doors (locked ones too), single missions and sequences.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from stepagent.trajectory import ROLES, Trajectory, load_trajectories, save_trajectories
 
 GO = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": "go left"}]

@@ -9,9 +9,10 @@ import torch
 import twins
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
 from stepagent.encoding import Trunk
 from stepagent.tree import TokenTree, pack_step_pairs
-from torch.nn.attention.flex_attention import create_block_mask
 
 INT32_MAX = 2**31 - 1
 TOKENS = st.integers(0, 2)  # few, so that branches often repeat each other and the trunk's action

@@ -6,7 +6,7 @@ P pairs of one expert action and one agent action at the same state.
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepagent.ops import check_floats, check_pair
+from stepagent.checks import check_floats, check_pair
 
 
 def implicit_step_loss(expert_rewards_P: Tensor, agent_rewards_P: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""What the ops refuse: checks of arguments at the boundary, and of values inside the operators."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label that scores nothing: log-prob 0, entropy 0, no gradient
+
+Index = Tensor | np.ndarray[Any, np.dtype[Any]]
+
+
+# ---------------------------------------------- checks at the boundary
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_floats(*arguments: tuple[str, object, int]) -> None:
+    """Each is a float tensor of its rank; all share the first one's dtype and device."""
+    first_name, first, _ = arguments[0]
+    for name, tensor, ndim in arguments:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {_kind(tensor)}")
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+        assert isinstance(first, Tensor)
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one of them"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
+
+
+def check_pair(name: str, tensor: Tensor, ref_name: str, ref: Tensor) -> None:
+    if tensor.shape != ref.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} but {ref_name} is {tuple(ref.shape)}")
+    if tensor.device != ref.device:
+        raise ValueError(f"{name} is on {tensor.device} but {ref_name} is on {ref.device}")
+
+
+def check_length(name: str, tensor: Tensor, length: int, of: str) -> None:
+    if tensor.shape[0] != length:
+        raise ValueError(f"{name} has {tensor.shape[0]} entries but must have {length}, as {of}")
+
+
+def check_positive(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def as_index(name: str, index: object, device: torch.device) -> Tensor:
+    """As a one-dimensional int64 tensor on `device`; numpy arrays are copied there."""
+    if isinstance(index, np.ndarray):
+        index = torch.tensor(index, device=device)  # as_tensor would warn about read-only arrays
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor or array, got {_kind(index)}")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {tuple(index.shape)}")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device} but must be on {device}")
+    return index.to(torch.int64)
+
+
+def as_temperature(temperature: float | Tensor, labels_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a tensor () or (N,): an operator's schema takes no `float | Tensor`."""
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return torch.full((), temperature, dtype=dtype, device=labels_N.device)
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be a float or a float tensor, got {_kind(temperature)}")
+    if temperature.ndim != 0 and temperature.shape != labels_N.shape:
+        allowed, got = tuple(labels_N.shape), tuple(temperature.shape)
+        raise ValueError(f"temperature must have shape () or {allowed}, got {got}")
+    if temperature.device != labels_N.device:
+        raise ValueError(f"temperature is on {temperature.device} but must be on {labels_N.device}")
+    if temperature.requires_grad:
+        raise ValueError("temperature requires grad, but no gradient flows to it; detach it")
+    return temperature.to(dtype)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, (Tensor, np.ndarray)) else type(value).__name__
+
+
+# ------------------------- checks of values, inside the operators: the compiler never sees them
+
+
+def _refuse(bad_N: Tensor, name: str, values_N: Tensor, rule: str) -> None:
+    """Name the first value that breaks the rule. CPU only: CUDA would have to wait for it."""
+    if bad_N.device.type == "cpu" and bool(bad_N.any()):
+        first = int(bad_N.nonzero()[0])
+        raise ValueError(f"{name}[{first}] = {values_N[first].item()}, but {rule}")
+
+
+def check_labels(labels_N: Tensor, V: int) -> None:
+    bad_N = (labels_N != IGNORE) & ((labels_N < 0) | (labels_N >= V))
+    _refuse(bad_N, "labels_N", labels_N, f"labels are in [0, {V}), or {IGNORE} to score nothing")
+
+
+def check_rows(rows_N: Tensor | None, R: int) -> None:
+    if rows_N is not None:
+        bad_N = (rows_N < 0) | (rows_N >= R)
+        _refuse(bad_N, "rows_N", rows_N, f"hidden_RH has rows [0, {R})")
+
+
+def check_temperature(temperature: Tensor) -> None:
+    flat = temperature.reshape(-1)
+    _refuse(~((flat > 0) & flat.isfinite()), "temperature", flat, "it must be positive and finite")
+
+
+def check_offsets(step_offsets: Tensor, N: int) -> None:
+    ends = torch.zeros_like(step_offsets, dtype=torch.bool)
+    ends[0] = step_offsets[0] != 0
+    _refuse(ends, "step_offsets", step_offsets, "the first must be 0")
+    falls = torch.zeros_like(ends)
+    falls[1:] = step_offsets[1:] < step_offsets[:-1]
+    _refuse(falls, "step_offsets", step_offsets, "offsets must ascend")
+    ends[-1] = step_offsets[-1] != N
+    _refuse(ends, "step_offsets", step_offsets, f"the last must be {N}, the number of values")

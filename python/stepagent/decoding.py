@@ -1,0 +1,107 @@
+"""Decoding many branches in lock-step on one key-value cache.
+
+Key: B rows of the batch, Q new tokens of a row, S cache slots, H hidden, V vocabulary, R rows.
+
+A slot of the cache belongs to one token. Which slots a new token may see is given token by token,
+so one cache holds a trunk and every branch that grows from it, or rows of unequal length.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .models import attention_masks, hidden_states
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from transformers import PreTrainedModel
+
+
+class SlotCache:
+    """A key-value cache whose slots carry their depth; what a token sees is the caller's to say."""
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        from transformers import DynamicCache
+
+        self._model = model
+        # Without a config every layer keeps all slots: windows are applied by depth in the mask,
+        # because slots of different branches are not in the order of their depth.
+        self._cache = DynamicCache()
+        self._depths = torch.zeros((rows, 0), dtype=torch.long, device=model.device)
+
+    def extend(self, tokens_BQ: Tensor, depths_BQ: Tensor, visible_BQS: Tensor) -> Tensor:
+        """Append tokens and return their hidden states (B, Q, H).
+
+        :param visible_BQS: bool over all slots, the Q new ones last. Every token must see a slot.
+        """
+        self._depths = torch.cat([self._depths, depths_BQ], dim=1)
+        return hidden_states(
+            self._model,
+            input_ids=tokens_BQ,
+            position_ids=depths_BQ,
+            attention_mask=attention_masks(self._model, visible_BQS, depths_BQ, self._depths),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        self._cache.batch_select_indices(rows)
+        self._depths = self._depths[rows]
+
+
+def sample_tokens(logits_RV: Tensor, temperature: float, uniforms_R: NDArray[np.float64]) -> Tensor:
+    """One token a row: the argmax at temperature 0, else by inverting the softmax's cumulative sum.
+
+    :param uniforms_R: in [0, 1). The cumulative sum is taken in float64, so a token of probability
+        p is drawn for a set of uniforms of measure p to 1e-12.
+    """
+    if temperature == 0:
+        return logits_RV.argmax(dim=-1)
+    cumulative = torch.softmax(logits_RV.double() / temperature, dim=-1).cumsum(dim=-1)
+    thresholds = torch.from_numpy(uniforms_R).to(cumulative.device) * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, thresholds.unsqueeze(1), right=True).squeeze(1)
+    return tokens.clamp_(max=logits_RV.shape[1] - 1)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless ``value`` is a whole number and at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless ``temperature`` is finite and not negative."""
+    if not (np.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+
+
+def check_finite(hidden: Tensor, where: str) -> None:
+    """Raise if a hidden state holds NaN or infinity, before anything is sampled from it."""
+    if not bool(torch.isfinite(hidden).all()):
+        raise FloatingPointError(f"the model's hidden states hold NaN or infinity while {where}")
+
+
+def uniforms(seed: int, *keys: ArrayLike) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) that depend on ``seed`` and the integer ``keys`` alone.
+
+    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014, over the keys in
+    turn): the number for (trunk, step, sample, token) is the same whatever else is in the batch.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix(np.asarray(seed, dtype=np.int64).astype(np.uint64))
+        for key in keys:
+            state = _mix(state ^ _mix(np.asarray(key, dtype=np.int64).astype(np.uint64)))
+    return np.asarray(state >> np.uint64(11), dtype=np.float64) * 2.0**-53
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

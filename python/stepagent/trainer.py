@@ -1,0 +1,426 @@
+"""Training: transformers.Trainer, fed by cycles of inspect → reflect.
+
+One Trainer epoch is one pass over a cycle's comparisons; where a cycle begins, its data is made
+anew. So checkpoints, resuming, schedules, logging, DDP and callbacks are transformers' own.
+
+Left out against the paper: the inverse-RL form of reflection (discriminator and PPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from .config import StepAgentConfig
+from .cycle import (
+    Comparison,
+    StepTable,
+    agreement,
+    load_comparisons,
+    naive_tokens,
+    pack_comparisons,
+    save_comparisons,
+    split_by_trunk,
+    unique_tokens,
+)
+from .encoding import Trunk, encode
+from .inspection import inspect
+from .losses import implicit_step_loss
+from .models import check_fits, check_tree_support, evaluation_mode, score_trees
+from .ops import step_rewards
+from .rollout import EnvFactory, Expert, rollout_and_query
+from .trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CYCLE_FILE = "cycle.safetensors"
+
+
+class StepAgentTrainer(Trainer):
+    """Train an agent towards an expert's trajectories.
+
+    :param model: a causal language model, or the name or path of one.
+    :param train_dataset: the expert's :class:`Trajectory` objects, or rows with ``messages``.
+    :param processing_class: the tokenizer, with a chat template.
+    :param ref_model: a fixed reference; None resets the reference to the policy at each cycle's
+        start, as the paper does. Its log-probs are computed once a cycle, so no copy is kept.
+    :param peft_config: train this adapter instead of the whole model.
+    :param env: environment name or factory, needed for ``states="agent"``.
+    :param expert: answers at the agent's states; None: the environment's own expert.
+    """
+
+    args: StepAgentConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: StepAgentConfig,
+        train_dataset: Sequence[Trajectory | Mapping[str, Any]],
+        processing_class: PreTrainedTokenizerBase,
+        ref_model: PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        env: str | EnvFactory | None = None,
+        expert: Expert | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if not isinstance(args, StepAgentConfig):
+            raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
+        if args.states == "agent" and env is None:
+            raise ValueError("states='agent' needs env: an environment name or factory")
+        policy = _load_policy(model, peft_config)
+        check_tree_support(policy)
+        _check_reference(ref_model, policy, args)
+        trunks = _encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
+        self._env, self._expert = env, expert
+        self._end_tokens = sorted(
+            {int(t.input_ids[stop - 1]) for t in trunks for _, stop in t.action_spans}
+        )
+        longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
+        self._max_new_tokens = args.max_new_tokens or longest
+        _check_budget(policy, trunks, args, self._max_new_tokens)
+        self._trunks = trunks
+        self._start()
+        super().__init__(
+            model=policy,
+            args=args,
+            train_dataset=_CycleData(args.rollouts or len(trunks)),
+            processing_class=processing_class,
+            data_collator=self._collate,
+            callbacks=[_CycleCallback(self), *(callbacks or [])],
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process cannot train on {args.n_gpu} GPUs: start one per GPU with "
+                "`accelerate launch` or `torchrun`, or show it one by CUDA_VISIBLE_DEVICES"
+            )
+        self._ref_model = ref_model
+        if ref_model is not None:
+            torch.nn.Module.to(ref_model, args.device)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As ``transformers.Trainer.train``: from the first cycle, or as a checkpoint left it."""
+        self._start()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _start(self) -> None:
+        # What is learnt from: this cycle's comparisons; for sft, the demonstrations and all since.
+        self._comparisons = [Comparison.demonstration(trunk) for trunk in self._trunks]
+        self._cycle: int | None = None
+        # The cycle's figures, empty once they are logged.
+        self._cycle_log: dict[str, float] = {}
+        self._means = _RunningMeans()
+
+    # -- inspect: a cycle's data ---------------------------------------------------------------
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Make a cycle's data where a cycle begins; choose what this epoch goes through."""
+        cycle, part = divmod(epoch, self.args.epochs_per_cycle)
+        if self.args.has_cycles and part == 0 and cycle != self._cycle:
+            self._begin_cycle(cycle)
+        data = cast(_CycleData, self.train_dataset)
+        order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self._comparisons))
+        data.items = [self._comparisons[i] for i in order[: len(data)]]
+
+    def _begin_cycle(self, cycle: int) -> None:
+        self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end
+        make = self._at_agent_states if self.args.states == "agent" else self._at_expert_states
+        # Every process makes the same; the broadcast guards against differences in rounding.
+        fresh = broadcast_object_list([make(cycle)])[0]
+        self._cycle = cycle
+        self._cycle_log = {
+            "cycle": cycle,
+            "agreement": agreement(fresh),
+            "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
+            "tokens_naive": naive_tokens(fresh),
+        }
+        self._means = _RunningMeans()
+        if self.args.method == "sft":
+            self._comparisons = [*self._comparisons, *fresh]
+        else:
+            self._comparisons = self._with_reference(fresh)
+
+    def log_cycle(self) -> None:
+        """Log the present cycle's figures, once."""
+        if self._cycle_log:
+            self.log({**self._cycle_log, **self._means.values()})
+            self._cycle_log = {}
+
+    def _at_expert_states(self, cycle: int) -> list[Comparison]:
+        branches = inspect(
+            self._policy,
+            self._trunks,
+            samples=self.args.samples,
+            max_new_tokens=self._max_new_tokens,
+            temperature=self.args.temperature,
+            eos_token_id=self._end_tokens,
+            seed=self._cycle_seed(cycle),
+            progress=not self.args.disable_tqdm,
+        )
+        tried = [[[branch.token_ids for branch in step] for step in steps] for steps in branches]
+        return [
+            Comparison(t, b, expert_trunk=True) for t, b in zip(self._trunks, tried, strict=True)
+        ]
+
+    def _at_agent_states(self, cycle: int) -> list[Comparison]:
+        assert self._env is not None
+        count = len(cast(_CycleData, self.train_dataset))
+        first = self.args.rollout_seed_start + cycle * count
+        trunks, branches = rollout_and_query(
+            self._policy,
+            self._env,
+            self._expert,
+            tokenizer=cast("PreTrainedTokenizerBase", self.processing_class),
+            seeds=range(first, first + count),
+            max_new_tokens=self._max_new_tokens,
+            temperature=self.args.temperature,
+            eos_token_id=self._end_tokens,
+            seed=self._cycle_seed(cycle),
+            max_steps=self.args.max_steps_per_episode,
+            progress=not self.args.disable_tqdm,
+        )
+        return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
+
+    @property
+    def _policy(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.model)
+
+    def _cycle_seed(self, cycle: int) -> int:
+        return self.args.seed * 1_000_003 + cycle
+
+    @torch.no_grad()
+    def _with_reference(self, comparisons: list[Comparison]) -> list[Comparison]:
+        """Score every comparison under the reference: a fixed model, or the policy as it is now."""
+        reference = self._ref_model or self._policy
+        size = self.args.per_device_eval_batch_size
+        batches = [comparisons[i : i + size] for i in range(0, len(comparisons), size)]
+        scored = []
+        with evaluation_mode(reference):
+            for batch in tqdm(batches, desc="reference", disable=self.args.disable_tqdm):
+                trees = pack_comparisons(batch, self.args.max_tokens)
+                logps = score_trees(reference, trees).float().cpu().numpy()
+                _check_finite(logps, "the reference's log-probs")
+                parts = split_by_trunk(logps, trees)
+                scored += [replace(c, ref_logps=p) for c, p in zip(batch, parts, strict=True)]
+        return scored
+
+    # -- reflect: learn from the comparisons ---------------------------------------------------
+
+    def _collate(self, comparisons: list[Comparison]) -> dict[str, Any]:
+        return {
+            "trees": pack_comparisons(comparisons, self.args.max_tokens),
+            "ref_logps": torch.from_numpy(np.concatenate([c.ref_logps for c in comparisons])),
+            "expert_trunk": torch.tensor([c.expert_trunk for c in comparisons]),
+        }
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's loss: implicit step loss, NLL of the expert's tokens, or their weighted sum.
+
+        L = mean over pairs of −log σ(r_E − r_A),  r = β (log π − log π_ref) of an action's tokens;
+        ``sft_weight`` adds the mean NLL of the expert's tokens.
+        """
+        if return_outputs:
+            raise ValueError("the loss is computed on trees, which have no per-example outputs")
+        logps_N = score_trees(model, inputs["trees"])
+        steps = StepTable.of(inputs["trees"], inputs["expert_trunk"]).to(logps_N.device)
+        if self.args.method == "sft":
+            loss = steps.expert_nll(logps_N)
+        else:
+            loss = self._implicit_loss(logps_N, inputs["ref_logps"].to(logps_N.device), steps)
+            if self.args.sft_weight:
+                loss = loss + self.args.sft_weight * steps.expert_nll(logps_N)
+        _check_finite(loss.detach().cpu().numpy(), "the loss")
+        self._means.add("mean_loss", loss.detach().reshape(1))
+        return loss
+
+    def _implicit_loss(self, logps_N: Tensor, ref_logps_N: Tensor, steps: StepTable) -> Tensor:
+        rewards_S = step_rewards(logps_N, ref_logps_N, steps.offsets, beta=self.args.beta)
+        expert_P, agent_P = rewards_S[steps.expert_P], rewards_S[steps.agent_P]
+        if not len(expert_P):
+            return logps_N.sum() * 0.0  # nothing was compared: a zero that is still connected
+        margins_P = (expert_P - agent_P).detach()
+        self._means.add("reward_margin", margins_P)
+        self._means.add("reward_accuracy", (margins_P > 0).float()[~steps.same_P])
+        # E over the reference's own samples of log(ref / policy) estimates KL(ref ‖ policy).
+        self._means.add("kl", -agent_P.detach() / self.args.beta)
+        return implicit_step_loss(expert_P, agent_P).mean()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Log a cycle's figures where a cycle ends."""
+        if (epoch + 1) % self.args.epochs_per_cycle == 0:
+            self.log_cycle()
+
+    # -- what transformers.Trainer asks for ------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> None:
+        return None  # begin_epoch has shuffled already, from the run's seed and the epoch
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 FLOP per parameter and tree token (forward and backward)."""
+        tokens = sum(len(tree.input_ids) for tree in inputs["trees"])
+        return 6 * self._policy.num_parameters() * tokens
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # First the cycle: transformers writes the file that makes a checkpoint a checkpoint last.
+        if self.args.has_cycles and self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial)) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            progress = {
+                "cycle": self._cycle,
+                "log": self._cycle_log,
+                "means": self._means.state(),
+            }
+            save_comparisons(folder / _CYCLE_FILE, self._comparisons, progress)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.has_cycles:
+            self._comparisons, progress = load_comparisons(Path(checkpoint) / _CYCLE_FILE)
+            self._cycle, self._cycle_log = progress["cycle"], progress["log"]
+            self._means = _RunningMeans(progress["means"])
+
+
+class _CycleCallback(TrainerCallback):
+    """Tells the trainer where epochs begin and end."""
+
+    def __init__(self, trainer: StepAgentTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._epoch = int((state.epoch or 0) + 1e-6)
+        self._trainer.begin_epoch(self._epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.end_epoch(self._epoch)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.log_cycle()
+
+
+class _CycleData(Dataset[Comparison]):
+    """A dataset of fixed length whose items are replaced each epoch."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.items: list[Comparison] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Comparison:
+        return self.items[index]
+
+
+class _RunningMeans:
+    """Sums and counts by name, kept through a checkpoint."""
+
+    def __init__(self, state: dict[str, tuple[float, int]] | None = None) -> None:
+        self._sums = dict(state or {})
+
+    def add(self, name: str, values: Tensor) -> None:
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + float(values.sum()), count + values.numel())
+
+    def values(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        return self._sums
+
+
+def _encode_all(
+    dataset: Sequence[Trajectory | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool,
+) -> list[Trunk]:
+    if len(dataset) == 0:
+        raise ValueError("train_dataset is empty; at least one expert trajectory is needed")
+    trunks = []
+    for i, row in enumerate(tqdm(dataset, desc="encode", disable=not progress)):
+        try:
+            trajectory = (
+                row if isinstance(row, Trajectory) else Trajectory(messages=row["messages"])
+            )
+            trunks.append(encode(trajectory, tokenizer))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"train_dataset[{i}]: {reason}") from error
+    return trunks
+
+
+def _check_reference(
+    ref_model: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
+) -> None:
+    if ref_model is None:
+        return
+    if args.method == "sft":
+        raise ValueError("ref_model is given, but method='sft' has no reference")
+    if ref_model is model:
+        raise ValueError("ref_model must be another object than model, which training changes")
+    check_tree_support(ref_model)
+
+
+def _check_budget(
+    model: torch.nn.Module, trunks: Sequence[Trunk], args: StepAgentConfig, new_tokens: int
+) -> None:
+    """Refuse what would not fit into a tree or the model, before any work is done."""
+    inspects = args.has_cycles and args.states == "expert"
+    for i, trunk in enumerate(trunks):
+        length, what = len(trunk.input_ids), f"train_dataset[{i}]"
+        tried = trunk.num_steps * args.samples * new_tokens if inspects else 0
+        if length + tried > args.max_tokens:
+            actions = f" and up to {tried} of sampled actions" if tried else ""
+            raise ValueError(
+                f"{what} has {length} tokens{actions}, more than max_tokens={args.max_tokens}; "
+                f"it must be at least {length + tried}"
+            )
+        deepest = int(trunk.action_spans[-1, 0]) + new_tokens if inspects else 0
+        check_fits(model, what, trunk.input_ids, max(length, deepest))
+
+
+def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None) -> Any:
+    """The model to train: loaded where only named, with the adapter where one is asked for."""
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
+    if peft_config is None:
+        return model
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs PEFT: pip install 'stepagent[train]'") from error
+    return get_peft_model(model, peft_config)
+
+
+def _check_finite(values: Any, what: str) -> None:
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"{what} hold NaN or infinity; lower the learning rate or look for a broken weight. "
+            "Checkpoints written so far are kept"
+        )

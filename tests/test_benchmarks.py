@@ -1,0 +1,168 @@
+"""The benchmarks on tiny shapes: their checks pass or refuse, and their results are complete.
+
+No test looks at a time: machines are shared.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+TINY = ["--steps=3", "--observation-tokens=5", "--action-tokens=3", "--layers=1", "--hidden=64"]
+TINY += ["--threads=1", "--repeats=1"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load a benchmark as it runs: with its own folder on sys.path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # common.py would set it for other tests too
+    threads = torch.get_num_threads()
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop("common", None)
+    torch.set_num_threads(threads)
+
+
+def run(name: str, *options: str) -> dict[str, Any]:
+    """Run a benchmark as a user does; its result."""
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = Path(next(o for o in options if o.startswith("--json=")).removeprefix("--json="))
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == name
+    assert set(result["environment"]) >= {"date", "command", "device", "versions"}
+    note = path.with_suffix(".md").read_text()
+    assert result["environment"]["command"] in note
+    assert note.split("\n\n")[1] in done.stdout, "the .md holds the printed table"
+    return result
+
+
+def tiny_options(benchmark: Any) -> argparse.Namespace:
+    common = benchmark("common")
+    parser = common.parser("")
+    common.add_shape_options(parser)
+    return parser.parse_args(TINY)
+
+
+@pytest.mark.slow
+def test_step_pair_update_reports_after_its_check(tmp_path: Path) -> None:
+    result = run("step_pair_update", *TINY, f"--json={tmp_path / 'r.json'}")
+    assert result["check"]["loss_relative_error"] <= 1e-4
+    assert result["check"]["gradient_relative_error"] <= 1e-4
+    # 3 steps of 8 tokens and 3 branches of 3; six rows padded to 24.
+    assert result["tokens"] == {"tree": 33, "padded": 144, "ratio": 144 / 33}
+    assert {"tree", "padded", "ratio"} <= set(result["seconds"])
+    assert min(result["peak_bytes"].values()) >= 0
+    assert result["shape"]["parameters"] > 0
+
+
+def test_tree_and_padded_batch_compute_one_loss_and_gradient(benchmark: Any) -> None:
+    module = benchmark("step_pair_update")
+    gradients, losses = {}, {}
+    for side in module.SIDES:
+        update = module.Update(tiny_options(benchmark))
+        losses[side] = update.run(module.LOSSES[side])
+        gradients[side] = {name: p.grad for name, p in update.model.named_parameters()}
+    assert losses["tree"] == pytest.approx(losses["padded"], rel=1e-5)
+    assert losses["tree"] != pytest.approx(np.log(2), rel=1e-3), "a loss that rewards do move"
+    assert module.gradient_error(gradients["tree"], gradients["padded"]) < 1e-4
+    assert module.gradient_error(gradients["tree"], gradients["tree"]) == 0
+
+
+def test_gradient_error_is_relative_to_each_parameter(benchmark: Any) -> None:
+    error = benchmark("step_pair_update").gradient_error
+    padded = {"large": torch.full((4,), 100.0), "small": torch.full((4,), 1e-3)}
+    tree = {"large": padded["large"] * 1.001, "small": padded["small"] * 1.5}
+    assert error(tree, padded) == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_inspection_reports_identical_tokens_for_every_length(tmp_path: Path) -> None:
+    result = run("inspection", *TINY, "--sweep", "2", f"--json={tmp_path / 'r.json'}")
+    assert [point["steps"] for point in result["points"]] == [2, 3]
+    for point in result["points"]:
+        assert point["tokens_identical"]
+        assert set(point["seconds"]) == {"inspect", "state by state", "padded batch"}
+        assert point["speedup"]["inspect"] == 1
+
+
+def test_inspection_refuses_other_tokens(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, options = benchmark("inspection"), tiny_options(benchmark)
+    model = module.common.llama(options).eval()
+    trunk, _ = module.common.trajectory(options)
+    decoders = module.ways(model, trunk, options.action_tokens)
+    other = decoders["inspect"]().copy()
+    other[1, -1] += 1
+    decoders["padded batch"] = lambda: other
+    monkeypatch.setattr(module, "ways", lambda *_: decoders)
+    with pytest.raises(SystemExit, match="padded batch: other tokens than inspect at 1 states"):
+        module.compare(model, options, options.steps)
+    assert capsys.readouterr().out == ""
+
+
+def test_agent_actions_differ_from_the_experts(benchmark: Any) -> None:
+    common, options = benchmark("common"), tiny_options(benchmark)
+    trunk, agent = common.trajectory(options)
+    assert trunk.action_spans.tolist() == [[5, 8], [13, 16], [21, 24]]
+    for (start, stop), action in zip(trunk.action_spans, agent, strict=True):
+        assert (action != trunk.input_ids[start:stop]).all()
+        assert action.min() >= 1
+        assert action.max() < common.VOCABULARY
+
+
+@pytest.mark.slow
+def test_import_time_finds_no_heavy_module(tmp_path: Path) -> None:
+    result = run("import_time", "--repeats=1", f"--json={tmp_path / 'r.json'}")
+    assert "triton" in result["check"]["not_loaded"]
+    assert {"torch", "stepagent", "ratio"} <= set(result["wall"])
+    assert not any(name.split(".")[0] == "triton" for name in result["modules_added"])
+
+
+def test_heavy_modules_are_found_with_their_submodules_only(benchmark: Any) -> None:
+    heavy = benchmark("import_time").heavy_modules
+    assert heavy(["torch", "transformers", "tritonclient", "torch.triton"]) == []
+    assert heavy(["triton.language", "transformers.trainer"]) == ["triton", "transformers.trainer"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("scikit_build_core") is None
+    or importlib.util.find_spec("pybind11") is None,
+    reason="builds without the network, with scikit-build-core and pybind11 from the dev extra",
+)
+def test_wheel_is_small_complete_and_imports_without_a_compiler(tmp_path: Path) -> None:
+    result = run("wheel", "--no-build-isolation", f"--json={tmp_path / 'r.json'}")
+    assert result["bytes"] < 1_000_000
+    assert "stepagent/kernels/token_logprobs.py" in result["files"]
+    assert "stepagent/py.typed" in result["files"]
+    assert not any("torch" in name for name in result["extension_links"])
+
+
+def test_wheel_without_a_kernel_is_refused(benchmark: Any, tmp_path: Path) -> None:
+    import zipfile
+
+    path = tmp_path / "stepagent.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("stepagent/__init__.py", "")
+    with pytest.raises(SystemExit, match=r"the wheel lacks .*stepagent/kernels/token_logprobs\.py"):
+        benchmark("wheel").check_contents(path)

@@ -1,0 +1,297 @@
+"""Branch decoding: what `model.generate` writes state by state, from one prefill."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny_models import END, VOCAB, generate, random_trunks, tiny_model
+
+from stepagent.decoding import SlotCache, sample_tokens, uniforms
+from stepagent.encoding import Trunk
+from stepagent.inspection import Branch, end_tokens, inspect
+from stepagent.models import score_trees
+from stepagent.tree import pack_step_pairs
+
+# So many tokens end an action that actions of all lengths come about.
+ENDS = [END, *range(10, 26)]
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def trunks() -> list[Trunk]:
+    rng = np.random.default_rng(3)
+    return random_trunks(rng, count=4)[0] + random_trunks(rng, count=2)[0]
+
+
+def flat(branches: list[list[list[Branch]]]) -> list[Branch]:
+    return [branch for steps in branches for step in steps for branch in step]
+
+
+def tokens(branches: list[list[list[Branch]]]) -> list[list[int]]:
+    return [branch.token_ids.tolist() for branch in flat(branches)]
+
+
+@pytest.mark.parametrize("max_batch_tokens", [8192, 150, 1])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gemma3_text"])
+def test_greedy_branches_are_what_generate_writes_state_by_state(name, max_batch_tokens, trunks):
+    model = tiny_model(name)
+    branches = inspect(
+        model,
+        trunks,
+        max_new_tokens=NEW,
+        temperature=0.0,
+        eos_token_id=ENDS,
+        max_batch_tokens=max_batch_tokens,
+    )
+    expected = [
+        generate(model, trunk.input_ids[:start], NEW, ENDS)
+        for trunk in trunks
+        for start in trunk.action_spans[:, 0]
+    ]
+    assert tokens(branches) == expected
+    lengths = {len(action) for action in expected}
+    assert {1, NEW} < lengths  # some end at once, some are cut
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("max_batch_tokens", [8192, 1])
+def test_logps_are_those_of_the_same_branches_scored_on_a_tree(name, max_batch_tokens, trunks):
+    model = tiny_model(name)
+    branches = inspect(
+        model,
+        trunks,
+        samples=3,
+        max_new_tokens=NEW,
+        temperature=0.7,
+        eos_token_id=ENDS,
+        max_batch_tokens=max_batch_tokens,
+    )
+    trees = pack_step_pairs(trunks, branches)  # as it is
+    tried = np.concatenate([np.repeat(t.step_branch, np.diff(t.step_offsets)) for t in trees]) > 0
+    with torch.no_grad():
+        scored = score_trees(model, trees).numpy()[tried]
+    logps = np.concatenate([branch.logps for branch in flat(branches)])
+    np.testing.assert_allclose(logps, scored, rtol=0, atol=1e-4)
+    assert logps.dtype == np.float32
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_expert_step_gets_exactly_the_samples_asked_for(samples, temperature, trunks):
+    branches = inspect(
+        tiny_model("llama"),
+        trunks,
+        samples=samples,
+        max_new_tokens=NEW,
+        temperature=temperature,
+        eos_token_id=ENDS,
+    )
+    assert [[len(step) for step in steps] for steps in branches] == [
+        [samples] * trunk.num_steps for trunk in trunks
+    ]
+    for branch in flat(branches):
+        assert branch.token_ids.dtype == np.int32
+        assert len(branch.token_ids) == len(branch.logps) <= NEW
+        ended = np.isin(branch.token_ids, ENDS)
+        assert not ended[:-1].any()
+        assert ended[-1] or len(branch.token_ids) == NEW
+
+
+def test_no_trunks_give_no_branches():
+    assert inspect(tiny_model("llama"), [], max_new_tokens=3) == []
+
+
+def test_the_models_own_end_tokens_are_the_default(trunks):
+    model = tiny_model("llama", eos_token_id=ENDS)
+    assert end_tokens(model, None) == ENDS
+    assert tokens(inspect(model, trunks, max_new_tokens=NEW, seed=1)) == tokens(
+        inspect(model, trunks, max_new_tokens=NEW, seed=1, eos_token_id=ENDS)
+    )
+    assert end_tokens(model, 5) == [5]
+    assert end_tokens(model, np.int64(5)) == [5]
+    assert end_tokens(model, torch.tensor([5, 6])) == [5, 6]
+
+
+def test_the_model_keeps_its_mode(trunks):
+    model = tiny_model("llama").train()
+    inspect(model, trunks[:1], max_new_tokens=2, eos_token_id=ENDS)
+    assert model.training
+
+
+def test_dropout_is_off(trunks):
+    dropout = {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    still, noisy = tiny_model("gpt2"), tiny_model("gpt2", **dropout).train()
+    greedy = {"max_new_tokens": NEW, "temperature": 0.0, "eos_token_id": ENDS}
+    assert tokens(inspect(noisy, trunks, **greedy)) == tokens(inspect(still, trunks, **greedy))
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def test_samples_depend_on_seed_and_place_and_not_on_the_batch(trunks):
+    model = tiny_model("llama")
+
+    def sampled(trunks=trunks, **options):
+        options = {"samples": 3, "max_new_tokens": NEW, "eos_token_id": ENDS, "seed": 5} | options
+        return inspect(model, trunks, **options)
+
+    first = sampled()
+    assert tokens(sampled()) == tokens(first)
+    assert tokens(sampled(max_batch_tokens=1)) == tokens(first)
+    # Fewer trunks and fewer samples: those that stay are the same.
+    assert tokens(sampled(trunks[:2])) == tokens(first[:2])
+    fewer = [[step[:2] for step in steps] for steps in first]
+    assert tokens(sampled(samples=2)) == tokens(fewer)
+    assert tokens(sampled(seed=6)) != tokens(first)
+    # One state asked twice is two draws.
+    twice = sampled([trunks[0], trunks[0]])
+    assert tokens(twice[:1]) != tokens(twice[1:])
+    assert len({tuple(ids) for ids in tokens(first)}) > len(tokens(first)) / 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_sampled_frequencies_are_the_softmax(temperature):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
+    draws = 20_000
+    numbers = uniforms(7, np.arange(draws), 3, 1)
+    picked = sample_tokens(logits.expand(draws, -1), temperature, numbers)
+    counts = np.bincount(picked.numpy(), minlength=12)
+    expected = torch.softmax(logits.double() / temperature, 0).numpy() * draws
+    keep = expected > 5
+    observed = np.append(counts[keep], counts[~keep].sum())
+    expected = np.append(expected[keep], expected[~keep].sum())
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_sampling_never_picks_a_token_of_probability_zero():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
+    numbers = np.array([0.0, 0.5 - 1e-9, 0.5, 1 - 2.0**-53])
+    assert sample_tokens(logits, 1.0, numbers).tolist() == [1, 1, 3, 3]
+
+
+def test_inspected_actions_follow_the_policy():
+    """The first token of many samples at one state, against the model's own distribution."""
+    model = tiny_model("llama", vocab_size=20, initializer_range=0.15)
+    trunk = Trunk(np.array([3, 7, 11, 4, 9]), [(4, 5)])
+    draws = 5000
+    branches = inspect(model, [trunk], samples=draws, max_new_tokens=1, max_batch_tokens=10**6)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[3, 7, 11, 4]])).logits[0, -1]
+    counts = np.bincount([int(b.token_ids[0]) for b in branches[0][0]], minlength=20)
+    expected = torch.softmax(logits.double(), 0).numpy() * draws
+    assert expected.min() > 5
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_uniforms_are_uniform_and_keyed():
+    grid = np.meshgrid(np.arange(40), np.arange(30), np.arange(10), indexing="ij")
+    numbers = uniforms(0, *grid)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert len(np.unique(numbers)) == numbers.size
+    assert stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-3
+    for axis in range(3):  # neighbours along each key are independent
+        ahead, behind = np.split(np.roll(numbers, 1, axis), [1], axis)[1], None
+        behind = np.split(numbers, [1], axis)[1]
+        assert abs(np.corrcoef(ahead.ravel(), behind.ravel())[0, 1]) < 0.03
+    assert uniforms(1, 2, 3) != uniforms(1, 3, 2)
+    assert uniforms(-1, 2) == uniforms(-1, 2)
+    # A number alone is the number in an array.
+    assert uniforms(0, 5, 7, 2) == numbers[5, 7, 2]
+
+
+# ------------------------------------------------------------------ the cache
+
+
+def test_a_cache_extended_in_pieces_gives_the_states_of_one_forward():
+    model = tiny_model("mistral")
+    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    depths = torch.arange(20).expand(2, -1)
+    causal = torch.ones(20, 20).tril().bool().expand(2, -1, -1)
+    with torch.no_grad():
+        whole = SlotCache(model, 2).extend(ids, depths, causal)
+        cache, pieces = SlotCache(model, 2), []
+        for a, b in [(0, 5), (5, 6), (6, 20)]:
+            pieces.append(cache.extend(ids[:, a:b], depths[:, a:b], causal[:, a:b, :b]))
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
+
+
+def test_a_cache_keeps_only_the_rows_asked_for():
+    model = tiny_model("llama")
+    ids = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(0))
+    depths = torch.arange(6).expand(3, -1)
+    causal = torch.ones(6, 6).tril().bool().expand(3, -1, -1)
+    with torch.no_grad():
+        cache = SlotCache(model, 3)
+        whole = cache.extend(ids, depths, causal)
+        cache = SlotCache(model, 3)
+        cache.extend(ids[:, :4], depths[:, :4], causal[:, :4, :4])
+        rows = torch.tensor([2, 0])
+        cache.keep_rows(rows)
+        rest = cache.extend(ids[rows, 4:], depths[:2, 4:], causal[:2, 4:])
+    torch.testing.assert_close(rest, whole[rows, 4:], rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples must be a whole number >= 1, got 0"),
+        ({"samples": 1.5}, r"samples must be a whole number >= 1, got 1\.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number >= 1, got 0"),
+        ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
+        ({"temperature": float("inf")}, "temperature must be finite and >= 0, got inf"),
+        ({"temperature": -1.0}, r"temperature must be finite and >= 0, got -1\.0"),
+        ({"max_new_tokens": 200}, r"trunks\[0\] with max_new_tokens=200 needs .*embeddings=128"),
+        ({"eos_token_id": []}, "no token ends an action"),
+    ],
+)
+def test_an_option_out_of_range_is_named(options, message, trunks):
+    options = {"max_new_tokens": 4, "eos_token_id": ENDS} | options
+    with pytest.raises(ValueError, match=message):
+        inspect(tiny_model("llama"), trunks, **options)
+
+
+def test_a_model_that_names_no_end_token_needs_one(trunks):
+    with pytest.raises(ValueError, match="pass the id of the end-of-turn token"):
+        inspect(tiny_model("llama", eos_token_id=None), trunks, max_new_tokens=4)
+
+
+def test_a_trunk_that_does_not_fit_the_model_is_named(trunks):
+    fitting = Trunk(np.full(20, 3), [(4, 5)])
+    long = Trunk(np.full(129, 3), [(4, 5)])
+    with pytest.raises(ValueError, match=r"trunks\[1\].*needs 129 positions"):
+        inspect(tiny_model("llama"), [fitting, long], max_new_tokens=4)
+    foreign = Trunk(np.full(20, VOCAB), [(4, 5)])
+    with pytest.raises(ValueError, match=rf"trunks\[1\].*holds token {VOCAB}.*vocab_size={VOCAB}"):
+        inspect(tiny_model("llama"), [fitting, foreign], max_new_tokens=4)
+
+
+def test_a_refused_model_is_refused_here_too(trunks):
+    jamba = {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+    with pytest.raises(ValueError, match="JambaForCausalLM"):
+        inspect(tiny_model("jamba", **jamba), trunks, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("after_check", [False, True])
+def test_nan_weights_stop_before_anything_is_sampled(after_check, trunks):
+    model = tiny_model("llama")
+    if after_check:
+        inspect(model, trunks[:1], max_new_tokens=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        inspect(model, trunks, max_new_tokens=4)
+
+
+def test_a_nan_head_stops_before_anything_is_sampled(trunks):
+    model = tiny_model("llama")
+    inspect(model, trunks[:1], max_new_tokens=1)
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        inspect(model, trunks, max_new_tokens=4)

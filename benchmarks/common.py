@@ -111,6 +111,23 @@ def shape(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
     }
 
 
+def described(options: argparse.Namespace, model: PreTrainedModel) -> str:
+    """The same in a line, for a title."""
+    return (
+        f"T = {options.steps}, {options.observation_tokens}-token observations, "
+        f"{options.action_tokens}-token actions, {parameters(model):,} parameters, float32, "
+        f"{options.threads} threads"
+    )
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}")
+
+
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stepagent.demo import run_demo
+from stepagent.demo import Settings, run_demo
 from stepagent.evaluation import stratified_bootstrap
 from stepagent.trajectory import load_trajectories
 
@@ -48,7 +48,7 @@ def compare(runs: list[Path], policy: str, rival: str) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        "| policy | success per seed, % | mean | the expert's action at held-out states, % per seed |",
+        "| policy | success per seed, % | mean | expert's action at held-out states, % |",
         "|---|---|---|---|",
     ]
     for policy in POLICIES:
@@ -59,9 +59,9 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", "| difference in points | per seed | mean | 95 % interval |", "|---|---|---|---|"]
     for name, d in result["differences"].items():
-        lines.append(
-            f"| {name} | {_list(d['per_seed'], '+')} | {d['mean']:+.1f} | {d['low']:+.1f} … {d['high']:+.1f} |"
-        )
+        interval = f"{d['low']:+.1f} … {d['high']:+.1f}"
+        per_seed = _list(d["per_seed"], "+")
+        lines.append(f"| {name} | {per_seed} | {d['mean']:+.1f} | {interval} |")
     lines.append(f"\nSeconds per seed: {_list(result['seconds'])}.")
     return "\n".join(lines)
 
@@ -77,11 +77,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/demo_seeds.json"))
     args = parser.parse_args()
     runs = [args.runs / f"seed{seed}" for seed in args.seeds]
-    metrics = [run_demo(run, seed) for run, seed in zip(runs, args.seeds, strict=True)]
+    metrics = [
+        run_demo(run, Settings(seed=seed)) for run, seed in zip(runs, args.seeds, strict=True)
+    ]
     pairs = [("stepagent", rival) for rival in POLICIES[:-1]]
     pairs += [("stepagent_expert_states", "sft"), ("stepagent_expert_states", "sft_continued")]
     result = {
-        "command": "python benchmarks/demo_seeds.py",
         "environment": environment(),
         "success": {p: [100 * float(successes(run, p).mean()) for run in runs] for p in POLICIES},
         "expert_agreement": {

@@ -8,7 +8,8 @@ states of a trajectory, by one Llama with random weights:
 * padded batch: ``model.generate`` on all T prefixes at once, padded on the left.
 
 All three must give the same tokens, or nothing is reported; that first run is also the warm-up.
-Then they are timed in turn in this process; the medians count. ``--sweep`` does so for other T.
+Then they are timed in turn in this process, on the wall and in CPU time, which says more where
+other work shares the cores; the medians count. ``--sweep`` adds other T, without the padded batch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 import stepagent as sa
 
 NO_END = common.VOCABULARY  # no such token exists, so no action ends early
+WAYS = ("inspect", "state by state", "padded batch")
 Decode = Callable[[], np.ndarray]
 
 
@@ -61,21 +63,24 @@ def ways(model: Any, trunk: sa.Trunk, new_tokens: int) -> dict[str, Decode]:
         masks = [torch.ones_like(prefix) for prefix in prefixes]
         return generate(tokens, pad(masks, batch_first=True, padding_side="left"))
 
-    return {"inspect": inspect, "state by state": state_by_state, "padded batch": padded_batch}
+    return dict(zip(WAYS, (inspect, state_by_state, padded_batch), strict=True))
 
 
-def seconds(name: str, decode: Decode) -> float:
-    start = time.perf_counter()
+def seconds(name: str, decode: Decode) -> tuple[float, float]:
+    """Of one run: on the wall, and of CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
     decode()
-    elapsed = time.perf_counter() - start
-    common.say(f"{name}: {elapsed:.3f} s")
-    return elapsed
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    common.say(f"{name}: {wall:.3f} s, CPU {cpu:.3f} s")
+    return wall, cpu
 
 
 def compare(model: Any, options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Check that all ways give the same tokens at T = steps, then time them."""
     trunk, _ = common.trajectory(argparse.Namespace(**{**vars(options), "steps": steps}))
     decoders = ways(model, trunk, options.action_tokens)
+    if steps != options.steps:
+        del decoders["padded batch"]
     common.say(f"T = {steps}: checking that the tokens are the same …")
     tokens = {name: decode() for name, decode in decoders.items()}
     shape = (steps, options.action_tokens)
@@ -83,19 +88,23 @@ def compare(model: Any, options: argparse.Namespace, steps: int) -> dict[str, An
         common.check(found.shape == shape, f"{name} gave tokens {found.shape}, not {shape}")
         different = int((found != tokens["inspect"]).any(axis=1).sum())
         common.check(different == 0, f"{name}: other tokens than inspect at {different} states")
-    times: dict[str, list[float]] = {name: [] for name in decoders}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
     for _ in range(options.repeats):
         for name, decode in decoders.items():
             times[name].append(seconds(name, decode))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "steps": steps,
-        "tokens_identical": True,
-        "seconds": median,
-        "all_seconds": times,
-        "speedup": {name: median[name] / median["inspect"] for name in median},
-        "ms_per_step": {name: 1000 * median[name] / steps for name in median},
-    }
+    point: dict[str, Any] = {"steps": steps, "tokens_identical": True, "all_seconds": times}
+    for clock, name in enumerate(("wall", "cpu")):
+        median = {way: statistics.median(run[clock] for run in times[way]) for way in times}
+        point[name] = {
+            "seconds": median,
+            "ms_per_step": {way: 1000 * median[way] / steps for way in median},
+            "speedup": {way: median[way] / median["inspect"] for way in median},
+        }
+    return point
+
+
+def cell(figures: dict[str, float], way: str, unit: str = "") -> str:
+    return f"{figures[way]:.1f}{unit}" if way in figures else "–"
 
 
 def main() -> None:
@@ -107,26 +116,20 @@ def main() -> None:
     model = common.llama(options).eval()
     sweep = {options.steps, *(options.sweep or ([5, 10, 20, 40] if options.sweep == [] else []))}
     points = [compare(model, options, steps) for steps in sorted(sweep)]
-    main_point = next(point for point in points if point["steps"] == options.steps)
     rows = [
         [
             point["steps"],
-            *(f"{point['ms_per_step'][name]:.1f}" for name in point["ms_per_step"]),
-            f"{point['speedup']['state by state']:.1f}×",
-            f"{point['speedup']['padded batch']:.1f}×",
+            clock,
+            *(cell(point[clock]["ms_per_step"], way) for way in WAYS),
+            *(cell(point[clock]["speedup"], way, "×") for way in WAYS[1:]),
         ]
         for point in points
+        for clock in ("wall", "cpu")
     ]
-    header = ["T", *(f"{name}, ms/step" for name in main_point["seconds"])]
-    text = common.table(
-        [*header, "speed-up on state by state (target ≥ 8×)", "on padded batch"], rows
-    )
+    header = ["T", "clock", *(f"{way}, ms/step" for way in WAYS)]
+    text = common.table([*header, "on state by state (target ≥ 8×)", "on padded batch"], rows)
     result = {"benchmark": "inspection", "shape": common.shape(options, model), "points": points}
-    title = (
-        f"Inspection: {options.action_tokens} tokens at each state, {options.observation_tokens}-"
-        f"token observations, {common.parameters(model):,} parameters, float32, "
-        f"{options.threads} threads"
-    )
+    title = f"Inspection: {common.described(options, model)}"
     common.report(title, __doc__ or "", text, result, options.json, where)
 
 

@@ -15,7 +15,7 @@ must agree within 1e-4 relative, or nothing is reported. Then both are timed in 
 Peak memory: the kernel's high-water mark of resident memory (VmHWM, reset through
 /proc/self/clear_refs) over the update, minus resident memory before it, after the model and a
 forward of two tokens. Gradients and optimizer state, the same on both sides, are inside. The padded
-side needs about 20 GiB at the default shape.
+side needs 15 GiB at the default shape.
 """
 
 from __future__ import annotations
@@ -107,22 +107,14 @@ def warm_up(update: Update) -> None:
     sa.check_tree_support(update.model)
 
 
-def memory(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
-
-
 def measure_side(options: argparse.Namespace) -> None:
     """In a process of its own: peak memory, loss and gradients of one update, into --out."""
     update = Update(options)
     warm_up(update)
     Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
+    before = common.memory("VmRSS")
     loss = update.run(LOSSES[options.side])
-    peak = memory("VmHWM") - before
+    peak = common.memory("VmHWM") - before
     gradients = {name: p.grad for name, p in update.model.named_parameters()}
     torch.save(gradients, options.out)
     print(json.dumps({"loss": loss, "peak_bytes": peak}))
@@ -204,11 +196,7 @@ def main() -> None:
         ["", "tree", "padded batch", "ratio", "target"],
         [[*row, f"{r:.1f}×", t] for row, r, t in zip(rows, ratios, targets, strict=True)],
     )
-    title = (
-        f"One step-pair update: T = {options.steps}, {options.observation_tokens}-token "
-        f"observations, {options.action_tokens}-token actions, {common.parameters(update.model):,} "
-        f"parameters, float32, {options.threads} threads"
-    )
+    title = f"One step-pair update: {common.described(options, update.model)}"
     common.report(title, __doc__ or "", text, result, options.json, where)
 
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from stepagent import __version__, load_trajectories
 from stepagent.cli import main
+from stepagent.demo import Settings
 from stepagent.doctor import EXTRAS
 
 pytest.importorskip("minigrid")
@@ -188,9 +189,9 @@ def test_demo_reports_its_metrics_and_its_table(
 ) -> None:
     """The demo itself takes minutes; this is what the command makes of it."""
 
-    def run_demo(output: Path, seed: int) -> dict[str, Any]:
+    def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
         print("a line that a library prints")
-        return {"output": str(output), "seed": seed}
+        return {"output": str(output), "seed": settings.seed}
 
     monkeypatch.setattr("stepagent.demo.run_demo", run_demo)
     monkeypatch.setattr("stepagent.report.closing_table", lambda metrics: f"table of {metrics}")
@@ -203,7 +204,7 @@ def test_demo_reports_its_metrics_and_its_table(
 
 
 def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_demo(output: Path, seed: int) -> dict[str, Any]:
+    def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stepagent.demo.run_demo", run_demo)

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from stepagent.encoding import Trunk
 
@@ -89,7 +96,7 @@ def random_trunks(
 
 def separate_logprobs(
     model: torch.nn.Module, trunks: Sequence[Trunk], branches: Sequence[Sequence[Sequence]]
-) -> Tensor:
+) -> torch.Tensor:
     """Log-probs of every action's tokens, each action in a forward of its own.
 
     In the order of ``pack_step_pairs``: by trunk, by step, the trunk's own action first.
@@ -120,3 +127,35 @@ def generate(
         pad_token_id=0,
     )
     return written[0, ids.shape[1] :].tolist()
+
+
+CHAT = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
+def babyai_tokenizer(chat_template: str = CHAT) -> PreTrainedTokenizerFast:
+    """One token a word of BabyAI's text, in ChatML; token 2 ends a turn."""
+    from stepagent.envs.babyai import VOCABULARY
+
+    words = ["<pad>", "<unk>", "<|im_end|>", "<|im_start|>", "user", "assistant", *VOCABULARY]
+    words = list(dict.fromkeys(words))
+    tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)), strict=True)), "<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=chat_template,
+    )
+
+
+def tiny_agent(name: str = "llama", **options: object) -> PreTrainedModel:
+    """An untrained model for :func:`babyai_tokenizer`, with room for an episode."""
+    positions = {"n_positions": 1024} if name == "gpt2" else {"max_position_embeddings": 1024}
+    return tiny_model(name, **{"vocab_size": len(babyai_tokenizer()), **positions, **options})

@@ -112,11 +112,11 @@ def _reports(function: Callable[..., tuple[dict[str, Any], str]]) -> Callable[..
 def demo(seed: int, output: Path) -> tuple[dict[str, Any], str]:
     """Train an agent on a real environment, in minutes."""
     require("stepagent demo", "demo")
-    from .demo import run_demo
+    from .demo import Settings, run_demo
     from .report import closing_table
 
     try:
-        metrics = run_demo(output, seed)
+        metrics = run_demo(output, Settings(seed=seed))
     except KeyboardInterrupt as interrupt:
         raise _Interrupted("the same command goes on where it stopped") from interrupt
     files = "metrics.json, report.html, the trajectories and the models"

@@ -34,6 +34,21 @@ class SlotCache:
         self._cache = DynamicCache()
         self._depths = torch.zeros((rows, 0), dtype=torch.long, device=model.device)
 
+    def prefill(self, tokens_BQ: Tensor) -> Tensor:
+        """Fill the empty cache, each token seeing those before it; hidden states (B, Q, H).
+
+        The model's own causal attention: faster than a mask that says the same.
+        """
+        depths_BQ = torch.arange(tokens_BQ.shape[1], device=tokens_BQ.device).expand_as(tokens_BQ)
+        self._depths = depths_BQ
+        return hidden_states(
+            self._model,
+            input_ids=tokens_BQ,
+            position_ids=depths_BQ,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+
     def extend(self, tokens_BQ: Tensor, depths_BQ: Tensor, visible_BQS: Tensor) -> Tensor:
         """Append tokens and return their hidden states (B, Q, H).
 
@@ -60,7 +75,12 @@ def sample_tokens(logits_RV: Tensor, temperature: float, uniforms_R: NDArray[np.
 
     :param uniforms_R: in [0, 1). The cumulative sum is taken in float64, so a token of probability
         p is drawn for a set of uniforms of measure p to 1e-12.
+    :raises FloatingPointError: where a row has no finite maximum: NaN or infinity in the model.
     """
+    if not bool(torch.isfinite(logits_RV.amax(dim=-1)).all()):
+        raise FloatingPointError(
+            "the model's logits hold NaN or infinity; look for a broken weight"
+        )
     if temperature == 0:
         return logits_RV.argmax(dim=-1)
     cumulative = torch.softmax(logits_RV.double() / temperature, dim=-1).cumsum(dim=-1)
@@ -79,12 +99,6 @@ def check_temperature(temperature: float) -> None:
     """Raise unless ``temperature`` is finite and not negative."""
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
-
-
-def check_finite(hidden: Tensor, where: str) -> None:
-    """Raise if a hidden state holds NaN or infinity, before anything is sampled from it."""
-    if not bool(torch.isfinite(hidden).all()):
-        raise FloatingPointError(f"the model's hidden states hold NaN or infinity while {where}")
 
 
 def uniforms(seed: int, *keys: ArrayLike) -> NDArray[np.float64]:

@@ -55,14 +55,15 @@ class Settings:
     layers: int = 2
     batch_size: int = 16
     sft_learning_rate: float = 1e-3
+    sft_max_epochs: int = 60
     sft_patience: int = 3  # validations, 4 epochs apart, without a new best
-    cycles: int = 8
-    epochs_per_cycle: int = 1
+    cycles: int = 4
+    epochs_per_cycle: int = 4
     rollouts: int = 200
     learning_rate: float = 3e-4
     warmup_steps: int = 20
     beta: float = 1.0
-    sft_weight: float = 0.5
+    sft_weight: float = 1.0
     max_steps: int = 20  # of an evaluation episode; the expert needs 8 at most
     rollout_max_steps: int = 10
     first_validation_seed: int = 500_000
@@ -95,12 +96,12 @@ class Settings:
         )
 
 
-def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
-    """Run the demo into ``output`` and return what ``metrics.json`` holds.
+def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
+    """Run the demo into ``output``, or finish it there; returns what ``metrics.json`` holds.
 
     :raises ValueError: when ``output`` holds a run with other settings.
     """
-    demo = _Demo(output, Settings(seed=seed))
+    demo = _Demo(output, settings)
     metrics = demo.run()
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_report(output / "report.html", metrics, demo.example())
@@ -182,7 +183,7 @@ class _Demo:
             small_llama(self.tokenizer, self.settings.hidden_size, self.settings.layers),
             stop,
             method="sft",
-            num_train_epochs=200,
+            num_train_epochs=self.settings.sft_max_epochs,
             learning_rate=self.settings.sft_learning_rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=20,

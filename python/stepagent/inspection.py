@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from .decoding import (
     SlotCache,
     check_count,
-    check_finite,
     check_temperature,
     sample_tokens,
     uniforms,
@@ -70,7 +69,7 @@ def inspect(
         exceed it.
     :raises ValueError: for an option out of range, no end token, or a model that a tree would
         make wrong (:func:`stepagent.models.check_tree_support`).
-    :raises FloatingPointError: when the model's hidden states are not finite.
+    :raises FloatingPointError: when the model's logits are not finite.
     """
     check_count("samples", samples)
     check_count("max_new_tokens", max_new_tokens)
@@ -143,13 +142,8 @@ class _Branches:
         tokens_BL = np.stack(
             [np.pad(t.input_ids, (0, width - len(t.input_ids))) for t in trunks]
         ).astype(np.int64)
-        depths_L = torch.arange(width, device=device)
-        # A padding token lies behind all tokens of its row: the causal mask hides it from them.
-        causal = (depths_L <= depths_L[:, None]).expand(len(trunks), width, width)
-        hidden_BLH = self._cache.extend(
-            torch.from_numpy(tokens_BL).to(device), depths_L.repeat(len(trunks), 1), causal
-        )
-        check_finite(hidden_BLH, "encoding the trunks")
+        # A padding token lies behind all tokens of its row: causal attention hides it from them.
+        hidden_BLH = self._cache.prefill(torch.from_numpy(tokens_BL).to(device))
         self._trunk_width = width
         self._owner_BS = torch.empty((len(trunks), 0), dtype=torch.long, device=device)
         self._hidden = hidden_BLH[self._on_device(self.trunk), self._on_device(self.start - 1)]
@@ -210,7 +204,6 @@ class _Branches:
             dim=2,
         )
         hidden = self._cache.extend(scatter(tokens, 0), scatter(depths, 0), visible)
-        check_finite(hidden, "decoding branches")
         return hidden[self._on_device(rows), self._on_device(columns)]
 
     def collect(self) -> list[list[list[Branch]]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from .decoding import (
     SlotCache,
     check_count,
-    check_finite,
     check_temperature,
     sample_tokens,
     uniforms,
@@ -230,9 +229,7 @@ class ModelPolicy:
             self._on_device(tokens_BQ), self._on_device(depths_BQ), self._visible(filled_BQ)
         )
         last = torch.from_numpy(np.array(new) - 1)
-        hidden = hidden_BQH[self._on_device(active), last.to(hidden_BQH.device)]
-        check_finite(hidden, "acting in an environment")
-        return hidden
+        return hidden_BQH[self._on_device(active), last.to(hidden_BQH.device)]
 
     def _visible(self, filled_BQ: NDArray[np.bool_]) -> Tensor:
         """All filled slots of the row, causal among the new; a filler token sees only itself."""

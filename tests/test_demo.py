@@ -1,0 +1,122 @@
+"""The demo's pipeline at a tiny size: all stages for real, on the real environment."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("minigrid")
+pytest.importorskip("matplotlib")
+
+from stepagent import demo
+from stepagent.report import closing_table
+
+TINY = demo.Settings(
+    demonstrations=6,
+    hidden_size=16,
+    layers=1,
+    batch_size=4,
+    sft_max_epochs=4,
+    cycles=2,
+    epochs_per_cycle=1,
+    rollouts=6,
+    max_steps=5,
+    rollout_max_steps=3,
+    validation_episodes=4,
+    evaluation_episodes=6,
+)
+STAGES = ("sft", "sft_continued", "stepagent_expert_states", "stepagent", "dagger")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo.run_demo(folder, TINY)
+
+
+def test_the_metrics_hold_what_was_promised(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert metrics["environment"] == TINY.environment
+    assert metrics["stepagent"]["states"] == "agent"
+    assert metrics["episodes"] == 6
+    assert metrics["tokens"]["naive"] > metrics["tokens"]["unique"] > 0
+    cycles = metrics["stepagent"]["cycles"]
+    assert [cycle["cycle"] for cycle in cycles] == [0, 1]
+    assert all({"loss", "agreement", "success_rate"} <= cycle.keys() for cycle in cycles)
+    # The last cycle counts, not the best.
+    assert cycles[-1]["success_rate"] == metrics["stepagent"]["success_rate"]
+    for name in (*STAGES, "random"):
+        low, high = metrics[name]["interval"]
+        assert 0 <= low <= metrics[name]["success_rate"] <= high <= 1
+
+
+def test_seeds_for_training_choosing_and_reporting_are_disjoint() -> None:
+    for seed in range(3):
+        s = replace(demo.Settings(), seed=seed)
+        rollouts = range(s.first_rollout_seed, s.first_rollout_seed + s.cycles * s.rollouts)
+        ranges = [s.demonstration_seeds, rollouts, s.validation_seeds, s.evaluation_seeds]
+        assert sum(map(len, ranges)) == len(set().union(*ranges))
+        assert rollouts[-1] < 10_000 * (seed + 1)
+
+
+def test_the_report_shows_the_run(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    page = (folder / "report.html").read_text()
+    assert TINY.environment in page
+    assert f"{metrics['stepagent']['success_rate']:.1%}".rstrip("%") in page
+    table = closing_table(metrics)
+    assert "DAgger" in table
+    assert "paired" in table
+
+
+def test_every_policy_differs_from_the_one_it_went_on_from(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = finished
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in STAGES]
+    assert len(set(weights)) == len(STAGES)
+
+
+def test_a_second_run_reuses_what_is_there(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, metrics = finished
+
+    def train(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(demo.StepAgentTrainer, "train", train)
+    again = demo.run_demo(folder, TINY)
+    assert again["seconds"] >= metrics["seconds"]
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of StepAgent's second cycle, then the same command again."""
+    _, metrics = finished
+    log_cycle = demo.StepAgentTrainer.log_cycle
+
+    def interrupt(trainer: demo.StepAgentTrainer) -> None:
+        log_cycle(trainer)
+        if trainer.args.method == "implicit" and trainer.state.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.StepAgentTrainer, "log_cycle", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(tmp_path, TINY)
+    resumed = demo.run_demo(tmp_path, TINY)
+    assert {**resumed, "seconds": 0} == {**metrics, "seconds": 0}
+
+
+def test_another_run_in_the_same_folder_is_refused(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = finished
+    with pytest.raises(ValueError, match="holds a run with other settings \\(seed\\)"):
+        demo.run_demo(folder, replace(TINY, seed=1))

@@ -133,14 +133,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def fail(reason: str) -> None:
-    """A red check: no figure is reported."""
-    sys.exit(f"{Path(sys.argv[0]).name}: check failed, nothing reported: {reason}")
-
-
 def check(condition: bool, reason: str) -> None:
+    """Where the condition is red, end with 1: no figure is reported."""
     if not condition:
-        fail(reason)
+        sys.exit(f"{Path(sys.argv[0]).name}: check failed, nothing reported: {reason}")
 
 
 def environment() -> dict[str, Any]:

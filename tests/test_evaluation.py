@@ -28,12 +28,12 @@ def test_success_rate_is_the_share_of_successes():
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
-    """400 samples of 200 Bernoulli(0.8) episodes: 95 %, within four standard errors."""
+    """150 samples of 100 Bernoulli(0.8) episodes: 95 %, within four standard errors."""
     rng = np.random.default_rng(0)
-    samples = rng.random((400, 200)) < 0.8
+    samples = rng.random((150, 100)) < 0.8
     intervals = [bootstrap(sample, seed=i) for i, sample in enumerate(samples)]
     covered = np.mean([i.low <= 0.8 <= i.high for i in intervals])
-    assert abs(covered - 0.95) < 4 * (0.95 * 0.05 / 400) ** 0.5
+    assert abs(covered - 0.95) < 4 * (0.95 * 0.05 / 150) ** 0.5
 
 
 def test_an_interval_is_the_normal_one_for_many_values():

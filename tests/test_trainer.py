@@ -20,7 +20,6 @@ from stepagent.config import StepAgentConfig
 from stepagent.cycle import (
     Comparison,
     StepTable,
-    agreement,
     load_comparisons,
     naive_tokens,
     pack_comparisons,
@@ -30,6 +29,7 @@ from stepagent.cycle import (
 )
 from stepagent.encoding import Trunk, encode
 from stepagent.envs import ExpertUnavailable
+from stepagent.evaluation import agreement
 from stepagent.models import score_trees
 from stepagent.policies import ExpertPolicy
 from stepagent.rollout import run_episodes
@@ -183,7 +183,7 @@ def test_identical_pairs_have_loss_log_2_and_no_gradient_at_all(trainer):
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert not grads(model).any()
-    assert agreement(own) == 1.0
+    assert agreement_of(own) == 1.0
 
 
 def test_sft_weight_adds_the_experts_mean_nll(trainer):
@@ -262,12 +262,16 @@ def test_dagger_learns_the_experts_answers_at_the_states_of_all_cycles(trainer):
 
     logged = cycles_of(made)
     assert [entry["cycle"] for entry in logged] == [0, 1]
-    assert logged[1]["agreement"] == agreement(fresh[4:])
+    assert logged[1]["agreement"] == agreement_of(fresh[4:])
     assert logged[1]["tokens_unique"] == unique_tokens(fresh[4:], 4096)
     assert "kl" not in logged[0]
 
 
 # ------------------------------------------------------------------ what a cycle logs
+
+
+def agreement_of(comparisons):
+    return agreement([c.trunk for c in comparisons], [c.branches for c in comparisons])
 
 
 def hand_made() -> Comparison:
@@ -278,14 +282,14 @@ def hand_made() -> Comparison:
 
 def test_tokens_and_agreement_of_a_hand_made_cycle():
     (made, doubled) = (hand_made(), [hand_made(), hand_made()])
-    assert agreement([made]) == 0.5
+    assert agreement_of([made]) == 0.5
     # Seven of the trunk, three of the branch that differs.
     assert unique_tokens([made], 100) == 10
     # Step 1: the prefix of 2 twice, 1 + 1 tokens; step 2: the prefix of 5 twice, 2 + 3 tokens.
     assert naive_tokens([made]) == (2 * 2 + 1 + 1) + (2 * 5 + 2 + 3)
     assert (unique_tokens(doubled, 100), naive_tokens(doubled)) == (20, 42)
     demonstration = Comparison.demonstration(made.trunk)
-    assert math.isnan(agreement([demonstration]))
+    assert math.isnan(agreement_of([demonstration]))
     assert naive_tokens([demonstration]) == 0
 
 
@@ -309,7 +313,7 @@ def test_the_figures_of_a_cycle_are_those_of_separate_sequences(trainer):
     differ = np.array([not torch.equal(policy[e], policy[a]) for e, a in pairs])
 
     (logged,) = cycles_of(made)
-    assert logged["agreement"] == agreement(comparisons) == 1 - differ.mean()
+    assert logged["agreement"] == agreement_of(comparisons) == 1 - differ.mean()
     assert logged["reward_margin"] == pytest.approx(margins.mean(), rel=1e-4)
     assert logged["reward_accuracy"] == pytest.approx((margins > 0)[differ].mean())
     assert logged["kl"] == pytest.approx(-np.mean([ratio[a] for _, a in pairs]), rel=1e-4)

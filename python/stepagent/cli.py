@@ -27,7 +27,7 @@ from . import envs
 from .doctor import describe, diagnose, require
 from .encoding import Trunk, encode
 from .envs import ExpertUnavailable
-from .evaluation import bootstrap, success_rate
+from .evaluation import agreement, bootstrap, success_rate
 from .inspection import Branch, inspect
 from .policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
 from .rollout import Episode, action_tokens, run_episodes
@@ -442,7 +442,7 @@ def inspect_command(
     )
     decode = functools.partial(_decoded, tokenizer=tokenizer, ends=ends)
     _write_lines(output, _inspected_steps(trajectories, branches, decode))
-    agreed = _agreement(trunks, branches)
+    agreed = agreement(trunks, branches)
     steps = sum(trunk.num_steps for trunk in trunks)
     report = {
         "output": str(output),
@@ -478,16 +478,6 @@ def _decoded(
     ids = branch.token_ids.tolist()
     text = tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)
     return {"text": str(text).strip(), "token_ids": ids, "logps": branch.logps.tolist()}
-
-
-def _agreement(trunks: Sequence[Trunk], branches: Sequence[Sequence[Sequence[Branch]]]) -> float:
-    same = [
-        np.array_equal(branch.token_ids, trunk.input_ids[start:stop])
-        for trunk, steps in zip(trunks, branches, strict=True)
-        for (start, stop), tried in zip(trunk.action_spans, steps, strict=True)
-        for branch in tried
-    ]
-    return float(np.mean(same))
 
 
 # ------------------------------------------------------------------ doctor

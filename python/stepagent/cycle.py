@@ -107,17 +107,6 @@ class StepTable:
         return -logps_N[expert_N].sum() / expert_N.sum().clamp(min=1)
 
 
-def agreement(comparisons: Sequence[Comparison]) -> float:
-    """The share of compared actions that equal the other side's, token for token; nan if none."""
-    same = [
-        np.array_equal(branch, c.trunk.input_ids[start:stop])
-        for c in comparisons
-        for (start, stop), step in zip(c.trunk.action_spans, c.branches, strict=True)
-        for branch in step
-    ]
-    return float(np.mean(same)) if same else float("nan")
-
-
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
     """Tokens that token trees encode."""
     return sum(len(tree.input_ids) for tree in pack_comparisons(comparisons, max_tokens))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .encoding import Trunk
-from .inspection import inspect
+from .inspection import Branch, inspect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,24 @@ def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator) -> N
     return means
 
 
+def agreement(
+    trunks: Sequence[Trunk],
+    branches: Sequence[Sequence[Sequence[Branch | NDArray[np.int32]]]],
+) -> float:
+    """The share of actions tried that equal the trunk's own, token for token; nan if none."""
+    same = [
+        np.array_equal(_ids(action), trunk.input_ids[start:stop])
+        for trunk, steps in zip(trunks, branches, strict=True)
+        for (start, stop), tried in zip(trunk.action_spans, steps, strict=True)
+        for action in tried
+    ]
+    return float(np.mean(same)) if same else float("nan")
+
+
+def _ids(action: Branch | NDArray[np.int32]) -> NDArray[np.int32]:
+    return action.token_ids if isinstance(action, Branch) else action
+
+
 def expert_agreement(
     model: PreTrainedModel,
     trunks: Sequence[Trunk],
@@ -83,9 +101,4 @@ def expert_agreement(
     branches = inspect(
         model, trunks, max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=eos_token_id
     )
-    same = [
-        np.array_equal(step[0].token_ids, trunk.input_ids[start:stop])
-        for trunk, steps in zip(trunks, branches, strict=True)
-        for step, (start, stop) in zip(steps, trunk.action_spans, strict=True)
-    ]
-    return float(np.mean(same))
+    return agreement(trunks, branches)

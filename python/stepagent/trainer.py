@@ -26,7 +26,6 @@ from .config import StepAgentConfig
 from .cycle import (
     Comparison,
     StepTable,
-    agreement,
     load_comparisons,
     naive_tokens,
     pack_comparisons,
@@ -35,6 +34,7 @@ from .cycle import (
     unique_tokens,
 )
 from .encoding import Trunk, encode
+from .evaluation import agreement
 from .inspection import inspect
 from .losses import implicit_step_loss
 from .models import check_fits, check_tree_support, evaluation_mode, score_trees
@@ -148,7 +148,7 @@ class StepAgentTrainer(Trainer):
         self._cycle = cycle
         self._cycle_log = {
             "cycle": cycle,
-            "agreement": agreement(fresh),
+            "agreement": agreement([c.trunk for c in fresh], [c.branches for c in fresh]),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
         }

@@ -11,11 +11,14 @@ CORE   := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 demo: $(VENV)/.built
 	$(BIN)/stepagent demo
 
+# One process a core, one thread each: the tests' tensors are too small to share between threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.built
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -112,9 +112,13 @@ def _reports(function: Callable[..., tuple[dict[str, Any], str]]) -> Callable[..
 def demo(seed: int, output: Path) -> tuple[dict[str, Any], str]:
     """Train an agent on a real environment, in minutes."""
     require("stepagent demo", "demo")
+    from transformers.utils.logging import disable_progress_bar
+
     from .demo import Settings, run_demo
     from .report import closing_table
 
+    # Of reading and writing weights; ours and the trainer's stay.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         metrics = run_demo(output, Settings(seed=seed))
     except KeyboardInterrupt as interrupt:

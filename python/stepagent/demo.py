@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,6 +43,13 @@ from .tree import pack_step_pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_STAGES = {
+    "sft": "SFT, until validation success stops rising",
+    "sft_continued": "SFT continued, for as many updates as StepAgent",
+    "stepagent_expert_states": "StepAgent at the expert's states (the paper's form)",
+    "stepagent": "StepAgent at the agent's own states",
+    "dagger": "DAgger: SFT on the expert's answers at the agent's states",
+}
 _MAX_NEW_TOKENS = 3  # an action is one word and the end of the turn
 
 
@@ -210,6 +219,7 @@ class _Demo:
         folder = self.folder / name
         if (folder / "log.json").exists():
             return
+        tqdm.write(f"\n{_STAGES[name]}", file=sys.stderr)
         checkpoints = folder / "checkpoints"
         args = StepAgentConfig(
             output_dir=str(checkpoints),

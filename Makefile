@@ -8,8 +8,9 @@ CORE   := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-all lint format types bench clean
 
+# A thread that waits for another lets go of its core: with other work about, spinning is far slower.
 demo: $(VENV)/.built
-	$(BIN)/stepagent demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/stepagent demo
 
 # One process a core, one thread each: the tests' tensors are too small to share between threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile

@@ -44,7 +44,7 @@ def test_the_metrics_hold_what_was_promised(finished: tuple[Path, dict[str, Any]
     assert metrics["episodes"] == 6
     assert metrics["tokens"]["naive"] > metrics["tokens"]["unique"] > 0
     cycles = metrics["stepagent"]["cycles"]
-    assert [cycle["cycle"] for cycle in cycles] == [0, 1]
+    assert [cycle["cycle"] for cycle in cycles] == [1, 2]
     assert all({"loss", "agreement", "success_rate"} <= cycle.keys() for cycle in cycles)
     # The last cycle counts, not the best.
     assert cycles[-1]["success_rate"] == metrics["stepagent"]["success_rate"]

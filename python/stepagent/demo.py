@@ -65,7 +65,7 @@ class Settings:
     batch_size: int = 16
     sft_learning_rate: float = 1e-3
     sft_max_epochs: int = 60
-    sft_patience: int = 3  # validations, 4 epochs apart, without a new best
+    sft_patience: int = 6  # validations, 4 epochs apart, without a new best
     cycles: int = 4
     epochs_per_cycle: int = 4
     rollouts: int = 200
@@ -286,9 +286,10 @@ class _Demo:
         return [int(t.meta["success"]) for t in load_trajectories(path)]
 
     def _cycles(self, name: str) -> list[dict[str, Any]]:
+        """What each cycle logged; numbered from 1, for the agent before any cycle is SFT's."""
         log = json.loads((self.folder / name / "log.json").read_text())
         return [
-            {"loss" if key == "mean_loss" else key: value for key, value in entry.items()}
+            {**entry, "cycle": entry["cycle"] + 1, "loss": entry["mean_loss"]}
             for entry in log
             if "cycle" in entry
         ]

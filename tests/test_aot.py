@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,9 @@ with _compiling_for(TARGETS["sm_90"]):
 
 @slow
 def test_a_launch_finds_what_the_warmup_compiled(tmp_path: Path) -> None:
-    warmup("sm_90", cache=tmp_path)
+    text = python("-m", "stepagent", "warmup", "--arch", "sm_90", cache=tmp_path).stdout
+    assert "kernel                            arch   dtype     registers  spills\n" in text
+    assert f"Wrote 10 kernels of Triton {version('triton')} to {tmp_path}\n" in text
     warm = set(tmp_path.iterdir())
     for V, compiled in ((50_000, 0), (50_001, 4)):  # 16 divides the first
         finished = python("-c", LAUNCH.format(V=V), cache=tmp_path)

@@ -6,6 +6,7 @@ The interpreter takes about 2 ms a program and tile, so shapes are tiny and the 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 pytest.importorskip("triton")
 
@@ -30,12 +31,22 @@ def random_logits(N: int, V: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (3 * torch.randn(N, V, generator=g)).to(dtype)
 
 
+def on_device(logits_NV: Tensor) -> Tensor:
+    """With their strides, which `.to` does not keep where memory lies between the elements."""
+    if DEVICE == "cpu":
+        return logits_NV
+    copy_NV = torch.empty_strided(
+        logits_NV.shape, logits_NV.stride(), dtype=logits_NV.dtype, device=DEVICE
+    )
+    return copy_NV.copy_(logits_NV)
+
+
 def launch(
     logits_NV: Tensor, labels_N: Tensor, temperature: float | Tensor = 1.0, entropy: bool = True
 ) -> tuple[Tensor, ...]:
     temperature = torch.as_tensor(temperature).to(DEVICE)
     results = token_logprobs(
-        logits_NV.to(DEVICE), labels_N.to(DEVICE), temperature, with_entropy=entropy
+        on_device(logits_NV), labels_N.to(DEVICE), temperature, with_entropy=entropy
     )
     return tuple(result.cpu() for result in results)
 
@@ -52,7 +63,7 @@ def launch_backward(
     if results is None:
         results = launch(logits_NV, labels_N, temperature, grad_entropy_N is not None)
     upstreams = [None if g is None else g.to(DEVICE) for g in (grad_logps_N, grad_entropy_N)]
-    inputs = (logits_NV.to(DEVICE), labels_N.to(DEVICE), torch.as_tensor(temperature).to(DEVICE))
+    inputs = (on_device(logits_NV), labels_N.to(DEVICE), torch.as_tensor(temperature).to(DEVICE))
     return token_logprobs_backward(*upstreams, [r.to(DEVICE) for r in results], *inputs).cpu()
 
 
@@ -160,6 +171,17 @@ def test_strided_logits() -> None:
     assert_like_reference(wide_NV[:, :20], labels_N.repeat_interleave(2)[::2])
 
 
+@pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**27)])  # by row, by column
+def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
+    """TRL #7266, fla #1080: N·V > 2³¹. Of the memory only the pages in use become real."""
+    memory = torch.empty(20 * 2**27, dtype=torch.float16)
+    logits_NV = memory.as_strided((3, 20), strides).copy_(random_logits(3, 20))
+    labels_N = torch.tensor([0, 7, 19])
+    assert_like_reference(logits_NV, labels_N)
+    assert_diff_like_reference(logits_NV, logits_NV.flip(1), labels_N)
+    assert_diff_like_reference(logits_NV.flip(1), logits_NV, labels_N)
+
+
 def test_a_masked_row_is_zero_whatever_it_holds() -> None:
     logits_NV = random_logits(3, 20)
     logits_NV[1] = torch.nan
@@ -250,8 +272,9 @@ def launch_diff(
     labels_N: Tensor,
     temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, ...]:
-    inputs = (logits_NV, ref_logits_NV, labels_N, torch.as_tensor(temperature))
-    return tuple(result.cpu() for result in logprob_diff(*(x.to(DEVICE) for x in inputs)))
+    inputs = (labels_N.to(DEVICE), torch.as_tensor(temperature).to(DEVICE))
+    results = logprob_diff(on_device(logits_NV), on_device(ref_logits_NV), *inputs)
+    return tuple(result.cpu() for result in results)
 
 
 def assert_diff_like_reference(
@@ -312,3 +335,22 @@ def test_diff_of_a_token_that_the_policy_forbids() -> None:
     diff_N, *_ = launch_diff(logits_NV, random_logits(2, 37).flip(1), labels_N)
     expected_N = reference.logprob_diff(logits_NV, random_logits(2, 37).flip(1), labels_N)
     torch.testing.assert_close(diff_N.double(), expected_N, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernels, the torch path
+def test_the_operators_on_cuda_return_what_they_do_on_cpu(dtype: torch.dtype) -> None:
+    logits_NV, labels_N = random_logits(3, 37, dtype), torch.tensor([0, -100, 36])
+    inputs = (logits_NV, labels_N, torch.full((), 0.7, dtype=dtype))
+    diff_inputs = (logits_NV, logits_NV.flip(1), *inputs[1:])
+    grads_N = (torch.tensor([1.0, 2.0, -3.0], dtype=dtype), torch.ones(3, dtype=dtype))
+    backward_inputs = (*grads_N, list(operators.token_forward(*inputs, True)), *inputs)
+    for on_cuda, on_cpu, arguments in (
+        (operators.token_forward_cuda, operators.token_forward, (*inputs, True)),
+        (operators.token_backward_cuda, operators.token_backward, backward_inputs),
+        (operators.diff_forward_cuda, operators.diff_forward, diff_inputs),
+    ):
+        actual = on_cuda(*tree_map(lambda x: x.to(DEVICE) if torch.is_tensor(x) else x, arguments))
+        expected = on_cpu(*arguments)
+        torch.testing.assert_close(
+            tree_map(lambda x: x.cpu(), actual), expected, rtol=1e-5, atol=1e-6
+        )

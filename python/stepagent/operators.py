@@ -500,7 +500,9 @@ def _(
 
 
 @token_logprobs_op.register_kernel("cuda")
-def _(logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool) -> Results:
+def token_forward_cuda(
+    logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool
+) -> Results:
     if not _suits_triton(temperature):
         return token_forward(logits_NV, labels_N, temperature, with_entropy)
     from stepagent.kernels.token_logprobs import token_logprobs as kernel  # loads triton: only here
@@ -509,7 +511,7 @@ def _(logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bo
 
 
 @token_logprobs_backward_op.register_kernel("cuda")
-def _(
+def token_backward_cuda(
     grad_logps_N: Tensor,
     grad_entropy_N: Tensor | None,
     results: list[Tensor],
@@ -576,7 +578,7 @@ def _(
 
 
 @logprob_diff_op.register_kernel("cuda")
-def _(
+def diff_forward_cuda(
     logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
 ) -> DiffResults:
     inputs = (logits_NV, ref_logits_NV, labels_N, temperature)

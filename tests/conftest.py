@@ -16,7 +16,11 @@ settings.register_profile("stepagent", deadline=None)  # machines are shared: ti
 settings.load_profile("stepagent")
 
 POISON = -(2**30)  # for integers, which have no NaN
-POISONED = ("stepagent.operators", "stepagent.kernels.token_logprobs")
+POISONED = (
+    "stepagent.operators",
+    "stepagent.kernels.logprob_diff",
+    "stepagent.kernels.token_logprobs",
+)
 
 
 def _poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -120,6 +120,12 @@ def logits(
     }
 
 
+def logit_pair(dtype: torch.dtype = torch.float64, **shapes: int) -> dict[str, Any]:
+    """Arguments of logprob_diff."""
+    ref_logits_NV = logits(seed=3, dtype=dtype, **shapes)["logits_NV"]
+    return {**logits(dtype=dtype, **shapes), "ref_logits_NV": ref_logits_NV}
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -137,10 +143,56 @@ def test_token_logprobs_row_by_row_equals_the_reference() -> None:
     assert_like_reference("token_logprobs", {**logits(), "return_entropy": True}, ["logits_NV"])
 
 
+@pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_logprob_diff_equals_the_reference(dtype: torch.dtype) -> None:
-    arguments = {**logits(dtype=dtype), "ref_logits_NV": logits(seed=3, dtype=dtype)["logits_NV"]}
-    assert_like_reference("logprob_diff", arguments, ["logits_NV"])
+def test_logprob_diff_equals_the_reference(dtype: torch.dtype, kl: bool) -> None:
+    assert_like_reference("logprob_diff", {**logit_pair(dtype), "return_kl": kl}, ["logits_NV"])
+
+
+@pytest.mark.usefixtures("tiny_workspace")
+def test_logprob_diff_row_by_row_equals_the_reference() -> None:
+    assert_like_reference("logprob_diff", {**logit_pair(), "return_kl": True}, ["logits_NV"])
+
+
+def test_logprob_diff_is_the_difference_of_two_token_logprobs() -> None:
+    arguments = logit_pair(torch.bfloat16)
+    ref_logits_NV = arguments.pop("ref_logits_NV")
+    expected_N = ops.token_logprobs(**arguments)
+    expected_N -= ops.token_logprobs(**{**arguments, "logits_NV": ref_logits_NV})
+    assert torch.equal(ops.logprob_diff(ref_logits_NV=ref_logits_NV, **arguments), expected_N)
+
+
+def test_logprob_diff_takes_two_dtypes() -> None:
+    pair = logit_pair()
+    for dtype, ref_dtype in ((torch.float16, torch.float32), (torch.float32, torch.float64)):
+        arguments = {
+            **pair,
+            "logits_NV": pair["logits_NV"].to(dtype),
+            "ref_logits_NV": pair["ref_logits_NV"].to(ref_dtype),
+        }
+        diff_N, grad_NV = run(ops.logprob_diff, arguments, ["logits_NV"])
+        assert diff_N.dtype == ref_dtype
+        assert grad_NV.dtype == dtype
+        expected_N = reference.logprob_diff(**arguments)
+        torch.testing.assert_close(diff_N.double(), expected_N, **SINGLE)
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])  # 20: where bf16 logits lose whole digits
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_logprob_diff_errs_at_most_twice_plain_torch(dtype: torch.dtype, offset: float) -> None:
+    arguments = {**logit_pair(dtype, N=32, V=600), "return_kl": True}
+    arguments["logits_NV"] = arguments["logits_NV"] + offset
+    assert_errs_at_most_twice("logprob_diff", arguments, ["logits_NV"])
+
+
+def test_the_kl_of_close_models_keeps_its_digits() -> None:
+    logits_NV = logits(dtype=torch.float32)["logits_NV"]
+    ref_logits_NV, labels_N = logits_NV.clone(), torch.zeros(6, dtype=torch.int64)
+    ref_logits_NV[:, 0] += 1e-3
+    diff_N, kl_N = ops.logprob_diff(logits_NV, ref_logits_NV, labels_N, return_kl=True)
+    expected_N = torch.expm1(-diff_N.double()) + diff_N.double()
+    torch.testing.assert_close(kl_N.double(), expected_N, rtol=1e-6, atol=0)
+    assert (kl_N > 0).all()
 
 
 def test_logprob_diff_gives_the_reference_model_no_gradient() -> None:
@@ -574,6 +626,7 @@ def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     bare["labels_N"] = torch.tensor([0, -100, 3, *[2] * (shapes.get("R", 7) - 3)])
     frozen = {**arguments, **{k: v.detach() for k, v in leaves.items() if k != "hidden_RH"}}
     token_inputs = (tokens["logits_NV"], tokens["labels_N"], tokens["temperature"].double())
+    diff_inputs = (token_inputs[0], logits(seed=3)["logits_NV"], *token_inputs[1:])
     arguments["temperature"] = frozen["temperature"] = arguments["temperature"].double()
     bare["temperature"] = bare["temperature"].double()
     return {
@@ -582,6 +635,7 @@ def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear, frozen head": (operators.linear_logprobs_op, linear_inputs(frozen)),
         "token": (operators.token_logprobs_op, (*token_inputs, True)),
         "token, no entropy": (operators.token_logprobs_op, (*token_inputs, False)),
+        "diff": (operators.logprob_diff_op, diff_inputs),
         "steps": (operators.step_sums_op, (values_N, OFFSETS)),
     }
 
@@ -602,9 +656,12 @@ def test_gradcheck(case: str) -> None:
 def scored_rewards(arguments: dict[str, Any]) -> Tensor:
     logps_N, entropy_N = ops.linear_logprobs(**arguments, return_entropy=True)
     logits_NV = arguments["hidden_RH"] @ arguments["weight_VH"].T
-    diff_R = ops.logprob_diff(logits_NV, logits_NV + 1, torch.arange(logits_NV.shape[0]))
+    labels_R = torch.arange(logits_NV.shape[0])
+    diff_R, kl_R = ops.logprob_diff(logits_NV, 2 * logits_NV, labels_R, return_kl=True)
     rewards_S = ops.step_rewards(logps_N, entropy_N, torch.tensor([0, 4, 9]), beta=0.5)
-    return rewards_S.sum() + diff_R.sum() + ops.step_sums(entropy_N, np.array([0, 9])).sum()
+    return (
+        rewards_S.sum() + (diff_R + kl_R).sum() + ops.step_sums(entropy_N, np.array([0, 9])).sum()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces

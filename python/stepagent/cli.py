@@ -1,4 +1,4 @@
-"""The command line: ``stepagent demo | collect | train | evaluate | inspect | doctor``.
+"""The command line: ``stepagent demo | collect | train | evaluate | inspect | warmup | doctor``.
 
 A command's report goes to stdout, as text or with ``--json`` as one JSON object; progress and logs
 go to stderr. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C. What is heavy or
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
-from dataclasses import Field, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -482,6 +482,45 @@ def _decoded(
     ids = branch.token_ids.tolist()
     text = tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)
     return {"text": str(text).strip(), "token_ids": ids, "logps": branch.logps.tolist()}
+
+
+# ------------------------------------------------------------------ warmup
+
+
+@main.command()
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    required=True,
+    help="GPU to compile for, such as sm_90 or gfx942; may be repeated.",
+)
+@_reports
+def warmup(archs: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Compile every Triton kernel ahead of time; needs no GPU.
+
+    Fills Triton's cache (TRITON_CACHE_DIR), for example of a container image. Only the same version
+    of Triton finds the kernels there.
+    """
+    import triton
+
+    from .warmup import compile_all
+
+    kernels = [asdict(kernel) for kernel in compile_all(archs, progress=True)]
+    report = {"triton": triton.__version__, "cache": triton.knobs.cache.dir, "kernels": kernels}
+    return report, _warmup_text(report)
+
+
+def _warmup_text(report: dict[str, Any]) -> str:
+    rows = [list(report["kernels"][0]), *([*kernel.values()] for kernel in report["kernels"])]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.append("spills: bytes of stack a thread on NVIDIA, registers on AMD")
+    kernels = f"{len(report['kernels'])} kernels of Triton {report['triton']}"
+    return "\n".join([*lines, f"Wrote {kernels} to {report['cache']}"])
 
 
 # ------------------------------------------------------------------ doctor

@@ -19,7 +19,7 @@ EXTRAS = {
     "vllm": ("vllm",),
 }
 _OPS = ("linear_logprobs", "token_logprobs", "logprob_diff", "step_sums", "step_rewards")
-_TRITON_OPS = ("token_logprobs", "logprob_diff")  # the second is a difference of the first
+_TRITON_OPS = ("token_logprobs", "logprob_diff")
 
 
 def require(feature: str, extra: str, *modules: str) -> None:
@@ -95,7 +95,10 @@ def _path(op: str, triton_error: str | None) -> dict[str, str]:
         return {"path": "torch", "why": "triton is not installed"}
     if triton_error is not None:
         return {"path": "triton", "why": f"but it will fail, triton is {triton_error}"}
-    return {"path": "triton", "why": "CUDA tensors; the backward, float64 and CPU tensors: torch"}
+    return {
+        "path": "triton",
+        "why": "CUDA tensors, forward and backward; float64 and CPU tensors: torch",
+    }
 
 
 def _extra(extra: str) -> dict[str, Any]:

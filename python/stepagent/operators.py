@@ -500,12 +500,36 @@ def _(
 
 
 @token_logprobs_op.register_kernel("cuda")
-def _(logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool) -> Results:
-    if logits_NV.dtype == torch.float64 or not _has_triton():
+def token_forward_cuda(
+    logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool
+) -> Results:
+    if not _suits_triton(temperature):
         return token_forward(logits_NV, labels_N, temperature, with_entropy)
     from stepagent.kernels.token_logprobs import token_logprobs as kernel  # loads triton: only here
 
     return kernel(logits_NV, labels_N, temperature, with_entropy=with_entropy)
+
+
+@token_logprobs_backward_op.register_kernel("cuda")
+def token_backward_cuda(
+    grad_logps_N: Tensor,
+    grad_entropy_N: Tensor | None,
+    results: list[Tensor],
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    temperature: Tensor,
+) -> Tensor:
+    inputs = (grad_logps_N, grad_entropy_N, results, logits_NV, labels_N, temperature)
+    if not _suits_triton(temperature):
+        return token_backward(*inputs)
+    from stepagent.kernels.token_logprobs import token_logprobs_backward as kernel
+
+    return kernel(*inputs)
+
+
+def _suits_triton(temperature: Tensor) -> bool:
+    """The kernels compute in float32; the temperature has the dtype of the computation."""
+    return temperature.dtype == torch.float32 and _has_triton()
 
 
 @functools.cache
@@ -526,6 +550,60 @@ def _token_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 
 token_logprobs_op.register_autograd(_token_autograd, setup_context=_token_save)
+
+
+# --------------------------------------------------------------- logprob_diff
+
+
+# diff_N, and of the policy logps_N, max_N and log_sum_N for the backward.
+DiffResults = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def diff_forward(
+    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
+) -> DiffResults:
+    logps_N, _, max_N, log_sum_N = token_forward(logits_NV, labels_N, temperature, False)
+    ref_logps_N, *_ = token_forward(ref_logits_NV, labels_N, temperature, False)
+    return logps_N - ref_logps_N, logps_N, max_N, log_sum_N
+
+
+logprob_diff_op = torch.library.custom_op("stepagent::logprob_diff", diff_forward, mutates_args=())
+
+
+@logprob_diff_op.register_fake
+def _(
+    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
+) -> DiffResults:
+    return _like_results(labels_N, temperature.dtype)
+
+
+@logprob_diff_op.register_kernel("cuda")
+def diff_forward_cuda(
+    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
+) -> DiffResults:
+    inputs = (logits_NV, ref_logits_NV, labels_N, temperature)
+    if not _suits_triton(temperature):
+        return diff_forward(*inputs)
+    from stepagent.kernels.logprob_diff import logprob_diff as kernel
+
+    return kernel(*inputs)
+
+
+def _diff_save(ctx: Any, inputs: tuple[Tensor, ...], output: DiffResults) -> None:
+    logits_NV, _, labels_N, temperature = inputs
+    _, *policy = output
+    ctx.mark_non_differentiable(*policy)
+    ctx.save_for_backward(*policy, logits_NV, labels_N, temperature)
+
+
+def _diff_autograd(ctx: Any, grad_diff_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logps_N, max_N, log_sum_N, *tensors = ctx.saved_tensors
+    # No gradient comes from an entropy, so its place among the results is not read.
+    results = [logps_N, logps_N, max_N, log_sum_N]
+    return token_logprobs_backward_op(grad_diff_N, None, results, *tensors), None, None, None
+
+
+logprob_diff_op.register_autograd(_diff_autograd, setup_context=_diff_save)
 
 
 # ------------------------------------------------------------------ step_sums

@@ -6,6 +6,7 @@ scored tokens, R hidden rows, H hidden size, V vocabulary, S steps.
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from stepagent.checks import (
@@ -18,7 +19,12 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
-from stepagent.operators import linear_logprobs_op, step_sums_op, token_logprobs_op
+from stepagent.operators import (
+    linear_logprobs_op,
+    logprob_diff_op,
+    step_sums_op,
+    token_logprobs_op,
+)
 
 
 @overload
@@ -150,30 +156,48 @@ def token_logprobs(
         TypeError, ValueError: as `linear_logprobs`.
     """
     check_floats(("logits_NV", logits_NV, 2))
-    labels_N = as_index("labels_N", labels_N, logits_NV.device)
-    if logits_NV.shape[1] == 0:
-        raise ValueError(f"logits_NV must have V >= 1, got {tuple(logits_NV.shape)}")
-    check_length("labels_N", labels_N, logits_NV.shape[0], "the rows of logits_NV")
+    labels_N = _labels_of(logits_NV, labels_N)
     temperature = as_temperature(temperature, labels_N, compute_dtype(logits_NV))
     logps_N, entropy_N, *_ = token_logprobs_op(logits_NV, labels_N, temperature, return_entropy)
     return (logps_N, entropy_N) if return_entropy else logps_N
 
 
+@overload
+def logprob_diff(
+    logits_NV: Tensor,
+    ref_logits_NV: Tensor,
+    labels_N: Index,
+    *,
+    temperature: float | Tensor = ...,
+    return_kl: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def logprob_diff(
+    logits_NV: Tensor,
+    ref_logits_NV: Tensor,
+    labels_N: Index,
+    *,
+    temperature: float | Tensor = ...,
+    return_kl: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def logprob_diff(
     logits_NV: Tensor,
     ref_logits_NV: Tensor,
     labels_N: Index,
     *,
     temperature: float | Tensor = 1.0,
-) -> Tensor:
+    return_kl: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """log π(y) − log π_ref(y) of each label; the gradient goes to `logits_NV` only.
 
     Args:
-        logits_NV, ref_logits_NV: (N, V), any float dtypes.
+        logits_NV, ref_logits_NV: (N, V), any float dtypes and strides.
         labels_N, temperature: as `token_logprobs`; temperature applies to both. Label -100 gives 0.
+        return_kl: also return exp(−diff) − 1 + diff >= 0, the k3 estimate of KL(π ‖ π_ref) for
+            labels sampled from π; its gradient flows too.
 
     Returns:
-        diff_N in nats; float32, float64 where one of the logits is float64.
+        diff_N, or (diff_N, kl_N), in nats; float32, float64 where one of the logits is float64.
 
     Raises:
         TypeError, ValueError: as `token_logprobs`; ValueError when the two shapes differ.
@@ -181,9 +205,26 @@ def logprob_diff(
     check_floats(("logits_NV", logits_NV, 2))
     check_floats(("ref_logits_NV", ref_logits_NV, 2))
     check_pair("logits_NV", logits_NV, "ref_logits_NV", ref_logits_NV)
-    logps_N = token_logprobs(logits_NV, labels_N, temperature=temperature)
-    ref_logps_N = token_logprobs(ref_logits_NV.detach(), labels_N, temperature=temperature)
-    return logps_N - ref_logps_N
+    labels_N = _labels_of(logits_NV, labels_N)
+    dtype = torch.promote_types(compute_dtype(logits_NV), compute_dtype(ref_logits_NV))
+    temperature = as_temperature(temperature, labels_N, dtype)
+    diff_N, *_ = logprob_diff_op(logits_NV, ref_logits_NV.detach(), labels_N, temperature)
+    return (diff_N, _k3(diff_N)) if return_kl else diff_N
+
+
+def _k3(diff_N: Tensor) -> Tensor:
+    """exp(−d) − 1 + d, in float64: near 0 it is d² / 2, the difference of terms as large as d."""
+    d_N = diff_N.double()
+    return (torch.expm1(-d_N) + d_N).to(diff_N.dtype)
+
+
+def _labels_of(logits_NV: Tensor, labels_N: Index) -> Tensor:
+    """The labels as int64, one for each row of logits."""
+    labels_N = as_index("labels_N", labels_N, logits_NV.device)
+    if logits_NV.shape[1] == 0:
+        raise ValueError(f"logits_NV must have V >= 1, got {tuple(logits_NV.shape)}")
+    check_length("labels_N", labels_N, logits_NV.shape[0], "the rows of logits_NV")
+    return labels_N
 
 
 def step_sums(values_N: Tensor, step_offsets: Index) -> Tensor:

@@ -70,13 +70,18 @@ def logprob_diff(
     labels_N: Index,
     *,
     temperature: float | Tensor = 1.0,
+    return_kl: bool = False,
     dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """log π(y) − log π_ref(y), the log-ratio of DPO; π_ref is a constant."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """d = log π(y) − log π_ref(y), the log-ratio of DPO, π_ref a constant; k3 = exp(−d) − 1 + d.
+
+    k3 estimates KL(π ‖ π_ref): http://joschu.net/blog/kl-approx.html.
+    """
     index_N, ref_logits_NV = _index(labels_N), ref_logits_NV.detach()
     logps_N, _ = _logps_and_entropy(logits_NV, index_N, temperature, dtype)
     ref_logps_N, _ = _logps_and_entropy(ref_logits_NV, index_N, temperature, dtype)
-    return logps_N - ref_logps_N
+    diff_N = logps_N - ref_logps_N
+    return (diff_N, torch.exp(-diff_N) - 1 + diff_N) if return_kl else diff_N
 
 
 def step_sums(

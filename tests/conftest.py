@@ -17,7 +17,10 @@ settings.load_profile("stepagent")
 
 POISON = -(2**30)  # for integers, which have no NaN
 POISONED = (
-    "stepagent.operators",
+    "stepagent.operators.blocks",
+    "stepagent.operators.linear",
+    "stepagent.operators.steps",
+    "stepagent.operators.tokens",
     "stepagent.kernels.logprob_diff",
     "stepagent.kernels.token_logprobs",
 )

@@ -10,10 +10,11 @@ from torch.utils._pytree import tree_map
 
 pytest.importorskip("triton")
 
-from stepagent import operators, reference
+from stepagent import reference
 from stepagent.kernels import online_softmax
 from stepagent.kernels.logprob_diff import logprob_diff
 from stepagent.kernels.token_logprobs import token_logprobs, token_logprobs_backward
+from stepagent.operators import tokens
 
 # The kernels rely on log 0 = −inf and inf − inf = NaN; numpy warns of them in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -256,8 +257,8 @@ def test_the_backwards_of_triton_and_torch_exchange_their_results(entropy: bool)
     logits_NV, labels_N = random_logits(3, 37), torch.tensor([0, -100, 36])
     upstreams = (torch.tensor([1.0, 2.0, -3.0]), torch.ones(3) if entropy else None)
     inputs = (logits_NV, labels_N, torch.tensor(0.7))
-    from_torch = operators.token_forward(*inputs, entropy)
-    expected_NV = operators.token_backward(*upstreams, list(from_torch), *inputs)
+    from_torch = tokens.token_forward(*inputs, entropy)
+    expected_NV = tokens.token_backward(*upstreams, list(from_torch), *inputs)
     for results in (from_torch, launch(*inputs, entropy=entropy)):
         grad_NV = launch_backward(*inputs, *upstreams, results=results)
         torch.testing.assert_close(grad_NV, expected_NV, rtol=1e-5, atol=1e-6)
@@ -343,11 +344,11 @@ def test_the_operators_on_cuda_return_what_they_do_on_cpu(dtype: torch.dtype) ->
     inputs = (logits_NV, labels_N, torch.full((), 0.7, dtype=dtype))
     diff_inputs = (logits_NV, logits_NV.flip(1), *inputs[1:])
     grads_N = (torch.tensor([1.0, 2.0, -3.0], dtype=dtype), torch.ones(3, dtype=dtype))
-    backward_inputs = (*grads_N, list(operators.token_forward(*inputs, True)), *inputs)
+    backward_inputs = (*grads_N, list(tokens.token_forward(*inputs, True)), *inputs)
     for on_cuda, on_cpu, arguments in (
-        (operators.token_forward_cuda, operators.token_forward, (*inputs, True)),
-        (operators.token_backward_cuda, operators.token_backward, backward_inputs),
-        (operators.diff_forward_cuda, operators.diff_forward, diff_inputs),
+        (tokens.token_forward_cuda, tokens.token_forward, (*inputs, True)),
+        (tokens.token_backward_cuda, tokens.token_backward, backward_inputs),
+        (tokens.diff_forward_cuda, tokens.diff_forward, diff_inputs),
     ):
         actual = on_cuda(*tree_map(lambda x: x.to(DEVICE) if torch.is_tensor(x) else x, arguments))
         expected = on_cpu(*arguments)

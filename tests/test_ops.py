@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepagent import operators, ops, reference
+from stepagent import ops, reference
+from stepagent.operators import blocks, linear, steps, tokens
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64 against float64
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}  # float32 against float64
@@ -23,8 +24,8 @@ HALVES = [torch.float16, torch.bfloat16]
 @pytest.fixture
 def tiny_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slices of 3 vocabulary entries, or one row at a time."""
-    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(operators, "MIN_SLICE", 3)
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(blocks, "MIN_SLICE", 3)
 
 
 def head(
@@ -352,13 +353,13 @@ def linear_inputs(arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 def test_no_tensor_of_n_by_v_and_no_upcast_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     N, V, H = 64, 1024, 48
-    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 4 * N * 128)
-    monkeypatch.setattr(operators, "MIN_SLICE", 32)
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 4 * N * 128)
+    monkeypatch.setattr(blocks, "MIN_SLICE", 32)
     inputs = linear_inputs(head(N=N, V=V, H=H, R=50, dtype=torch.bfloat16))
     with Recorder() as forward:
-        results = operators.linear_forward(*inputs)
+        results = linear.linear_forward(*inputs)
     with Recorder() as backward:
-        operators.linear_backward(*results[:2], list(results), *inputs[:-1], [True, False, False])
+        linear.linear_backward(*results[:2], list(results), *inputs[:-1], [True, False, False])
     assert max(forward.sizes) <= N * 128
     assert max(backward.sizes) <= N * 128  # less than the V·H of the weights too
 
@@ -367,15 +368,15 @@ def test_a_frozen_head_allocates_no_weight_gradient() -> None:
     """TRL #7076, Liger #1441."""
     N, V, H = 9, 64, 96
     inputs = linear_inputs(head(N=N, V=V, H=H, dtype=torch.float32))
-    results = operators.linear_forward(*inputs)
+    results = linear.linear_forward(*inputs)
     with Recorder() as recorder:
-        grads = operators.linear_backward(
+        grads = linear.linear_backward(
             *results[:2], list(results), *inputs[:-1], [True, False, False]
         )
     assert [g.numel() for g in grads] == [7 * H, 0, 0]
     assert V * H not in recorder.sizes
     with Recorder() as recorder:
-        grads = operators.linear_backward(
+        grads = linear.linear_backward(
             *results[:2], list(results), *inputs[:-1], [False, True, False]
         )
     assert [g.numel() for g in grads] == [0, V * H, 0]
@@ -383,17 +384,17 @@ def test_a_frozen_head_allocates_no_weight_gradient() -> None:
 
 def test_token_logprobs_keeps_to_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     N, V = 64, 128
-    monkeypatch.setattr(operators, "WORKSPACE_BYTES", 4 * V * 8)
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 4 * V * 8)
     arguments = logits(N=N, V=V, dtype=torch.float32)
     with Recorder() as recorder:
-        operators.token_forward(arguments["logits_NV"], arguments["labels_N"], torch.ones(()), True)
+        tokens.token_forward(arguments["logits_NV"], arguments["labels_N"], torch.ones(()), True)
     assert max(recorder.sizes) <= 8 * V
 
 
 def test_a_hidden_row_goes_through_the_head_once() -> None:
     arguments = {**head(), "rows_N": torch.tensor([4, 2, 4, 4, 2, 2, 2, 2, 4])}
     inputs = linear_inputs(arguments)
-    assert operators.compacted_head(*inputs[:-1]).hidden_UH.shape == (2, 5)
+    assert linear.compacted_head(*inputs[:-1]).hidden_UH.shape == (2, 5)
     assert_like_reference("linear_logprobs", {**arguments, "return_entropy": True}, HEAD_LEAVES)
 
 
@@ -500,8 +501,8 @@ def test_any_shape_and_slice_equals_the_reference(
     seed: int, R: int, N: int, V: int, slice_width: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "WORKSPACE_BYTES", 1)
-        patch.setattr(operators, "MIN_SLICE", slice_width)
+        patch.setattr(blocks, "WORKSPACE_BYTES", 1)
+        patch.setattr(blocks, "MIN_SLICE", slice_width)
         arguments = {**head(seed=seed, R=R, N=N, V=V), "return_entropy": True}
         assert_like_reference("linear_logprobs", arguments, HEAD_LEAVES)
 
@@ -606,15 +607,15 @@ def test_step_rewards_subtract_after_the_upcast() -> None:
 
 
 def test_memory_is_poisoned_in_these_tests() -> None:
-    assert operators.torch.empty(3).isnan().all()
+    assert linear.torch.empty(3).isnan().all()
     assert not torch.ones(3).isnan().any()
 
 
 def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     arguments = head(**shapes)
     leaves = {k: arguments[k].requires_grad_() for k in HEAD_LEAVES}
-    tokens = logits()
-    tokens["logits_NV"].requires_grad_()
+    given = logits()
+    given["logits_NV"].requires_grad_()
     values_N = torch.randn(6, dtype=torch.float64, requires_grad=True)
     bare = {
         **arguments,
@@ -625,18 +626,18 @@ def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
     bare["labels_N"] = torch.tensor([0, -100, 3, *[2] * (shapes.get("R", 7) - 3)])
     frozen = {**arguments, **{k: v.detach() for k, v in leaves.items() if k != "hidden_RH"}}
-    token_inputs = (tokens["logits_NV"], tokens["labels_N"], tokens["temperature"].double())
+    token_inputs = (given["logits_NV"], given["labels_N"], given["temperature"].double())
     diff_inputs = (token_inputs[0], logits(seed=3)["logits_NV"], *token_inputs[1:])
     arguments["temperature"] = frozen["temperature"] = arguments["temperature"].double()
     bare["temperature"] = bare["temperature"].double()
     return {
-        "linear": (operators.linear_logprobs_op, linear_inputs(arguments)),
-        "linear, bare": (operators.linear_logprobs_op, (*linear_inputs(bare)[:-1], False)),
-        "linear, frozen head": (operators.linear_logprobs_op, linear_inputs(frozen)),
-        "token": (operators.token_logprobs_op, (*token_inputs, True)),
-        "token, no entropy": (operators.token_logprobs_op, (*token_inputs, False)),
-        "diff": (operators.logprob_diff_op, diff_inputs),
-        "steps": (operators.step_sums_op, (values_N, OFFSETS)),
+        "linear": (linear.linear_logprobs_op, linear_inputs(arguments)),
+        "linear, bare": (linear.linear_logprobs_op, (*linear_inputs(bare)[:-1], False)),
+        "linear, frozen head": (linear.linear_logprobs_op, linear_inputs(frozen)),
+        "token": (tokens.token_logprobs_op, (*token_inputs, True)),
+        "token, no entropy": (tokens.token_logprobs_op, (*token_inputs, False)),
+        "diff": (tokens.logprob_diff_op, diff_inputs),
+        "steps": (steps.step_sums_op, (values_N, OFFSETS)),
     }
 
 

@@ -1,6 +1,6 @@
 """Log-probs of acted tokens, and their sums and rewards over steps: the public functions.
 
-They check what they are given, then call the custom operators of ``operators.py``. Dimensions: N
+They check what they are given, then call the custom operators of ``operators/``. Dimensions: N
 scored tokens, R hidden rows, H hidden size, V vocabulary, S steps.
 """
 
@@ -19,12 +19,9 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
-from stepagent.operators import (
-    linear_logprobs_op,
-    logprob_diff_op,
-    step_sums_op,
-    token_logprobs_op,
-)
+from stepagent.operators.linear import linear_logprobs_op
+from stepagent.operators.steps import step_sums_op
+from stepagent.operators.tokens import logprob_diff_op, token_logprobs_op
 
 
 @overload

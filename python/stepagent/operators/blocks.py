@@ -1,0 +1,180 @@
+"""Blocks of logits into log-probs, entropies and gradients: the maths that the operators share.
+
+    z = x / T,    log p_y = z_y − log Σ_j exp z_j,    H = −Σ_j p_j log p_j
+
+Logits live only in a bounded workspace: a slice of the vocabulary at a time for `linear_logprobs`,
+a few rows at a time for `token_logprobs`. A fold keeps, of the logits other than the label's, the
+maximum, Σ exp and Σ exp · z, in a fixed order. The label joins last, as
+log p_y = −softplus(log Σ_{j≠y} exp z_j − z_y), which keeps its digits where p_y is close to 1.
+The backward computes the logits again.
+
+Dimensions: N scored tokens, V vocabulary; n tokens with a valid label, w vocabulary entries in a
+slice.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepagent.checks import IGNORE
+
+WORKSPACE_BYTES = 64 * 2**20  # one block of logits, or of weights in the dtype of the computation
+MIN_SLICE = 256  # vocabulary entries; narrower products waste the machine
+FLOOR = -1e4  # exp(FLOOR) = 0 in float64 too, and unlike −inf it survives a product with 0
+
+# logps_N, entropy_N (0 unless asked for), and for the backward max_N and log_sum_N: max_j z_j and
+# log Σ_j exp(z_j − max). Their sum alone would lose the digits that a large maximum takes.
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Fold:
+    """Blocks of logits z, one after the other, into log-prob and entropy of the label.
+
+    Keeps max, Σ exp(z − max) and Σ exp(z − max)(z − max) over every logit but the label's. The
+    maximum starts from −inf, so that logits of any size work.
+    """
+
+    def __init__(self, labels_n: Tensor, dtype: torch.dtype, with_entropy: bool) -> None:
+        self.labels_n = labels_n
+        self.with_entropy = with_entropy
+        self.max_n = torch.full_like(labels_n, -math.inf, dtype=dtype)
+        self.sum_n = torch.zeros_like(self.max_n)
+        self.moment_n = torch.zeros_like(self.max_n)
+        self.label_n = torch.full_like(self.max_n, math.nan)  # stays NaN for a label no block holds
+
+    def update(self, z_nw: Tensor, start: int) -> None:
+        """Fold the logits of vocabulary entries start, start + 1, …; overwrites `z_nw`."""
+        column_n1, inside_n1 = _label_column(self.labels_n, start, z_nw.shape[1])
+        value_n1 = z_nw.gather(1, column_n1)
+        self.label_n = torch.where(inside_n1, value_n1, self.label_n[:, None]).squeeze(1)
+        z_nw.scatter_(1, column_n1, value_n1.masked_fill_(inside_n1, -math.inf))
+
+        max_n = torch.maximum(self.max_n, z_nw.amax(1))
+        shift_n = max_n.masked_fill(max_n == -math.inf, 0.0)  # −inf − (−inf) is NaN
+        decay_n = (self.max_n - shift_n).clamp_(min=FLOOR)
+        shrink_n = decay_n.exp()
+        z_nw.sub_(shift_n[:, None]).clamp_(min=FLOOR)
+        if self.with_entropy:
+            exp_nw = z_nw.exp()
+            kept_n = self.moment_n + decay_n * self.sum_n
+            self.moment_n = shrink_n * kept_n + z_nw.mul_(exp_nw).sum(1)
+        else:
+            exp_nw = z_nw.exp_()
+        self.sum_n = shrink_n * self.sum_n + exp_nw.sum(1)
+        self.max_n = max_n
+
+    def finish(self) -> Results:
+        # With a label of +inf the limit log p = 0 would hide the overflow that made it.
+        label_n = self.label_n.masked_fill(self.label_n == math.inf, math.nan)
+        log_sum_others_n = self.sum_n.log()
+        margin_n = label_n - self.max_n - log_sum_others_n
+        logps_n = F.logsigmoid(margin_n)  # log σ(x) = −softplus(−x), without its threshold
+        entropy_n = self._entropy(logps_n, margin_n, log_sum_others_n)
+        max_n = torch.maximum(self.max_n, label_n)
+        others_n = self.max_n - max_n + log_sum_others_n
+        return logps_n, entropy_n, max_n, torch.logaddexp(others_n, label_n - max_n)
+
+    def _entropy(self, logps_n: Tensor, margin_n: Tensor, log_sum_others_n: Tensor) -> Tensor:
+        """H = −p log p − q log q + q H_others, with p the label's probability and q = 1 − p."""
+        if not self.with_entropy:
+            return torch.zeros_like(logps_n)
+        p_n, q_n = logps_n.exp(), -torch.expm1(logps_n)
+        entropy_others_n = log_sum_others_n - self.moment_n / self.sum_n
+        label_term_n = (-p_n * logps_n).masked_fill(p_n == 0, 0.0)
+        others_term_n = q_n * (entropy_others_n - F.logsigmoid(-margin_n))
+        return label_term_n + others_term_n.masked_fill(q_n == 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What the backward of n tokens needs: results of the forward and their gradients."""
+
+    labels_n: Tensor
+    logps_n: Tensor
+    entropy_n: Tensor
+    max_n: Tensor
+    log_sum_n: Tensor
+    grad_logps_n: Tensor
+    grad_entropy_n: Tensor | None
+
+    def grad_logits_(self, z_nw: Tensor, start: int) -> Tensor:
+        """∂/∂z_j = g (1[j = y] − p_j) − g_H p_j (log p_j + H), in place of `z_nw`.
+
+        The label's column is −expm1(log p_y) g: near 1 a rounded p_y leaves 1 − p_y no digits.
+        """
+        column_n1, inside_n1 = _label_column(self.labels_n, start, z_nw.shape[1])
+        z_nw.sub_(self.max_n[:, None]).sub_(self.log_sum_n[:, None])
+        logp_nw = z_nw.clamp_(min=FLOOR)
+        label_n = -torch.expm1(self.logps_n) * self.grad_logps_n
+        if self.grad_entropy_n is None:
+            grad_nw = logp_nw.exp_().mul_(-self.grad_logps_n[:, None])
+        else:
+            p_nw = logp_nw.exp()
+            grad_nw = logp_nw.add_(self.entropy_n[:, None]).mul_(self.grad_entropy_n[:, None])
+            grad_nw.add_(self.grad_logps_n[:, None]).mul_(p_nw).neg_()
+            surprise_n = self.logps_n.clamp(min=FLOOR) + self.entropy_n
+            label_n -= self.grad_entropy_n * self.logps_n.exp() * surprise_n
+        value_n1 = torch.where(inside_n1, label_n[:, None], grad_nw.gather(1, column_n1))
+        return grad_nw.scatter_(1, column_n1, value_n1)
+
+
+def _label_column(labels_n: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Column of each label in the block that begins at `start`, and whether it is in there."""
+    local_n1 = (labels_n - start)[:, None]
+    column_n1 = local_n1.clamp(0, width - 1)
+    return column_n1, column_n1 == local_n1
+
+
+def scored(labels_N: Tensor) -> Tensor:
+    """Positions of the labels that score. To count them stalls a CUDA stream."""
+    return (labels_N != IGNORE).nonzero().squeeze(1)
+
+
+def per_token(temperature: Tensor, tokens_n: Tensor) -> Tensor:
+    return temperature[tokens_n, None] if temperature.ndim else temperature
+
+
+def upstream_of(
+    tokens_n: Tensor,
+    labels_N: Tensor,
+    results: list[Tensor],
+    grad_logps_N: Tensor,
+    grad_entropy_N: Tensor | None,
+) -> Upstream:
+    """What the backward needs, of these tokens."""
+    logps_n, entropy_n, max_n, log_sum_n = (result_N[tokens_n] for result_N in results)
+    return Upstream(
+        labels_N[tokens_n],
+        logps_n,
+        entropy_n,
+        max_n,
+        log_sum_n,
+        grad_logps_N[tokens_n],
+        None if grad_entropy_N is None else grad_entropy_N[tokens_n],
+    )
+
+
+def like_results(labels_N: Tensor, dtype: torch.dtype) -> Results:
+    """Their shapes, for the compiler."""
+    a, b, c, d = (torch.empty_like(labels_N, dtype=dtype) for _ in range(4))
+    return a, b, c, d
+
+
+def spread(results_n: Results, tokens_n: Tensor, N: int) -> Results:
+    """Results of the scored tokens at their positions among all N, 0 elsewhere."""
+    a, b, c, d = (r_n.new_zeros(N).index_copy_(0, tokens_n, r_n) for r_n in results_n)
+    return a, b, c, d
+
+
+def save(ctx: Any, tensors: list[Tensor | None], results: Results) -> None:
+    _, entropy_N, *others = results
+    ctx.mark_non_differentiable(*others, *([] if ctx.with_entropy else [entropy_N]))
+    ctx.save_for_backward(*results, *tensors)
+
+
+def saved(ctx: Any) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    return list(ctx.saved_tensors[:4]), ctx.saved_tensors[4:]

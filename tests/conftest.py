@@ -17,11 +17,14 @@ settings.load_profile("stepagent")
 
 POISON = -(2**30)  # for integers, which have no NaN
 POISONED = (
+    "stepagent.operators.advantages",
     "stepagent.operators.blocks",
     "stepagent.operators.linear",
     "stepagent.operators.steps",
     "stepagent.operators.tokens",
     "stepagent.kernels.logprob_diff",
+    "stepagent.kernels.step_gae",
+    "stepagent.kernels.step_rewards",
     "stepagent.kernels.token_logprobs",
 )
 

@@ -18,8 +18,15 @@ EXTRAS = {
     "textworld": ("textworld",),
     "vllm": ("vllm",),
 }
-_OPS = ("linear_logprobs", "token_logprobs", "logprob_diff", "step_sums", "step_rewards")
-_TRITON_OPS = ("token_logprobs", "logprob_diff")
+_TRITON_OPS = (
+    "token_logprobs",
+    "logprob_diff",
+    "step_sums",
+    "step_rewards",
+    "step_pair_loss",
+    "step_gae",
+)
+_OPS = ("linear_logprobs", *_TRITON_OPS)
 
 
 def require(feature: str, extra: str, *modules: str) -> None:

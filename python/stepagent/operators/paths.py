@@ -6,10 +6,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from stepagent.checks import compute_dtype
 
-def suits_triton(temperature: Tensor) -> bool:
-    """The kernels compute in float32; the temperature has the dtype of the computation."""
-    return temperature.dtype == torch.float32 and _has_triton()
+
+def suits_triton(*floats: Tensor | None) -> bool:
+    """The kernels return float32. A temperature has the dtype of its operator's results."""
+    return compute_dtype(*floats) == torch.float32 and _has_triton()
 
 
 @functools.cache

@@ -102,7 +102,6 @@ def _step_pair_loss_kernel(
     inside = pair < P
     expert = tl.load(expert_steps_ptr + pair, mask=inside, other=0)
     agent = tl.load(agent_steps_ptr + pair, mask=inside, other=0)
-    # The loss of a step that is none is NaN.
     expert_known = inside & (expert >= 0) & (expert < S)
     agent_known = inside & (agent >= 0) & (agent < S)
     expert_reward = tl.load(rewards_ptr + expert, mask=expert_known, other=float("nan"))
@@ -205,25 +204,19 @@ def step_rewards_backward(
 
 
 def step_pair_loss(
-    logps_N: Tensor,
-    ref_logps_N: Tensor,
-    step_offsets: Tensor,
-    expert_steps_P: Tensor,
-    agent_steps_P: Tensor,
-    beta: float,
+    rewards_S: Tensor, expert_steps_P: Tensor, agent_steps_P: Tensor
 ) -> tuple[Tensor, Tensor]:
     """loss_P, and pull_P = σ(−d_p) for the backward; both float32.
 
     Args:
-        logps_N, ref_logps_N, step_offsets: as `step_rewards`.
+        rewards_S: (S,) float64, as `step_rewards` returns them.
         expert_steps_P, agent_steps_P: (P,) int64; the loss of a step outside [0, S) is NaN.
     """
     P = len(expert_steps_P)
-    loss_P = torch.empty(P, dtype=torch.float32, device=logps_N.device)
+    loss_P = torch.empty(P, dtype=torch.float32, device=rewards_S.device)
     pull_P = torch.empty_like(loss_P)
     if P:
-        rewards_S = step_rewards(logps_N, ref_logps_N, step_offsets, beta, torch.float64)
-        with torch.cuda.device_of(logps_N):  # Triton launches on the current device
+        with torch.cuda.device_of(rewards_S):  # Triton launches on the current device
             _step_pair_loss_kernel[(triton.cdiv(P, BLOCK),)](
                 rewards_S,
                 expert_steps_P.contiguous(),
@@ -253,7 +246,8 @@ def step_pair_loss_backward(
     Args:
         grad_P: (P,) float32, any stride.
         pull_P: what `step_pair_loss` returned.
-        step_offsets, expert_steps_P, agent_steps_P: as `step_pair_loss`.
+        step_offsets: as `step_rewards`.
+        expert_steps_P, agent_steps_P: as `step_pair_loss`.
     """
     S, P = step_offsets.shape[0] - 1, len(grad_P)
     grad_logps_N = torch.empty(N, dtype=dtype, device=grad_P.device)

@@ -212,12 +212,14 @@ def pair_forward_cuda(
     agent_steps_P: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (logps_N, ref_logps_N, step_offsets, expert_steps_P, agent_steps_P, beta)
+    inputs = (logps_N, ref_logps_N, step_offsets)
     if not suits_triton(logps_N, ref_logps_N):
-        return pair_forward(*inputs)
+        return pair_forward(*inputs, expert_steps_P, agent_steps_P, beta)
     from stepagent.kernels.step_rewards import step_pair_loss as kernel
+    from stepagent.kernels.step_rewards import step_rewards as rewards_kernel
 
-    return kernel(*inputs)
+    rewards_S = rewards_kernel(*inputs, beta, torch.float64)
+    return kernel(rewards_S, expert_steps_P, agent_steps_P)
 
 
 @step_pair_loss_backward_op.register_kernel("cuda")

@@ -61,6 +61,7 @@ def _step_rewards_kernel(
 @triton.jit
 def _write_tokens(grad, grad_logps_ptr, start, stop, BLOCK: tl.constexpr):
     """One gradient for all tokens of a step."""
+    grad = grad.to(tl.float32)  # first: from float64 the interpreter cannot go to bfloat16
     for first in range(start, stop, BLOCK):
         token = first + tl.arange(0, BLOCK)
         tl.store(grad_logps_ptr + token, grad, mask=token < stop)

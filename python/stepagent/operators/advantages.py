@@ -2,7 +2,8 @@
 
 Computed in float64; results are float32, for float64 inputs float64.
 
-Dimensions: S steps, B trajectories; b trajectories that are long enough.
+Dimensions: S steps, B trajectories, the longest of L steps; b trajectories that are long
+enough.
 """
 
 import torch
@@ -22,17 +23,22 @@ def gae_forward(
 ) -> tuple[Tensor, Tensor]:
     """All trajectories at once, from their ends: as many passes as the longest has steps."""
     check_offsets("trajectory_offsets", trajectory_offsets, len(rewards_S))
-    values64_S = values_S.double()
-    stop_B, length_B = trajectory_offsets[1:], trajectory_offsets.diff()
-    next_S = torch.cat([values64_S[1:], values64_S[:1]])  # the last is one of the ends below
-    some_B = length_B > 0
-    next_S[stop_B[some_B] - 1] = 0.0 if bootstrap_B is None else bootstrap_B.double()[some_B]
+    rewards64_S, values64_S = rewards_S.double(), values_S.double()
+    length_B, longest_first_B = trajectory_offsets.diff().sort(descending=True)
+    last_B = trajectory_offsets[1:][longest_first_B] - 1
+    longer_L = len(length_B) - length_B.bincount().cumsum(0)  # [l]: trajectories longer than l
 
-    # Becomes δ, and from the end of each trajectory on A.
-    advantages_S = rewards_S.double() + gamma * next_S - values64_S
-    for back in range(1, max(length_B.tolist(), default=0)):
-        step_b = stop_B[length_B > back] - 1 - back
-        advantages_S[step_b] += gamma * lam * advantages_S[step_b + 1]
+    advantages_S = torch.empty_like(values64_S)
+    advantage_b = next_b = torch.zeros_like(last_B, dtype=torch.float64)
+    if bootstrap_B is not None:
+        next_b = bootstrap_B[longest_first_B].double()
+    for back, count in enumerate(longer_L[:-1].tolist()):
+        step_b = last_B[:count] - back
+        value_b = values64_S[step_b]
+        delta_b = rewards64_S[step_b] + gamma * next_b[:count] - value_b
+        advantage_b = delta_b + gamma * lam * advantage_b[:count]
+        advantages_S[step_b] = advantage_b
+        next_b = value_b
     dtype = compute_dtype(rewards_S, values_S, bootstrap_B)
     return advantages_S.to(dtype), (advantages_S + values64_S).to(dtype)
 

@@ -17,6 +17,7 @@ settings.load_profile("stepagent")
 
 POISON = -(2**30)  # for integers, which have no NaN
 POISONED = (
+    "stepagent.operators.advantages",
     "stepagent.operators.blocks",
     "stepagent.operators.head",
     "stepagent.operators.linear",
@@ -25,6 +26,8 @@ POISONED = (
     "stepagent.operators.tokens",
     "stepagent.kernels.linear_logprobs",
     "stepagent.kernels.logprob_diff",
+    "stepagent.kernels.step_gae",
+    "stepagent.kernels.step_rewards",
     "stepagent.kernels.token_logprobs",
 )
 

@@ -14,7 +14,7 @@ from stepagent import reference
 from stepagent.kernels import online_softmax
 from stepagent.kernels.logprob_diff import logprob_diff
 from stepagent.kernels.token_logprobs import token_logprobs, token_logprobs_backward
-from stepagent.operators import tokens
+from stepagent.operators import paths, tokens
 
 # The kernels rely on log 0 = −inf and inf − inf = NaN; numpy warns of them in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -353,7 +353,7 @@ def test_the_operators_on_a_gpu_return_what_they_do_on_cpu(
         (tokens.diff_forward, (*two_logits, "device")),
     )
     expected = [operator(*arguments) for operator, arguments in calls]
-    monkeypatch.setattr(tokens, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(paths, "on_gpu", lambda tensor: True)
     for (operator, arguments), e in zip(calls, expected, strict=True):
         actual = operator(*tree_map(lambda x: x.to(DEVICE) if torch.is_tensor(x) else x, arguments))
         torch.testing.assert_close(tree_map(lambda x: x.cpu(), actual), e, rtol=1e-5, atol=1e-6)

@@ -24,7 +24,7 @@ from op_cases import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepagent import ops, reference
-from stepagent.operators import blocks, linear
+from stepagent.operators import blocks, linear, paths
 from stepagent.operators import head as head_slices
 
 DTYPES = [torch.float64, torch.float32]
@@ -274,8 +274,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online_softmax, "MAX_BLOCK", 8)
     monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
     monkeypatch.setattr(head_slices, "MIN_SLICE", 10)  # of 17: two slices, each of two tiles or one
-    for module in (head_slices, linear):
-        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(paths, "on_gpu", lambda tensor: True)
 
 
 interpreted = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log 0 = −inf

@@ -2,14 +2,16 @@
 
 Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Ops: :func:`linear_logprobs`,
 :func:`linear_logprob_diff`, :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`,
-:func:`step_rewards`. Objective: :func:`implicit_step_loss`. Inspection: :func:`inspect`,
-:func:`rollout_and_query`. Training: ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
+:func:`step_rewards`. Objectives: :func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages:
+:func:`step_gae`. Inspection: :func:`inspect`, :func:`rollout_and_query`. Training:
+``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
 from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
+from .advantages import step_gae
 from .encoding import Trunk, encode
 from .inspection import Branch, inspect
 from .losses import implicit_step_loss
@@ -18,6 +20,7 @@ from .ops import (
     linear_logprob_diff,
     linear_logprobs,
     logprob_diff,
+    step_pair_loss,
     step_rewards,
     step_sums,
     token_logprobs,
@@ -47,6 +50,8 @@ __all__ = [
     "rollout_and_query",
     "save_trajectories",
     "score_trees",
+    "step_gae",
+    "step_pair_loss",
     "step_rewards",
     "step_sums",
     "token_logprobs",

@@ -1,3 +1,4 @@
+from .advantages import step_gae as step_gae
 from .config import StepAgentConfig as StepAgentConfig
 from .encoding import Trunk as Trunk
 from .encoding import encode as encode
@@ -6,8 +7,10 @@ from .inspection import inspect as inspect
 from .losses import implicit_step_loss as implicit_step_loss
 from .models import check_tree_support as check_tree_support
 from .models import score_trees as score_trees
+from .ops import linear_logprob_diff as linear_logprob_diff
 from .ops import linear_logprobs as linear_logprobs
 from .ops import logprob_diff as logprob_diff
+from .ops import step_pair_loss as step_pair_loss
 from .ops import step_rewards as step_rewards
 from .ops import step_sums as step_sums
 from .ops import token_logprobs as token_logprobs

@@ -16,8 +16,10 @@ Index = Tensor | np.ndarray[Any, np.dtype[Any]]
 # ---------------------------------------------- checks at the boundary
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Of the results: float32, float64 where one of these is float64."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def check_floats(*arguments: tuple[str, object, int]) -> None:
@@ -61,6 +63,13 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_fraction(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def as_index(name: str, index: object, device: torch.device) -> Tensor:
     """As a one-dimensional int64 tensor on `device`; numpy arrays are copied there."""
     if isinstance(index, np.ndarray):
@@ -72,6 +81,13 @@ def as_index(name: str, index: object, device: torch.device) -> Tensor:
     if index.device != device:
         raise ValueError(f"{name} is on {index.device} but must be on {device}")
     return index.to(torch.int64)
+
+
+def as_offsets(name: str, offsets: object, device: torch.device) -> Tensor:
+    offsets = as_index(name, offsets, device)
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one entry, the 0 it starts with")
+    return offsets
 
 
 def as_temperature(temperature: float | Tensor, labels_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,12 +152,16 @@ def check_temperature(temperature: Tensor) -> None:
     _refuse(~((flat > 0) & flat.isfinite()), "temperature", flat, "it must be positive and finite")
 
 
-def check_offsets(step_offsets: Tensor, N: int) -> None:
-    ends = torch.zeros_like(step_offsets, dtype=torch.bool)
-    ends[0] = step_offsets[0] != 0
-    _refuse(ends, "step_offsets", step_offsets, "the first must be 0")
+def check_steps(name: str, steps_P: Tensor, S: int) -> None:
+    _refuse((steps_P < 0) | (steps_P >= S), name, steps_P, f"the steps are [0, {S})")
+
+
+def check_offsets(name: str, offsets: Tensor, N: int) -> None:
+    ends = torch.zeros_like(offsets, dtype=torch.bool)
+    ends[0] = offsets[0] != 0
+    _refuse(ends, name, offsets, "the first must be 0")
     falls = torch.zeros_like(ends)
-    falls[1:] = step_offsets[1:] < step_offsets[:-1]
-    _refuse(falls, "step_offsets", step_offsets, "offsets must ascend")
-    ends[-1] = step_offsets[-1] != N
-    _refuse(ends, "step_offsets", step_offsets, f"the last must be {N}, the number of values")
+    falls[1:] = offsets[1:] < offsets[:-1]
+    _refuse(falls, name, offsets, "offsets must ascend")
+    ends[-1] = offsets[-1] != N
+    _refuse(ends, name, offsets, f"the last must be {N}, the number of values")

@@ -18,8 +18,16 @@ EXTRAS = {
     "textworld": ("textworld",),
     "vllm": ("vllm",),
 }
-_OPS = ("linear_logprobs", "token_logprobs", "logprob_diff", "step_sums", "step_rewards")
-_TRITON_OPS = ("token_logprobs", "logprob_diff")
+_OPS = (
+    "linear_logprobs",
+    "linear_logprob_diff",
+    "token_logprobs",
+    "logprob_diff",
+    "step_sums",
+    "step_rewards",
+    "step_pair_loss",
+    "step_gae",
+)
 
 
 def require(feature: str, extra: str, *modules: str) -> None:
@@ -43,7 +51,7 @@ def diagnose() -> dict[str, Any]:
         "triton": triton,
         "transformers": version("transformers"),
         "core": _probe("stepagent._core"),
-        "ops": {op: _path(op, triton["error"]) for op in _OPS},
+        "ops": {op: _path(triton["error"]) for op in _OPS},
         "extras": {extra: _extra(extra) for extra in EXTRAS},
     }
 
@@ -86,9 +94,7 @@ def _probe(name: str) -> dict[str, str | None]:
     return {"version": getattr(module, "__version__", None), "path": module.__file__, "error": None}
 
 
-def _path(op: str, triton_error: str | None) -> dict[str, str]:
-    if op not in _TRITON_OPS:
-        return {"path": "torch", "why": "it has no Triton kernel"}
+def _path(triton_error: str | None) -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"path": "torch", "why": "torch sees no CUDA device"}
     if find_spec("triton") is None:

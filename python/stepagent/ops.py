@@ -14,6 +14,7 @@ from stepagent.checks import (
     LABEL_CHECKS,
     Index,
     as_index,
+    as_offsets,
     as_temperature,
     check_choice,
     check_floats,
@@ -23,7 +24,7 @@ from stepagent.checks import (
     compute_dtype,
 )
 from stepagent.operators.linear import linear_logprob_diff_op, linear_logprobs_op
-from stepagent.operators.steps import step_sums_op
+from stepagent.operators.steps import step_pair_loss_op, step_rewards_op, step_sums_op
 from stepagent.operators.tokens import logprob_diff_op, token_logprobs_op
 
 LabelCheck: TypeAlias = Literal["sync", "device", "off"]
@@ -426,7 +427,7 @@ def _labels_of(logits_NV: Tensor, labels_N: Index) -> Tensor:
 
 
 def step_sums(values_N: Tensor, step_offsets: Index) -> Tensor:
-    """sums[s] = Σ values[step_offsets[s] : step_offsets[s + 1]], added in float64 and in order.
+    """sums[s] = Σ values[step_offsets[s] : step_offsets[s + 1]], in float64 and a fixed order.
 
     Args:
         values_N: (N,), any float dtype.
@@ -441,10 +442,8 @@ def step_sums(values_N: Tensor, step_offsets: Index) -> Tensor:
             CUDA, where looking at them would stall the stream).
     """
     check_floats(("values_N", values_N, 1))
-    step_offsets = as_index("step_offsets", step_offsets, values_N.device)
-    if step_offsets.shape[0] == 0:
-        raise ValueError("step_offsets must have S + 1 >= 1 entries, got 0")
-    sums_S: Tensor = step_sums_op(values_N.to(compute_dtype(values_N)), step_offsets)
+    step_offsets = as_offsets("step_offsets", step_offsets, values_N.device)
+    sums_S: Tensor = step_sums_op(values_N, step_offsets)
     return sums_S
 
 
@@ -452,6 +451,9 @@ def step_rewards(
     logps_N: Tensor, ref_logps_N: Tensor, step_offsets: Index, *, beta: float
 ) -> Tensor:
     """Implicit reward of each step: r_s = β Σ_{n in s} (log π(y_n) − log π_ref(y_n)).
+
+    DPO's reward (arXiv 2305.18290) of the step's action; subtracted and added in float64, in a
+    fixed order.
 
     Args:
         logps_N, ref_logps_N: (N,) in nats, any float dtypes; the gradient goes to `logps_N` only.
@@ -464,11 +466,54 @@ def step_rewards(
     Raises:
         TypeError, ValueError: as `step_sums`; ValueError for another beta or two different shapes.
     """
+    rewards_S: Tensor = step_rewards_op(
+        *_scored_steps(logps_N, ref_logps_N, step_offsets, beta), float(beta)
+    )
+    return rewards_S
+
+
+def step_pair_loss(
+    logps_N: Tensor,
+    ref_logps_N: Tensor,
+    step_offsets: Index,
+    expert_steps_P: Index,
+    agent_steps_P: Index,
+    *,
+    beta: float,
+) -> Tensor:
+    """Prefer the expert's action at each step, from the log-probs: loss_p = −log σ(r_E − r_A).
+
+    `implicit_step_loss` of the two steps' `step_rewards` (arXiv 2411.03817) as one operator. The
+    difference is taken in float64, so rewards that are large and close keep its digits.
+
+    Args:
+        logps_N, ref_logps_N, step_offsets, beta: as `step_rewards`.
+        expert_steps_P, agent_steps_P: (P,) int32 or int64 in [0, S): the two steps of each pair. A
+            step may be in many pairs, or in none.
+
+    Returns:
+        loss_P in nats; float32, float64 where one of the log-probs is float64. The gradient is
+        added in float64 and a fixed order: the same inputs give the same bits.
+
+    Raises:
+        TypeError, ValueError: as `step_rewards`; ValueError for two numbers of steps, or a step
+            outside [0, S) (unchecked on CUDA, as the offsets).
+    """
+    inputs = _scored_steps(logps_N, ref_logps_N, step_offsets, beta)
+    expert_steps_P = as_index("expert_steps_P", expert_steps_P, logps_N.device)
+    agent_steps_P = as_index("agent_steps_P", agent_steps_P, logps_N.device)
+    check_length("agent_steps_P", agent_steps_P, expert_steps_P.shape[0], "expert_steps_P")
+    loss_P: Tensor
+    loss_P, _ = step_pair_loss_op(*inputs, expert_steps_P, agent_steps_P, float(beta))
+    return loss_P
+
+
+def _scored_steps(
+    logps_N: Tensor, ref_logps_N: Tensor, step_offsets: Index, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the rewards of steps are made of, checked; the reference a constant."""
     check_floats(("logps_N", logps_N, 1))
     check_floats(("ref_logps_N", ref_logps_N, 1))
     check_pair("logps_N", logps_N, "ref_logps_N", ref_logps_N)
     check_positive("beta", beta)
-    ref_logps_N = ref_logps_N.detach()
-    # Subtracted after the upcast: the difference is far smaller than its terms.
-    diff_N = logps_N.to(compute_dtype(logps_N)) - ref_logps_N.to(compute_dtype(ref_logps_N))
-    return beta * step_sums(diff_N, step_offsets)
+    return logps_N, ref_logps_N.detach(), as_offsets("step_offsets", step_offsets, logps_N.device)

@@ -3,8 +3,11 @@
 Inputs are cast to `dtype`, float64 unless told, and results stay in it. Imports nothing of the
 package.
 
-StepAgent: arXiv 2411.03817. DPO, for the log-ratio as a reward: arXiv 2305.18290.
+StepAgent: arXiv 2411.03817. DPO, for the log-ratio as a reward: arXiv 2305.18290. Generalised
+advantage estimation: arXiv 1506.02438.
 """
+
+import itertools
 
 import numpy as np
 import torch
@@ -147,11 +150,51 @@ def step_rewards(
     return beta * step_sums(diff_N, step_offsets, dtype=dtype)
 
 
+def step_pair_loss(
+    logps_N: Tensor,
+    ref_logps_N: Tensor,
+    step_offsets: Index,
+    expert_steps_P: Index,
+    agent_steps_P: Index,
+    *,
+    beta: float,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The loss of the rewards of the two steps of each pair."""
+    rewards_S = step_rewards(logps_N, ref_logps_N, step_offsets, beta=beta, dtype=dtype)
+    expert_P, agent_P = rewards_S[_index(expert_steps_P)], rewards_S[_index(agent_steps_P)]
+    return implicit_step_loss(expert_P, agent_P, dtype=dtype)
+
+
 def implicit_step_loss(
     expert_rewards_P: Tensor, agent_rewards_P: Tensor, *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """loss_p = −log σ(r_E − r_A): DPO's loss, the expert's action against the agent's."""
     return -torch.log(torch.sigmoid(expert_rewards_P.to(dtype) - agent_rewards_P.to(dtype)))
+
+
+def step_gae(
+    rewards_S: Tensor,
+    values_S: Tensor,
+    trajectory_offsets: Index,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap_values: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t, return_t = A_t + V_t; constants."""
+    rewards_S, values_S = rewards_S.detach().to(dtype), values_S.detach().to(dtype)
+    advantages_S = torch.zeros_like(rewards_S)
+    offsets = _index(trajectory_offsets).tolist()
+    for b, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        advantage = torch.zeros((), dtype=dtype)
+        next_value = advantage if bootstrap_values is None else bootstrap_values[b].to(dtype)
+        for t in reversed(range(start, stop)):
+            delta = rewards_S[t] + gamma * next_value - values_S[t]
+            advantage = delta + gamma * lam * advantage
+            advantages_S[t], next_value = advantage, values_S[t]
+    return advantages_S, advantages_S + values_S
 
 
 def _index(index: Index) -> Tensor:

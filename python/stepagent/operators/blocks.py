@@ -214,3 +214,11 @@ def spread(results_n: Results, tokens_n: Tensor, N: int) -> Results:
     """Results of the scored tokens at their positions among all N, 0 elsewhere."""
     a, b, c, d = (r_n.new_zeros(N).index_copy_(0, tokens_n, r_n) for r_n in results_n)
     return a, b, c, d
+
+
+def sum_rows(values_nK: Tensor, row_n: Tensor, U: int) -> Tensor:
+    """(U, K): each row the sum of the values that name it, added in a fixed order."""
+    sums_UK = values_nK.new_zeros(U, values_nK.shape[1])
+    if values_nK.device.type == "cpu":
+        return sums_UK.index_add_(0, row_n, values_nK)  # in CUDA by atomics
+    return sums_UK.index_put_((row_n,), values_nK, accumulate=True)  # on CPU by racing threads

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from stepagent.checks import IGNORE
-from stepagent.operators import blocks
-from stepagent.operators.blocks import per_token, scored
-from stepagent.operators.paths import has_triton, on_gpu
+from stepagent.operators import blocks, paths
+from stepagent.operators.blocks import per_token, scored, sum_rows
 
 MIN_SLICE = 256  # vocabulary entries; narrower products waste the machine
 
@@ -41,21 +40,13 @@ class Tokens:
         return sum_rows(grad_nK, self.row_n, self.hidden_UH.shape[0])
 
 
-def sum_rows(values_nK: Tensor, row_n: Tensor, U: int) -> Tensor:
-    """(U, K): each row the sum of the values that name it, added in a fixed order."""
-    sums_UK = values_nK.new_zeros(U, values_nK.shape[1])
-    if values_nK.device.type == "cpu":
-        return sums_UK.index_add_(0, row_n, values_nK)  # in CUDA by atomics
-    return sums_UK.index_put_((row_n,), values_nK, accumulate=True)  # on CPU by racing threads
-
-
 def select(
     hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor | None, temperature: Tensor
 ) -> Tokens:
-    if rows_N is not None and on_gpu(hidden_RH):
+    if rows_N is not None and paths.on_gpu(hidden_RH):
         return _all_tokens(hidden_RH, labels_N, rows_N, temperature)
     # On CPU no library multiplies halves into float32.
-    hidden_dtype = hidden_RH.dtype if on_gpu(hidden_RH) else temperature.dtype
+    hidden_dtype = hidden_RH.dtype if paths.on_gpu(hidden_RH) else temperature.dtype
     positions_n = scored(labels_N)
     rows_n = positions_n if rows_N is None else rows_N[positions_n]
     rows_U, row_n = torch.unique(rows_n, return_inverse=True)
@@ -96,7 +87,7 @@ class Head:
 
     @property
     def triton(self) -> bool:
-        return on_gpu(self.weight_VH) and has_triton(self.dtype)
+        return paths.runs_triton(self.weight_VH)
 
     def slices(self, tokens: Tokens) -> list[slice]:
         """Such that neither logits nor upcast weights of one outgrow the workspace."""

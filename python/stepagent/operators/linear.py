@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from stepagent.checks import IGNORE, check_labels, check_rows, check_temperature
+from stepagent.operators import paths
 from stepagent.operators.blocks import (
     Fold,
     Results,
@@ -38,6 +39,7 @@ from stepagent.operators.blocks import (
     divide_,
     like_results,
     spread,
+    sum_rows,
     upstream_of,
 )
 from stepagent.operators.head import (
@@ -48,10 +50,8 @@ from stepagent.operators.head import (
     full_precision,
     room_for_logits,
     select,
-    sum_rows,
     write_product,
 )
-from stepagent.operators.paths import on_gpu
 from stepagent.operators.shards import local_labels, merge, sum_over, vocabulary
 
 # ------------------------------------------------------------------ forward
@@ -217,7 +217,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden_RH, weight_VH and bias_V, in the order of `needs`."""
     needs_hidden, needs_weight, needs_bias = needs
-    if keep == "nothing" and not (on_gpu(hidden_RH) and rows_N is not None):
+    if keep == "nothing" and not (paths.on_gpu(hidden_RH) and rows_N is not None):
         labels_N = labels_N.masked_fill(_without_upstream(grad_logps_N, grad_entropy_N), IGNORE)
     head = Head(weight_VH, bias_V, softcap, temperature.dtype)
     grad_weight_VH = _gradient_of(weight_VH, needs_weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepagent.checks import check_labels, check_temperature
-from stepagent.operators import blocks
+from stepagent.operators import blocks, paths
 from stepagent.operators.blocks import (
     Fold,
     Results,
@@ -23,7 +23,6 @@ from stepagent.operators.blocks import (
     scored,
     upstream_of,
 )
-from stepagent.operators.paths import has_triton, on_gpu
 
 
 def _row_chunks(tokens_n: Tensor, V: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -60,7 +59,7 @@ def token_forward(
 ) -> Results:
     check_labels(labels_N, logits_NV.shape[1], check, "token_logprobs")
     check_temperature(temperature)
-    if on_gpu(logits_NV) and has_triton(temperature.dtype):
+    if paths.runs_triton(logits_NV, temperature):
         from stepagent.kernels.token_logprobs import token_logprobs  # loads triton: only here
 
         return token_logprobs(logits_NV, labels_N, temperature, with_entropy=with_entropy)
@@ -77,7 +76,7 @@ def token_backward(
 ) -> Tensor:
     """Gradient of logits_NV."""
     grads = (grad_logps_N, grad_entropy_N)
-    if on_gpu(logits_NV) and has_triton(temperature.dtype):
+    if paths.runs_triton(logits_NV, temperature):
         from stepagent.kernels.token_logprobs import token_logprobs_backward
 
         return token_logprobs_backward(*grads, results, logits_NV, labels_N, temperature)
@@ -138,7 +137,7 @@ def diff_forward(
 ) -> DiffResults:
     check_labels(labels_N, logits_NV.shape[1], check, "logprob_diff")
     check_temperature(temperature)
-    if on_gpu(logits_NV) and has_triton(temperature.dtype):
+    if paths.runs_triton(logits_NV, temperature):
         from stepagent.kernels.logprob_diff import logprob_diff
 
         return logprob_diff(logits_NV, ref_logits_NV, labels_N, temperature)

@@ -626,6 +626,17 @@ def test_mixed_precision_and_checkpointing_train(trainer, option):
     assert math.isfinite(cycles_of(made)[0]["mean_loss"])
 
 
+@pytest.mark.parametrize("own_reference", [True, False])
+def test_mixed_precision_scores_policy_and_reference_alike(trainer, own_reference):
+    """Before it learns, a policy that equals its reference has no reward to show."""
+    made = trainer(
+        bf16=True, cycles=1, learning_rate=0.0, ref_model=None if own_reference else tiny_agent()
+    )
+    made.train()
+    assert cycles_of(made)[0]["reward_margin"] == 0.0
+    assert cycles_of(made)[0]["kl"] == 0.0
+
+
 def test_figures_go_where_report_to_says(trainer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

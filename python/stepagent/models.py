@@ -56,7 +56,7 @@ class LMHead:
     def logprobs(self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor) -> Tensor:
         """Log-probs (N,) of ``labels_N`` predicted by ``hidden_RH[rows_N]``: fp32, or float64."""
         return linear_logprobs(
-            hidden_RH.to(self.weight_VH.dtype),  # autocast may have left it in another one
+            hidden_RH.to(self.weight_VH.dtype),  # a norm may have left it in another one
             self.weight_VH,
             labels_N,
             rows_N=rows_N,

@@ -41,6 +41,7 @@ from .models import check_fits, check_tree_support, evaluation_mode, score_trees
 from .ops import step_rewards
 from .rollout import EnvFactory, Expert, rollout_and_query
 from .trajectory import Trajectory
+from .tree import TokenTree
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -216,11 +217,16 @@ class StepAgentTrainer(Trainer):
         with evaluation_mode(reference):
             for batch in tqdm(batches, desc="reference", disable=self.args.disable_tqdm):
                 trees = pack_comparisons(batch, self.args.max_tokens)
-                logps = score_trees(reference, trees).float().cpu().numpy()
+                logps = self._logps(reference, trees).float().cpu().numpy()
                 _check_finite(logps, "the reference's log-probs")
                 parts = split_by_trunk(logps, trees)
                 scored += [replace(c, ref_logps=p) for c, p in zip(batch, parts, strict=True)]
         return scored
+
+    def _logps(self, model: torch.nn.Module, trees: Sequence[TokenTree]) -> Tensor:
+        """In the precision of training, head included; in another the reference would differ."""
+        with self.accelerator.autocast():
+            return score_trees(model, trees)
 
     # -- reflect: learn from the comparisons ---------------------------------------------------
 
@@ -245,7 +251,7 @@ class StepAgentTrainer(Trainer):
         """
         if return_outputs:
             raise ValueError("the loss is computed on trees, which have no per-example outputs")
-        logps_N = score_trees(model, inputs["trees"])
+        logps_N = self._logps(model, inputs["trees"])
         steps = StepTable.of(inputs["trees"], inputs["expert_trunk"]).to(logps_N.device)
         if self.args.method == "sft":
             loss = steps.expert_nll(logps_N)

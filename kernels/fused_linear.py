@@ -35,6 +35,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SPLIT = 1024  # vocabulary entries; (m, s, t) take 12 bytes for each, a row of hidden far more
 GROUP = 16  # row tiles that go through the vocabulary together
 JOIN_ROWS = 4
+JOIN_SPLITS = 256  # at least; one kernel for every vocabulary up to 262,144
 JOIN_HIDDEN = 256
 
 
@@ -54,22 +55,24 @@ class Config(NamedTuple):
 # on sm_90 but not the descriptor's box, which then overruns shared memory; 3.9 refuses to compile.
 TMA_CONFIGS = {  # by compute capability, without its minor number
     9: Config(128, 256, 64, num_warps=8, num_stages=4, tma=True),
-    10: Config(128, 128, 64, num_warps=4, num_stages=4, tma=True),
-    12: Config(128, 128, 64, num_warps=8, num_stages=3, tma=True),
+    10: Config(128, 128, 64, num_warps=8, num_stages=4, tma=True),
 }
+TMA_CAPPED_CONFIG = Config(128, 128, 64, num_warps=8, num_stages=4, tma=True)  # tanh takes registers
 CUDA_CONFIG = Config(128, 128, 32, num_warps=8, num_stages=4)
 HIP_CONFIG = Config(128, 128, 64, num_warps=8, num_stages=2)
-FLOAT32_CONFIG = Config(64, 64, 32, num_warps=4, num_stages=2)  # no matrix unit: multiply-adds
+FLOAT32_CONFIG = Config(64, 64, 32, num_warps=4, num_stages=2)  # multiply-adds, on NVIDIA
 
 
-def choose_config(dtype: torch.dtype, tma: bool) -> Config:
-    """For the current GPU; `tma`: the copy engine can read these tensors."""
+def choose_config(dtype: torch.dtype, softcap: float | None, tma: bool) -> Config:
+    """For the current GPU; `tma`: its copy engine could read these tensors."""
     target = triton.runtime.driver.active.get_current_target()
     if dtype == torch.float32:
         return FLOAT32_CONFIG
     if target.backend == "hip":
         return HIP_CONFIG
-    return TMA_CONFIGS.get(target.arch // 10, CUDA_CONFIG) if tma else CUDA_CONFIG
+    if not tma or target.arch // 10 not in TMA_CONFIGS:
+        return CUDA_CONFIG
+    return TMA_CONFIGS[target.arch // 10] if softcap is None else TMA_CAPPED_CONFIG
 
 
 def programs(device: torch.device) -> int:
@@ -125,7 +128,7 @@ def _biased_and_capped(x, bias_ptr, column, inside, softcap):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one kernel for every n, which each batch changes
 def _fold_kernel(
     # data
     hidden,  # with TMA these two are descriptors
@@ -217,7 +220,7 @@ def _fold_kernel(
             tl.store(moment_ptr + to, t, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "S"])
 def _join_kernel(
     # data
     hidden_ptr,
@@ -324,7 +327,8 @@ def fused_linear_logprobs(
     if n == 0:
         return logps_n, entropy_n, max_n, log_sum_n
 
-    config = choose_config(hidden_nH.dtype, _tma_reads(hidden_nH) and _tma_reads(weight_VH))
+    tma = _tma_reads(hidden_nH) and _tma_reads(weight_VH)
+    config = choose_config(hidden_nH.dtype, softcap, tma)
     hidden, weight = hidden_nH, weight_VH
     if config.tma:
         hidden = TensorDescriptor.from_tensor(hidden_nH, [config.rows, config.hidden])
@@ -382,7 +386,7 @@ def fused_linear_logprobs(
             *strides,
             softcap,
             WITH_ENTROPY=with_entropy,
-            SPLITS=triton.next_power_of_2(S),
+            SPLITS=max(JOIN_SPLITS, triton.next_power_of_2(S)),
             ROWS=JOIN_ROWS,
             HIDDEN=JOIN_HIDDEN,
             enable_fp_fusion=True,

@@ -21,6 +21,7 @@ POISONED = (
     "stepagent.operators.linear",
     "stepagent.operators.steps",
     "stepagent.operators.tokens",
+    "stepagent.kernels.fused_linear",
     "stepagent.kernels.logprob_diff",
     "stepagent.kernels.token_logprobs",
 )

@@ -152,17 +152,11 @@ def _nvidia_resources(binary: Any) -> tuple[int, int, int, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(binary.asm["cubin"])
-        usage, code = (
-            subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, option, str(file)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    stack = _number(r"STACK:(\d+)", usage)
-    return _number(r"REG:(\d+)", usage), stack, binary.metadata.shared, _instructions(code)
+        options = ["--dump-resource-usage", "--dump-sass"]
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, str(file)]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = _number(r"STACK:(\d+)", dump)
+    return _number(r"REG:(\d+)", dump), stack, binary.metadata.shared, _instructions(dump)
 
 
 def _amd_resources(binary: Any) -> tuple[int, int, int, list[str]]:

@@ -1,11 +1,11 @@
-"""Log-prob and entropy of labels under the logits of a language-model head, which are never written.
+"""Log-prob and entropy of labels under the logits of a language-model head; no logit is written.
 
     x = h · wᵀ + b,    z = cap · tanh(x / cap) / T
     log p_y = z_y − log Σ_j exp z_j,    H = −Σ_j p_j log p_j
 
-The first kernel folds the logits other than the label's, a tile of rows and vocabulary at a time and
-while they are in registers, into m, s and t of a row and of one split of the vocabulary (x after the
-cap, t in units of log 2):
+The first kernel folds the logits other than the label's, a tile of rows and vocabulary at a time
+and while they are in registers, into m, s and t of a row and of one split of the vocabulary (x
+after the cap, t in units of log 2):
 
     m = max x,    s = Σ exp((x − m) / T),    t = Σ exp((x − m) / T) (x − m) / T
 
@@ -13,8 +13,8 @@ The second kernel joins the splits of a row, and to them its label (``online_sof
 logit it computes itself: to pick it out of a tile would spill registers.
 
 Batch-invariant: a row's result does not depend on the other rows, on its place among them, on their
-number, nor on the number of programs. V alone fixes the splits, a logit is summed over H in one order
-that its tile's shape fixes, and nothing is atomic.
+number, nor on the number of programs. V alone fixes the splits, a logit is summed over H in one
+order that its tile's shape fixes, and nothing is atomic.
 
 Dimensions: n rows, H hidden size, V vocabulary, S splits of the vocabulary.
 """
@@ -51,13 +51,16 @@ class Config(NamedTuple):
 
 
 # Chosen for no spills and for what fits a GPU's shared memory (tests/test_aot.py), not by timing.
-# No loop here is warp-specialised. With descriptors made on the host, Triton 3.6 halves the row tile
-# on sm_90 but not the descriptor's box, which then overruns shared memory; 3.9 refuses to compile.
+# No loop here is warp-specialised. With descriptors made on the host, Triton 3.6 halves the row
+# tile on sm_90 but not the descriptor's box, which then overruns shared memory; 3.9 refuses to
+# compile it.
 TMA_CONFIGS = {  # by compute capability, without its minor number
     9: Config(128, 256, 64, num_warps=8, num_stages=4, tma=True),
     10: Config(128, 128, 64, num_warps=8, num_stages=4, tma=True),
 }
-TMA_CAPPED_CONFIG = Config(128, 128, 64, num_warps=8, num_stages=4, tma=True)  # tanh takes registers
+TMA_CAPPED_CONFIG = Config(
+    128, 128, 64, num_warps=8, num_stages=4, tma=True
+)  # tanh takes registers
 CUDA_CONFIG = Config(128, 128, 32, num_warps=8, num_stages=4)
 HIP_CONFIG = Config(128, 128, 64, num_warps=8, num_stages=2)
 FLOAT32_CONFIG = Config(64, 64, 32, num_warps=4, num_stages=2)  # multiply-adds, on NVIDIA
@@ -76,7 +79,7 @@ def choose_config(dtype: torch.dtype, softcap: float | None, tma: bool) -> Confi
 
 
 def programs(device: torch.device) -> int:
-    """One a multiprocessor, for the grid that persists; without a GPU (to compile ahead) just one."""
+    """The persistent grid: one a multiprocessor; without a GPU, to compile ahead, just one."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -191,9 +194,7 @@ def _fold_kernel(
             scale = LOG2_E / temperature
             column = tl.arange(0, VOCAB)
             known = column < V - start
-            x = _biased_and_capped(
-                x, bias_ptr, start + column[None, :], known[None, :], softcap
-            )
+            x = _biased_and_capped(x, bias_ptr, start + column[None, :], known[None, :], softcap)
             # In 32 bits, which any label in this tile fits.
             in_tile = (label >= start) & (label < start + VOCAB)
             label_column = tl.where(in_tile, label - start, -1).to(tl.int32)

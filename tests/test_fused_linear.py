@@ -1,7 +1,7 @@
 """The fused head against `stepagent.reference`, in Triton's interpreter where there is no GPU.
 
-The interpreter multiplies bfloat16 wrongly, so its dtypes are float32 and float16, and it takes about
-2 ms for a step of a loop, so tiles are cut to 16 and a split of the vocabulary to two tiles.
+The interpreter multiplies bfloat16 wrongly, so its dtypes are float32 and float16, and it takes
+about 2 ms for a step of a loop, so tiles are cut to 16 and a split of the vocabulary to two tiles.
 """
 
 from collections.abc import Callable
@@ -233,7 +233,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_batch(dtype: torch.dtype) -> None:
     hidden_nH, weight_VH, labels_n = random_head(40, 70, 40, dtype)
     temperature = torch.linspace(0.5, 2, 40)
     if DEVICE == "cpu":
-        # The interpreter multiplies by BLAS, which rounds a row by its place; nothing here to round.
+        # BLAS, by which the interpreter multiplies, rounds a row by its place: nothing to round.
         hidden_nH, weight_VH = (hidden_nH * 8).round() / 8, (weight_VH * 8).round() / 8
 
     def at(rows: Tensor) -> Tensor:
@@ -253,9 +253,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_batch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 5, 1000])
-def test_the_number_of_programs_changes_nothing(
-    count: int, persist: Callable[[int], None]
-) -> None:
+def test_the_number_of_programs_changes_nothing(count: int, persist: Callable[[int], None]) -> None:
     head = random_head(40, 70)
     persist(1)
     one = bits(launch(*head))

@@ -5,8 +5,8 @@ would launch only compiles. So the cache keys are those of a real launch, and a 
 GPU, with the same Triton and the same kernels, finds its kernels compiled.
 
 Covered are the shapes of a language model: a vocabulary of at least a tile (4,096) and divisible by
-16, as are the hidden size and the strides of the logits, one temperature for all tokens, no bias and
-no softcap. Anything else compiles at its first use, as without this.
+16, as are the hidden size and the strides of the logits, one temperature for all tokens, no bias
+and no softcap. Anything else compiles at its first use, as without this.
 """
 
 import re
@@ -109,8 +109,8 @@ def _launches(dtype: torch.dtype) -> dict[tuple[str, ...], Callable[[], object]]
         ("fused_linear fold", "fused_linear join"): lambda: fused_linear_logprobs(
             *head, with_entropy=False
         ),
-        ("fused_linear fold, entropy", "fused_linear join, entropy"): lambda: (
-            fused_linear_logprobs(*head, with_entropy=True)
+        ("fused_linear fold, entropy", "fused_linear join, entropy"): lambda: fused_linear_logprobs(
+            *head, with_entropy=True
         ),
     }
 

@@ -58,9 +58,8 @@ TMA_CONFIGS = {  # by compute capability, without its minor number
     9: Config(128, 256, 64, num_warps=8, num_stages=4, tma=True),
     10: Config(128, 128, 64, num_warps=8, num_stages=4, tma=True),
 }
-TMA_CAPPED_CONFIG = Config(
-    128, 128, 64, num_warps=8, num_stages=4, tma=True
-)  # tanh takes registers
+# With a softcap, whose tanh takes registers.
+TMA_CAPPED_CONFIG = Config(128, 128, 64, num_warps=8, num_stages=4, tma=True)
 CUDA_CONFIG = Config(128, 128, 32, num_warps=8, num_stages=4)
 HIP_CONFIG = Config(128, 128, 64, num_warps=8, num_stages=2)
 FLOAT32_CONFIG = Config(64, 64, 32, num_warps=4, num_stages=2)  # multiply-adds, on NVIDIA

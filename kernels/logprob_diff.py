@@ -17,6 +17,7 @@ from stepagent.kernels.online_softmax import (
     IGNORE,
     fold,
     join_label,
+    load_label,
     load_others,
     softplus,
     tile_width,
@@ -61,12 +62,10 @@ def _logprob_diff_kernel(
         ref_z = load_others(ref_row_ptr, column, ref_logits_stride_v, V, label, temperature)
         max_others, sum_others, _ = fold(max_others, sum_others, 0.0, z, False)
         ref_max_others, ref_sum_others, _ = fold(ref_max_others, ref_sum_others, 0.0, ref_z, False)
-    d, max_all, log_sum_all = join_label(
-        row_ptr, logits_stride_v, V, label, temperature, max_others, sum_others
-    )
-    ref_d, _, _ = join_label(
-        ref_row_ptr, ref_logits_stride_v, V, label, temperature, ref_max_others, ref_sum_others
-    )
+    z_label = load_label(row_ptr, logits_stride_v, V, label, temperature)
+    d, max_all, log_sum_all = join_label(z_label, max_others, sum_others)
+    ref_z_label = load_label(ref_row_ptr, ref_logits_stride_v, V, label, temperature)
+    ref_d, _, _ = join_label(ref_z_label, ref_max_others, ref_sum_others)
     logp = -softplus(d)
 
     tl.store(diff_ptr + row, tl.where(ignored, 0.0, logp + softplus(ref_d)))

@@ -77,11 +77,16 @@ def fold(max_others, sum_others, moment_others, z, WITH_MOMENT: tl.constexpr):
 
 
 @triton.jit
-def join_label(row_ptr, stride_v, V, label, temperature, max_others, sum_others):
-    """d of the label, and max and log Σ exp(z − max) over the whole row."""
-    known = (label >= 0) & (label < V)  # of any other label the result is NaN
+def load_label(row_ptr, stride_v, V, label, temperature):
+    """z of the label, NaN where it is outside the vocabulary."""
+    known = (label >= 0) & (label < V)
     x_label = tl.load(row_ptr + label * stride_v, mask=known, other=float("nan"))
-    z_label = x_label.to(tl.float32) / temperature
+    return x_label.to(tl.float32) / temperature
+
+
+@triton.jit
+def join_label(z_label, max_others, sum_others):
+    """d of the label, and max and log Σ exp(z − max) over the whole row."""
     # With a label of +inf the limit log p = 0 would hide the overflow that made it.
     z_label = tl.where(z_label == float("inf"), float("nan"), z_label)
     d = tl.log(sum_others) - (z_label - max_others)
@@ -98,6 +103,18 @@ def grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTRO
     if WITH_ENTROPY:
         pull += grad_entropy * (logp + entropy)
     return -pull * tl.exp(logp)
+
+
+@triton.jit
+def entropy_of(d, logp, sum_others, moment_others):
+    """H = −p log p + q (log s − t / s − log q), with p the label's probability and q = 1 − p."""
+    logq = -softplus(-d)
+    p = tl.exp(logp)
+    q = tl.exp(logq)
+    label_term = tl.where(p == 0.0, 0.0, -p * logp)
+    entropy_others = tl.log(sum_others) - moment_others / sum_others
+    others_term = tl.where(q == 0.0, 0.0, q * (entropy_others - logq))
+    return label_term + others_term
 
 
 def tile_width(V: int) -> int:

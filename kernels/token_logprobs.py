@@ -25,11 +25,13 @@ from torch import Tensor
 
 from stepagent.kernels.online_softmax import (
     IGNORE,
+    entropy_of,
     expm1,
     floored,
     fold,
     grad_other,
     join_label,
+    load_label,
     load_others,
     softplus,
     tile_width,
@@ -71,9 +73,8 @@ def _token_logprobs_kernel(
         max_others, sum_others, moment_others = fold(
             max_others, sum_others, moment_others, z, WITH_ENTROPY
         )
-    d, max_all, log_sum_all = join_label(
-        row_ptr, logits_stride_v, V, label, temperature, max_others, sum_others
-    )
+    z_label = load_label(row_ptr, logits_stride_v, V, label, temperature)
+    d, max_all, log_sum_all = join_label(z_label, max_others, sum_others)
     logp = -softplus(d)
 
     ignored = label == IGNORE
@@ -82,13 +83,7 @@ def _token_logprobs_kernel(
     tl.store(log_sum_ptr + row, tl.where(ignored, 0.0, log_sum_all))
     entropy = 0.0
     if WITH_ENTROPY:
-        logq = -softplus(-d)
-        p = tl.exp(logp)
-        q = tl.exp(logq)
-        label_term = tl.where(p == 0.0, 0.0, -p * logp)
-        entropy_others = tl.log(sum_others) - moment_others / sum_others
-        others_term = tl.where(q == 0.0, 0.0, q * (entropy_others - logq))
-        entropy = tl.where(ignored, 0.0, label_term + others_term)
+        entropy = tl.where(ignored, 0.0, entropy_of(d, logp, sum_others, moment_others))
     tl.store(entropy_ptr + row, entropy)
 
 

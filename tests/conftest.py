@@ -24,6 +24,7 @@ POISONED = (
     "stepagent.operators.shards",
     "stepagent.operators.steps",
     "stepagent.operators.tokens",
+    "stepagent.kernels.fused_linear",
     "stepagent.kernels.linear_logprobs",
     "stepagent.kernels.logprob_diff",
     "stepagent.kernels.step_gae",

@@ -120,7 +120,7 @@ def linear_inputs(
     """Arguments of the operator below linear_logprobs, with entropy unless a gradient is kept."""
     values = [arguments[k] for k in ("hidden_RH", "weight_VH", "labels_N", "rows_N", "bias_V")]
     temperature = torch.as_tensor(arguments["temperature"])
-    options = (arguments["softcap"], keep != "gradient", keep, keep_bytes, "", "device")
+    options = (arguments["softcap"], keep != "gradient", keep, keep_bytes, "", "device", False)
     return (*values, temperature, *options)
 
 
@@ -132,7 +132,7 @@ def backward_inputs(
 ) -> tuple[Any, ...]:
     """Arguments of the operator of its backward; upstream gradients are 1 unless given."""
     *results, kept = results
-    with_entropy, keep, _, group, _ = inputs[7:]
+    with_entropy, keep, _, group, _, _ = inputs[7:]
     upstream_N = torch.ones_like(results[0]) if upstream_N is None else upstream_N
     grads = (upstream_N, upstream_N if with_entropy else None)
     return (*grads, results, *inputs[:7], kept, keep, group, needs)

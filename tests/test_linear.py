@@ -346,3 +346,30 @@ def test_triton_and_torch_agree_to_float32_on_halves(monkeypatch: pytest.MonkeyP
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
             loose = {"rtol": 2e-2, "atol": 2e-2} if i >= 2 else SINGLE
             torch.testing.assert_close(a.double(), e.double(), **loose)
+
+
+@interpreted
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("case", ["everything", "row n for label n"])
+def test_the_batch_invariant_path_equals_the_reference(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepagent.kernels import fused_linear
+
+    tile = fused_linear.Config(rows=16, vocab=16, hidden=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(fused_linear, "choose_config", lambda *_: tile)
+    monkeypatch.setattr(fused_linear, "programs", lambda _: 2)
+    arguments = {**variant(case, torch.float32), "return_entropy": True}
+    assert_like_reference("linear_logprobs", arguments, HEAD_LEAVES, batch_invariant=True)
+    arguments["return_entropy"] = False
+    assert_like_reference("linear_logprobs", arguments, FROZEN, batch_invariant=True)
+
+
+def test_batch_invariance_is_refused_where_it_cannot_be_kept(
+    request: pytest.FixtureRequest,
+) -> None:
+    with pytest.raises(ValueError, match=r"batch_invariant needs Triton.*torch.float64 on cpu"):
+        ops.linear_logprobs(**head(), batch_invariant=True)
+    request.getfixturevalue("triton_path")
+    with pytest.raises(ValueError, match=r"torch.float64 on cpu"):
+        ops.linear_logprobs(**head(), batch_invariant=True)

@@ -1002,11 +1002,11 @@ def test_inputs_are_left_as_they_are() -> None:
     """SkyRL #2141: a tuner that runs a kernel in place several times. Here nothing is in place."""
     arguments = {**head(dtype=torch.float32), "return_entropy": True}
     scored = logits(dtype=torch.float32)
-    for function, given, leaves in (
+    for function, inputs, leaves in (
         (ops.linear_logprobs, arguments, HEAD_LEAVES),
         (ops.token_logprobs, {**scored, "return_entropy": True}, ["logits_NV"]),
     ):
-        before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
-        run(function, given, leaves)
+        before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+        run(function, inputs, leaves)
         for name, value in before.items():
-            assert torch.equal(given[name], value), name
+            assert torch.equal(inputs[name], value), name

@@ -495,8 +495,16 @@ def _decoded(
     required=True,
     help="GPU to compile for, such as sm_90 or gfx942; may be repeated.",
 )
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=("bfloat16", "float32"),
+    show_default=True,
+    help="Of the logits or the head: bfloat16, float16 or float32; may be repeated.",
+)
 @_reports
-def warmup(archs: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+def warmup(archs: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """Compile every Triton kernel ahead of time; needs no GPU.
 
     Fills Triton's cache (TRITON_CACHE_DIR), for example of a container image. Only the same version
@@ -506,21 +514,22 @@ def warmup(archs: tuple[str, ...]) -> tuple[dict[str, Any], str]:
 
     from .warmup import compile_all
 
-    kernels = [asdict(kernel) for kernel in compile_all(archs, progress=True)]
+    kernels = [asdict(kernel) for kernel in compile_all(archs, dtypes, progress=True)]
     report = {"triton": triton.__version__, "cache": triton.knobs.cache.dir, "kernels": kernels}
     return report, _warmup_text(report)
 
 
 def _warmup_text(report: dict[str, Any]) -> str:
-    rows = [list(report["kernels"][0]), *([*kernel.values()] for kernel in report["kernels"])]
+    kernels = [{**k, "instructions": " ".join(k["instructions"])} for k in report["kernels"]]
+    rows = [list(kernels[0]), *([*kernel.values()] for kernel in kernels)]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    lines.append("spills: bytes of stack a thread on NVIDIA, registers on AMD")
-    kernels = f"{len(report['kernels'])} kernels of Triton {report['triton']}"
-    return "\n".join([*lines, f"Wrote {kernels} to {report['cache']}"])
+    lines.append("spills: bytes of stack a thread on NVIDIA, registers on AMD; shared: bytes")
+    found = f"{len(kernels)} kernels of Triton {report['triton']}"
+    return "\n".join([*lines, f"Wrote {found} to {report['cache']}"])
 
 
 # ------------------------------------------------------------------ doctor

@@ -23,6 +23,7 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
+from stepagent.operators import paths
 from stepagent.operators.linear import linear_logprob_diff_op, linear_logprobs_op
 from stepagent.operators.steps import step_pair_loss_op, step_rewards_op, step_sums_op
 from stepagent.operators.tokens import logprob_diff_op, token_logprobs_op
@@ -44,6 +45,7 @@ def linear_logprobs(
     group: ProcessGroup | None = ...,
     keep_bytes: int = ...,
     check_labels: LabelCheck = ...,
+    batch_invariant: bool = ...,
 ) -> Tensor: ...
 @overload
 def linear_logprobs(
@@ -59,6 +61,7 @@ def linear_logprobs(
     group: ProcessGroup | None = ...,
     keep_bytes: int = ...,
     check_labels: LabelCheck = ...,
+    batch_invariant: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden_RH: Tensor,
@@ -73,6 +76,7 @@ def linear_logprobs(
     group: ProcessGroup | None = None,
     keep_bytes: int = 0,
     check_labels: LabelCheck = "device",
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each label under a language-model head, without the N×V logits.
 
@@ -103,6 +107,8 @@ def linear_logprobs(
         check_labels: what happens to a label outside [0, V). On CPU it is a ValueError that names
             it; on CUDA "device" is an assertion there that names the rule, "sync" the ValueError at
             the price of a host sync. "off": it scores NaN.
+        batch_invariant: a row's results do not depend, to the bit, on what else is in the batch:
+            one Triton kernel for the whole forward. On a GPU only; not with `group`.
 
     Returns:
         logps_N, or (logps_N, entropy_N), in nats; float32, for float64 inputs float64.
@@ -119,6 +125,8 @@ def linear_logprobs(
     if softcap is not None:
         check_positive("softcap", softcap)
     check_choice("check_labels", check_labels, LABEL_CHECKS)
+    if batch_invariant:
+        _check_batch_invariance(hidden_RH, group)
     logps_N, entropy_N, *_ = linear_logprobs_op(
         hidden_RH,
         weight_VH,
@@ -128,10 +136,13 @@ def linear_logprobs(
         as_temperature(temperature, labels_N, compute_dtype(hidden_RH)),
         softcap,
         return_entropy,
-        _kept(hidden_RH, weight_VH, bias_V, return_entropy, keep_bytes),
+        "nothing"
+        if batch_invariant
+        else _kept(hidden_RH, weight_VH, bias_V, return_entropy, keep_bytes),
         keep_bytes,
         "" if group is None else group.group_name,
         check_labels,
+        batch_invariant,
     )
     return (logps_N, entropy_N) if return_entropy else logps_N
 
@@ -285,6 +296,17 @@ def _labelled_rows(
     rows_N = as_index(rows, rows_N, hidden_RH.device)
     check_length(rows, rows_N, labels_N.shape[0], "labels_N")
     return labels_N, rows_N
+
+
+def _check_batch_invariance(hidden_RH: Tensor, group: ProcessGroup | None) -> None:
+    if not paths.runs_triton(hidden_RH):
+        raise ValueError(
+            "batch_invariant needs Triton's kernel, which takes float32 and halves on a GPU (a "
+            "math library rounds a row by the rows beside it); hidden_RH is "
+            f"{hidden_RH.dtype} on {hidden_RH.device}"
+        )
+    if group is not None:
+        raise ValueError("batch_invariant does not go with a group: its kernel knows no shards")
 
 
 def _kept(

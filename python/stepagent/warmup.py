@@ -5,8 +5,8 @@ would launch only compiles. So the cache keys are those of a real launch, and a 
 GPU, with the same Triton and the same kernels, finds its kernels compiled.
 
 Covered are the shapes of a language model: a vocabulary of at least a tile (4,096) and divisible by
-16, as are the strides of the logits, and one temperature for all tokens. Anything else compiles at
-its first use, as without this.
+16, as are the hidden size and the strides of the logits, one temperature for all tokens, no bias
+and no softcap. Anything else compiles at its first use, as without this.
 """
 
 import re
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from stepagent.kernels.fused_linear import fused_linear_logprobs
 from stepagent.kernels.logprob_diff import logprob_diff
 from stepagent.kernels.token_logprobs import token_logprobs, token_logprobs_backward
 
@@ -33,60 +34,84 @@ TARGETS = {
     **{f"sm_{sm}": GPUTarget("cuda", sm, 32) for sm in (80, 86, 89, 90, 100, 120)},
     **{gfx: GPUTarget("hip", gfx, 64) for gfx in ("gfx942", "gfx950")},
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Matrix units (mma.sync, wgmma, tcgen05, MFMA) and what copies past the registers (TMA, cp.async).
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma", "UTMALDG", "LDGSTS")
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
     kernel: str
     arch: str
-    dtype: str  # of the logits
+    dtype: str  # of the logits, or of hidden and weight
     registers: int  # a thread
     spills: int  # NVIDIA: bytes of stack a thread, where ptxas spills to; AMD: spilled registers
+    shared: int  # bytes of shared memory a program
+    instructions: list[str]  # those of `INSTRUCTIONS` that it has
 
 
-def compile_all(archs: Sequence[str], *, progress: bool = False) -> list[CompiledKernel]:
+def compile_all(
+    archs: Sequence[str],
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    *,
+    progress: bool = False,
+) -> list[CompiledKernel]:
     """Compile every kernel for these GPUs, into the cache that Triton uses (TRITON_CACHE_DIR).
 
     Args:
         archs: of `TARGETS`, for example "sm_90" or "gfx942".
+        dtypes: of `DTYPES`.
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: another arch, or a Triton that interprets instead of compiling.
+        ValueError: another arch or dtype, or a Triton that interprets instead of compiling.
     """
-    for arch in archs:
-        if arch not in TARGETS:
-            raise ValueError(f"arch must be one of {', '.join(TARGETS)}, got {arch!r}")
+    for name, values, known in (("arch", archs, TARGETS), ("dtype", dtypes, DTYPES)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set, so that nothing compiles; unset it")
-    cases = list(product(archs, DTYPES, _launches(torch.float32)))
-    return [_compile(*case) for case in tqdm(cases, "compile", disable=not progress)]
+    cases = list(product(archs, dtypes, _launches(torch.float32)))
+    compiled = (_compile(*case) for case in tqdm(cases, "compile", disable=not progress))
+    return list(chain.from_iterable(compiled))
 
 
-def _compile(arch: str, dtype: str, kernel: str) -> CompiledKernel:
+def _compile(arch: str, dtype: str, kernels: tuple[str, ...]) -> list[CompiledKernel]:
     with _compiling_for(TARGETS[arch]) as compiled:
-        _launches(DTYPES[dtype])[kernel]()
-    (binary,) = compiled
+        _launches(DTYPES[dtype])[kernels]()
     resources = _amd_resources if TARGETS[arch].backend == "hip" else _nvidia_resources
-    return CompiledKernel(kernel, arch, dtype, *resources(binary))
+    return [
+        CompiledKernel(kernel, arch, dtype, *resources(binary))
+        for kernel, binary in zip(kernels, compiled, strict=True)
+    ]
 
 
-def _launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """A call for each kernel, on tensors without memory."""
-    logits_NV = torch.empty(16, 2**17, dtype=dtype, device="meta")
+def _launches(dtype: torch.dtype) -> dict[tuple[str, ...], Callable[[], object]]:
+    """Calls, on tensors without memory, by the kernels that each launches."""
+    V, H = 2**17, 2**12
+    logits_NV = torch.empty(16, V, dtype=dtype, device="meta")
+    hidden_NH = torch.empty(16, H, dtype=dtype, device="meta")
+    weight_VH = torch.empty(V, H, dtype=dtype, device="meta")
     labels_N = torch.empty(16, dtype=torch.int64, device="meta")
     temperature = torch.empty((), device="meta")
     g_N = torch.empty(16, device="meta")
     inputs, results = (logits_NV, labels_N, temperature), [g_N] * 4
+    head = (hidden_NH, weight_VH, labels_N, None, temperature, None)
     return {
-        "token_logprobs": lambda: token_logprobs(*inputs, with_entropy=False),
-        "token_logprobs, entropy": lambda: token_logprobs(*inputs, with_entropy=True),
-        "token_logprobs backward": lambda: token_logprobs_backward(g_N, None, results, *inputs),
-        "token_logprobs backward, entropy": lambda: token_logprobs_backward(
+        ("token_logprobs",): lambda: token_logprobs(*inputs, with_entropy=False),
+        ("token_logprobs, entropy",): lambda: token_logprobs(*inputs, with_entropy=True),
+        ("token_logprobs backward",): lambda: token_logprobs_backward(g_N, None, results, *inputs),
+        ("token_logprobs backward, entropy",): lambda: token_logprobs_backward(
             g_N, g_N, results, *inputs
         ),
-        "logprob_diff": lambda: logprob_diff(logits_NV, *inputs),
+        ("logprob_diff",): lambda: logprob_diff(logits_NV, *inputs),
+        ("fused_linear fold", "fused_linear join"): lambda: fused_linear_logprobs(
+            *head, with_entropy=False
+        ),
+        ("fused_linear fold, entropy", "fused_linear join, entropy"): lambda: fused_linear_logprobs(
+            *head, with_entropy=True
+        ),
     }
 
 
@@ -122,21 +147,28 @@ def _compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
         yield compiled
 
 
-def _nvidia_resources(binary: Any) -> tuple[int, int]:
-    """Registers, and bytes of stack, as the cuobjdump in Triton's wheel reads them."""
+def _nvidia_resources(binary: Any) -> tuple[int, int, int, list[str]]:
+    """Registers, bytes of stack, and instructions as the cuobjdump in Triton's wheel reads them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(binary.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+        options = ["--dump-resource-usage", "--dump-sass"]
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, str(file)]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = _number(r"STACK:(\d+)", dump)
+    return _number(r"REG:(\d+)", dump), stack, binary.metadata.shared, _instructions(dump)
 
 
-def _amd_resources(binary: Any) -> tuple[int, int]:
+def _amd_resources(binary: Any) -> tuple[int, int, int, list[str]]:
     """Vector registers, and how many registers spilled, which the assembly says of itself."""
     assembly = binary.asm["amdgcn"]
     spills = (_number(rf"\.{kind}_spill_count:\s+(\d+)", assembly) for kind in ("vgpr", "sgpr"))
-    return _number(r"\.vgpr_count:\s+(\d+)", assembly), sum(spills)
+    registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+    return registers, sum(spills), binary.metadata.shared, _instructions(assembly)
+
+
+def _instructions(code: str) -> list[str]:
+    return [name for name in INSTRUCTIONS if re.search(rf"\s{name}\b|\s{name}_", code)]
 
 
 def _number(pattern: str, text: str) -> int:

@@ -138,6 +138,17 @@ def _forward(
     return results, kept.flatten()
 
 
+def _fused(tokens: Tokens, head: Head, with_entropy: bool) -> Results:
+    """One kernel in place of products and folds: a row's results are its own."""
+    from stepagent.kernels.fused_linear import fused_linear_logprobs
+
+    given = (tokens.labels_n, head.bias_V, tokens.temperature.squeeze(-1), head.softcap)
+    results: Results = fused_linear_logprobs(
+        tokens.hidden_UH, head.weight_VH, *given, with_entropy=with_entropy
+    )
+    return results
+
+
 def linear_forward(
     hidden_RH: Tensor,
     weight_VH: Tensor,
@@ -151,6 +162,7 @@ def linear_forward(
     keep_bytes: int,
     group: str,
     check: str,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results of all tokens, and what is kept for the backward, flat."""
     _check(labels_N, weight_VH, temperature, group, check, "linear_logprobs")
@@ -158,7 +170,10 @@ def linear_forward(
     head = Head(weight_VH, bias_V, softcap, temperature.dtype)
     with full_precision(hidden_RH.device):
         tokens = select(hidden_RH, labels_N, rows_N, temperature)
-        results, kept = _forward(tokens, head, with_entropy, keep, keep_bytes, group)
+        if batch_invariant:
+            results, kept = _fused(tokens, head, with_entropy), temperature.new_empty(0)
+        else:
+            results, kept = _forward(tokens, head, with_entropy, keep, keep_bytes, group)
     return (*spread(results, tokens.positions_n, len(labels_N)), kept)
 
 
@@ -299,7 +314,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softcap, ctx.with_entropy, ctx.keep, _, ctx.group, _ = inputs
+    *tensors, ctx.softcap, ctx.with_entropy, ctx.keep, _, ctx.group, _, _ = inputs
     _, entropy_N, *others = output
     ctx.mark_non_differentiable(*others, *([] if ctx.with_entropy else [entropy_N]))
     ctx.save_for_backward(*output, *tensors)
@@ -324,7 +339,7 @@ def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = (
         grad if needed else None for grad, needed in zip(grads_of, needs, strict=True)
     )
-    return hidden, weight, None, None, bias, *[None] * 7
+    return hidden, weight, None, None, bias, *[None] * 8
 
 
 linear_logprobs_op.register_autograd(_autograd, setup_context=_save)

@@ -1,6 +1,7 @@
 """Step-wise rewards for LLM agents, at the price of one forward pass.
 
-Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Ops: :func:`linear_logprobs`,
+Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Alignment:
+:func:`align_tokens`, :func:`align_steps`, :func:`edit_distance`. Ops: :func:`linear_logprobs`,
 :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objective:
 :func:`implicit_step_loss`. Inspection: :func:`inspect`, :func:`rollout_and_query`. Training:
 ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
@@ -10,6 +11,15 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
+from .alignment import (
+    StepAlignment,
+    TokenAlignment,
+    align_steps,
+    align_tokens,
+    char_spans,
+    edit_distance,
+    token_spans,
+)
 from .encoding import Trunk, encode
 from .inspection import Branch, inspect
 from .losses import implicit_step_loss
@@ -25,10 +35,16 @@ __all__ = [
     "Branch",
     "StepAgentConfig",
     "StepAgentTrainer",
+    "StepAlignment",
+    "TokenAlignment",
     "TokenTree",
     "Trajectory",
     "Trunk",
+    "align_steps",
+    "align_tokens",
+    "char_spans",
     "check_tree_support",
+    "edit_distance",
     "encode",
     "implicit_step_loss",
     "inspect",
@@ -42,6 +58,7 @@ __all__ = [
     "step_rewards",
     "step_sums",
     "token_logprobs",
+    "token_spans",
 ]
 
 # Importing transformers' Trainer is slow and can load triton, so these wait for their first use.

@@ -15,6 +15,7 @@ namespace {
 
 struct Interval {
     std::int64_t start, end;
+    bool lent = false;  // to a token without characters of its own
     bool operator==(const Interval&) const = default;
     bool empty() const { return start == end; }
 };
@@ -40,7 +41,7 @@ Intervals intervals(const Tokenization& tokens) {
     Interval previous{0, 0};
     std::size_t placed = 0;
     const auto place = [&](std::size_t end, std::int64_t next_start) {
-        const Interval between{std::min(previous.end, next_start), previous.end};
+        const Interval between{std::min(previous.end, next_start), previous.end, true};
         for (; placed < end; ++placed) result[placed] = between;
     };
     for (std::size_t i = 0; i < result.size(); ++i) {
@@ -76,7 +77,7 @@ struct Walker {
         return a.start != b.start ? a.start < b.start : a.empty() && !b.empty();
     }
     void take_empty(std::int64_t place) {
-        while (end < tokens.size() && tokens[end] == Interval{place, place}) ++end;
+        while (end < tokens.size() && tokens[end] == Interval{place, place, true}) ++end;
     }
     // Takes tokens that start before `reach`, and returns how far they reach.
     std::int64_t take(std::int64_t reach) {
@@ -171,8 +172,8 @@ std::vector<std::int32_t> token_spans(std::span<const std::int64_t> char_spans,
         const Interval span{char_spans[2 * s], char_spans[2 * s + 1]};
         check(name, s, span);
         const auto first = std::ranges::upper_bound(places, span.start, {}, &Interval::end);
-        const auto last =
-            std::ranges::lower_bound(first, places.end(), span.end, {}, &Interval::start);
+        auto last = std::ranges::lower_bound(first, places.end(), span.end, {}, &Interval::start);
+        while (last != first && (last - 1)->empty()) --last;  // in the gap after the last one
         const auto refuse_cut = [&](auto token) {
             throw std::invalid_argument(
                 described(name, s, span) + " and cuts through a token: " +

@@ -219,6 +219,12 @@ def test_special_tokens_stand_where_the_token_before_them_ends():
     assert got.seams.tolist() == [[2, 4, 2, 3]]
 
 
+def test_special_token_between_two_that_share_a_character_is_no_text():
+    recorded, retokenized = [(0, 2), (0, 0), (1, 3)], [(0, 2), (1, 2), (1, 3)]
+    assert sa.align_tokens(recorded, retokenized).seams.tolist() == [[0, 3, 0, 3]]
+    assert len(sa.align_tokens(recorded, [(0, 2), (7, 7), (1, 3)]).pairs) == 3
+
+
 def test_bytes_of_one_character_agree_as_a_whole():
     a, b = [(0, 1), (1, 2), (1, 2), (1, 2)], [(0, 1), (1, 2), (1, 2)]
     assert sa.align_tokens(a, b).seams.tolist() == [[1, 4, 1, 3]]
@@ -328,6 +334,8 @@ def test_spans_without_tokens_or_characters_are_empty():
         [0, 3],
     ]
     assert sa.char_spans([(1, 2), (0, 0), (3, 3)], offsets).tolist() == [[2, 2], [0, 0], [6, 6]]
+    # the one without characters stands at 2, inside the span but after all of its text
+    assert sa.token_spans([(0, 5)], [(1, 2), (0, 0), (6, 7)]).tolist() == [[0, 1]]
     assert sa.token_spans([], offsets).shape == sa.char_spans([], []).shape == (0, 2)
 
 

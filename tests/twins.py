@@ -52,10 +52,11 @@ def _places(offsets):
     """Where each token stands: its offsets, or without characters, what its neighbours leave."""
     places = []
     for i, (start, end) in enumerate(offsets):
-        if start == end:
+        lent = start == end
+        if lent:
             end = max([0, *(e for s, e in offsets[:i] if s < e)])
             start = min([end, *(s for s, e in offsets[i:] if s < e)])
-        places.append((start, end))
+        places.append((start, end, lent))
     return places
 
 

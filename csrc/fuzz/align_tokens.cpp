@@ -1,4 +1,5 @@
 // align_tokens, token_spans and char_spans on well-formed and on hostile offsets.
+#include <limits>
 #include <optional>
 #include <stdexcept>
 
@@ -40,7 +41,7 @@ Text text(fuzz::Input& input, bool hostile) {
         result.valid &= 0 <= start && start <= end;
         if (start == end) continue;
         result.valid &= last_start <= start && last_end <= end;
-        if (!result.valid) break;
+        if (!result.valid || end > std::numeric_limits<std::int64_t>::max() / 2) break;
         last_start = start;
         last_end = end;
     }

@@ -4,9 +4,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-CORE   := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
+SOURCES := $(wildcard csrc/*.?pp)
+CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES)
 
-.PHONY: demo test test-all lint format types bench clean
+.PHONY: demo test test-all lint format types fuzz bench clean
 
 # A thread that waits for another lets go of its core: with other work about, spinning is far slower.
 demo: $(VENV)/.built
@@ -24,7 +25,7 @@ test-all: $(VENV)/.built
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard csrc/fuzz/*.?pp)
 
 types: $(VENV)/.built
 	$(BIN)/mypy
@@ -32,12 +33,26 @@ types: $(VENV)/.built
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard csrc/fuzz/*.?pp)
+
+# Random inputs through the core under AddressSanitizer and UBSan: RUNS for each entry point.
+# libFuzzer where there is Clang, else a driver without its guidance.
+RUNS     ?= 100000
+FUZZ_CXX ?= $(shell command -v clang++ || command -v c++)
+
+fuzz: $(VENV)/.built
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/fuzz -G Ninja \
+	  -DSTEPAGENT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	$(BIN)/cmake --build build/fuzz
+	for target in build/fuzz/csrc/fuzz/fuzz_*; do \
+	  $$target -runs=$(RUNS) -seed=1 -max_len=128 || exit 1; \
+	done
 
 # The benchmarks of the README, but for the three seeds of the demo (benchmarks/demo_seeds.py).
 bench: $(VENV)/.built
 	$(BIN)/python benchmarks/step_pair_update.py
 	$(BIN)/python benchmarks/inspection.py
+	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/wheel.py
 

@@ -133,6 +133,31 @@ def test_agent_actions_differ_from_the_experts(benchmark: Any) -> None:
 
 
 @pytest.mark.slow
+def test_alignment_reports_equal_distances(tmp_path: Path) -> None:
+    pytest.importorskip("rapidfuzz")
+    options = ("--lengths", "90", "--segments=50", "--repeats=1")
+    result = run("alignment", *options, f"--json={tmp_path / 'r.json'}")
+    ways = {"stepagent", "rapidfuzz, lists", "rapidfuzz, array('q')"}
+    assert [set(point["seconds"]) for point in result["edit_distance"]] == [ways] * 4
+    assert [point["cutoff"] for point in result["edit_distance"]] == [None, 64] * 2
+    assert [point["distance"] for point in result["edit_distance"]] == [90, 65, 1, 1]
+    tokens = result["align_tokens"]
+    assert tokens["pairs"] + tokens["seams"] <= min(tokens["tokens"]) + 1
+    assert set(tokens["seconds"]) == {"stepagent", "numpy"}
+
+
+def test_alignment_refuses_other_distances(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("alignment")
+    calls = {"stepagent": lambda: 3, "rapidfuzz, lists": lambda: 4}
+    monkeypatch.setattr(module, "distance_calls", lambda *_: calls)
+    with pytest.raises(SystemExit, match="random, 5 ids, cutoff None: the distances differ"):
+        module.compare_distances("random", 5, None, 1)
+    monkeypatch.setattr(module, "pairs_in_numpy", lambda *_: np.zeros((1, 2), np.int32))
+    with pytest.raises(SystemExit, match="find other pairs"):
+        module.compare_tokens(50, 1)
+
+
+@pytest.mark.slow
 def test_import_time_finds_no_heavy_module(tmp_path: Path) -> None:
     result = run("import_time", "--repeats=1", f"--json={tmp_path / 'r.json'}")
     assert "triton" in result["check"]["not_loaded"]

@@ -1,6 +1,124 @@
 """Slow, obvious Python twins of what the C++ core computes, for tests."""
 
+import itertools
+import math
+
+import numpy as np
+
 from stepagent.tree import TokenTree
+
+
+def edit_distance(a, b, *, cutoff=None):
+    """`stepagent.edit_distance`: the whole table, cell by cell."""
+    table = {}
+    for i, j in itertools.product(range(len(a) + 1), range(len(b) + 1)):
+        if i == 0 or j == 0:
+            table[i, j] = i + j
+        else:
+            differ = int(a[i - 1] != b[j - 1])
+            table[i, j] = min(
+                table[i - 1, j - 1] + differ, table[i - 1, j] + 1, table[i, j - 1] + 1
+            )
+    distance = table[len(a), len(b)]
+    return distance if cutoff is None else min(distance, cutoff + 1)
+
+
+def align_tokens(recorded, retokenized, recorded_ids=None, retokenized_ids=None):
+    """`stepagent.align_tokens`: tokens linked wherever they touch the same place, then compared."""
+    sides = _places(recorded), _places(retokenized)
+    ids = recorded_ids or [0] * len(recorded), retokenized_ids or [0] * len(retokenized)
+    prefix = 0
+    if recorded_ids is not None:
+        while prefix < min(map(len, ids)) and ids[0][prefix] == ids[1][prefix]:
+            prefix += 1
+    tokens = [(s, i) for s in (0, 1) for i in range(prefix, len(sides[s]))]
+    group = {token: token for token in tokens}  # token → the first token of its run
+    for one, other in itertools.product(tokens, repeat=2):
+        if group[one] != group[other] and _touch(sides[one[0]][one[1]], sides[other[0]][other[1]]):
+            old = group[other]
+            group = {t: group[one] if g == old else g for t, g in group.items()}
+    pairs = [[i, i] for i in range(prefix)]
+    for run in set(group.values()):
+        a, b = ([i for s, i in tokens if s == side and group[s, i] == run] for side in (0, 1))
+        if [(sides[0][i], ids[0][i]) for i in a] == [(sides[1][j], ids[1][j]) for j in b]:
+            pairs += [list(pair) for pair in zip(a, b, strict=True)]
+    pairs.sort()
+    edges = [[-1, -1], *pairs, [len(recorded), len(retokenized)]]
+    seams = [[i + 1, k, j + 1, m] for (i, j), (k, m) in itertools.pairwise(edges)]
+    return pairs, [seam for seam in seams if seam[0] < seam[1] or seam[2] < seam[3]]
+
+
+def _places(offsets):
+    """Where each token stands: its offsets, or without characters, what its neighbours leave."""
+    places = []
+    for i, (start, end) in enumerate(offsets):
+        lent = start == end
+        if lent:
+            end = max([0, *(e for s, e in offsets[:i] if s < e)])
+            start = min([end, *(s for s, e in offsets[i:] if s < e)])
+        places.append((start, end, lent))
+    return places
+
+
+def _touch(a, b):
+    if a[0] == a[1] or b[0] == b[1]:
+        return a == b
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def token_spans(char_spans, offsets):
+    """`stepagent.token_spans`, without its errors: all tokens with a character in the span."""
+    spans = []
+    for start, end in char_spans:
+        inside = [i for i, (s, e) in enumerate(offsets) if s < e and s < end and start < e]
+        spans.append([inside[0], inside[-1] + 1] if inside else None)
+    return spans
+
+
+def step_cost(a, b):
+    return edit_distance(a, b) / max(len(a), len(b), 1)
+
+
+def align_steps(costs, method, band=None):
+    """`stepagent.align_steps` of a cost matrix: the best of all paths, found by trying them all."""
+    m, n = costs.shape
+    band = max(m, n) if band is None else band
+    distance, moves = min(_paths(costs, method, band, m, n))
+    steps, pairs = [m, n], []
+    for move in moves:
+        if move == 0 or method == "dtw":
+            pairs.insert(0, [steps[0] - 1, steps[1] - 1])
+        steps[0] -= move != 2
+        steps[1] -= move != 1
+    return pairs, distance
+
+
+def _paths(costs, method, band, i, j):
+    """Every way back from cell (i, j) as (distance, moves), of moves 0 both, 1 expert, 2 agent."""
+    if i == 0 and j == 0:
+        return [(0.0, [])]
+    dtw = method == "dtw"
+    room = band if dtw else max(band, 1)
+    if abs(i - j) > room or (dtw and (i == 0 or j == 0)):
+        return [(math.inf, [])]
+    cost = costs[i - 1, j - 1] if i and j else 0.0
+    alone = cost if dtw else 1.0
+    both = math.inf if abs(i - j) > band or (method == "lcs" and cost > 0) else cost
+    before = [(0, i - 1, j - 1, both), (1, i - 1, j, alone), (2, i, j - 1, alone)]
+    return [
+        (distance + step, [move, *moves])
+        for move, k, m, step in before
+        if k >= 0 and m >= 0
+        for distance, moves in _paths(costs, method, band, k, m)
+    ]
+
+
+def first_divergence(costs):
+    m, n = np.shape(costs)
+    for t in range(max(m, n)):
+        if t >= min(m, n) or costs[t, t] != 0:
+            return t
+    return None
 
 
 def pack_step_pairs(trunks, branches, *, max_tokens=None):

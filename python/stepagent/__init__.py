@@ -1,6 +1,7 @@
 """Step-wise rewards for LLM agents, at the price of one forward pass.
 
-Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Ops: :func:`linear_logprobs`,
+Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Alignment:
+:func:`align_tokens`, :func:`align_steps`, :func:`edit_distance`. Ops: :func:`linear_logprobs`,
 :func:`linear_logprob_diff`, :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`,
 :func:`step_rewards`. Objectives: :func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages:
 :func:`step_gae`. Inspection: :func:`inspect`, :func:`rollout_and_query`. Training:
@@ -12,6 +13,15 @@ from importlib.metadata import version as _version
 from typing import Any
 
 from .advantages import step_gae
+from .alignment import (
+    StepAlignment,
+    TokenAlignment,
+    align_steps,
+    align_tokens,
+    char_spans,
+    edit_distance,
+    token_spans,
+)
 from .encoding import Trunk, encode
 from .inspection import Branch, inspect
 from .losses import implicit_step_loss
@@ -35,10 +45,16 @@ __all__ = [
     "Branch",
     "StepAgentConfig",
     "StepAgentTrainer",
+    "StepAlignment",
+    "TokenAlignment",
     "TokenTree",
     "Trajectory",
     "Trunk",
+    "align_steps",
+    "align_tokens",
+    "char_spans",
     "check_tree_support",
+    "edit_distance",
     "encode",
     "implicit_step_loss",
     "inspect",
@@ -55,6 +71,7 @@ __all__ = [
     "step_rewards",
     "step_sums",
     "token_logprobs",
+    "token_spans",
 ]
 
 # Importing transformers' Trainer is slow and can load triton, so these wait for their first use.

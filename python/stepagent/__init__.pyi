@@ -1,4 +1,11 @@
 from .advantages import step_gae as step_gae
+from .alignment import StepAlignment as StepAlignment
+from .alignment import TokenAlignment as TokenAlignment
+from .alignment import align_steps as align_steps
+from .alignment import align_tokens as align_tokens
+from .alignment import char_spans as char_spans
+from .alignment import edit_distance as edit_distance
+from .alignment import token_spans as token_spans
 from .config import StepAgentConfig as StepAgentConfig
 from .encoding import Trunk as Trunk
 from .encoding import encode as encode

@@ -22,12 +22,21 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch import Tensor
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from stepagent.kernels.fused_linear import fused_linear_logprobs
+from stepagent.kernels.linear_logprobs import fold_slice, grad_slice
 from stepagent.kernels.logprob_diff import logprob_diff
+from stepagent.kernels.step_gae import step_gae
+from stepagent.kernels.step_rewards import (
+    step_pair_loss,
+    step_pair_loss_backward,
+    step_rewards,
+    step_rewards_backward,
+)
 from stepagent.kernels.token_logprobs import token_logprobs, token_logprobs_backward
 
 TARGETS = {
@@ -112,6 +121,50 @@ def _launches(dtype: torch.dtype) -> dict[tuple[str, ...], Callable[[], object]]
         ("fused_linear fold, entropy", "fused_linear join, entropy"): lambda: fused_linear_logprobs(
             *head, with_entropy=True
         ),
+        **_slice_launches(dtype, labels_N, g_N),
+        **_step_launches(dtype, g_N),
+    }
+
+
+def _slice_launches(
+    dtype: torch.dtype, labels_N: Tensor, g_N: Tensor
+) -> dict[tuple[str, ...], Callable[[], object]]:
+    """Of `linear_logprobs`: products are float32 whatever the head is, what goes back is not."""
+    products_Nw = torch.empty(16, 2**14, device="meta")
+    state, head = (g_N,) * 5, (products_Nw, None, torch.empty((), device="meta"), None, 2**14)
+
+    def fold(entropy: bool, weights: torch.dtype | None) -> object:
+        return fold_slice(labels_N, state, *head, with_entropy=entropy, weights_dtype=weights)
+
+    def grad(grad_entropy_N: Tensor | None) -> object:
+        return grad_slice(labels_N, state[:4], g_N, grad_entropy_N, *head, dtype=dtype)
+
+    return {
+        ("linear slice",): lambda: fold(False, None),
+        ("linear slice, entropy",): lambda: fold(True, None),
+        ("linear slice, frozen head",): lambda: fold(False, dtype),
+        ("linear slice backward",): lambda: grad(None),
+        ("linear slice backward, entropy",): lambda: grad(g_N),
+    }
+
+
+def _step_launches(dtype: torch.dtype, g_S: Tensor) -> dict[tuple[str, ...], Callable[[], object]]:
+    x_N = torch.empty(64, dtype=dtype, device="meta")
+    offsets = torch.empty(17, dtype=torch.int64, device="meta")
+    steps_P = torch.empty(16, dtype=torch.int64, device="meta")
+    rewards_S = torch.empty(16, dtype=torch.float64, device="meta")
+    pairs = (offsets, steps_P, steps_P)
+    return {
+        ("step_sums",): lambda: step_rewards(x_N, None, offsets, 1.0),
+        ("step_rewards",): lambda: step_rewards(x_N, x_N, offsets, 0.1),
+        ("step_rewards backward",): lambda: step_rewards_backward(g_S, offsets, 0.1, 64, dtype),
+        ("step_pair_loss rewards",): lambda: step_rewards(x_N, x_N, offsets, 0.1, torch.float64),
+        ("step_pair_loss",): lambda: step_pair_loss(rewards_S, steps_P, steps_P),
+        ("step_pair_loss backward",): lambda: step_pair_loss_backward(
+            g_S, g_S, *pairs, 0.1, 64, dtype
+        ),
+        ("step_gae",): lambda: step_gae(x_N, x_N, offsets, None, 0.9, 0.5),
+        ("step_gae, bootstrap",): lambda: step_gae(x_N, x_N, offsets, g_S, 0.9, 0.5),
     }
 
 

@@ -15,7 +15,9 @@ from stepagent.checks import IGNORE
 from stepagent.operators import blocks, paths
 from stepagent.operators.blocks import per_token, scored, sum_rows
 
-MIN_SLICE = 256  # vocabulary entries; narrower products waste the machine
+MIN_SLICE = (
+    256  # vocabulary entries, of which a slice is a multiple; narrower ones waste the machine
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Head:
         V, H = self.weight_VH.shape
         longest = max(len(tokens.labels_n), H, 1)
         room = blocks.workspace_bytes(self.weight_VH.device) // (self.dtype.itemsize * longest)
-        width = min(max(MIN_SLICE, room), V)
+        width = min(max(room // MIN_SLICE, 1) * MIN_SLICE, V)
         return [slice(start, min(start + width, V)) for start in range(0, V, width)]
 
     def weight_wH(self, part: slice, tokens: Tokens) -> Tensor:

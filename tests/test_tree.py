@@ -36,7 +36,8 @@ def trunks_and_branches(draw, max_trunks=3):
 
 
 def as_lists(tree):
-    return {field.name: np.asarray(getattr(tree, field.name)).tolist() for field in fields(tree)}
+    lists = {name: np.asarray(array).tolist() for name, array in vars(tree).items()}
+    return lists | {"extras": {k: np.asarray(v).tolist() for k, v in tree.extras.items()}}
 
 
 def actions(trunks, branches):
@@ -98,6 +99,7 @@ def test_layout_is_the_one_drawn_in_the_design(trunk):
         "step_trunk": [0, 0, 0, 0],
         "step_index": [0, 0, 1, 1],
         "step_branch": [0, 1, 0, 1],
+        "extras": {},
     }
 
 
@@ -301,7 +303,8 @@ def test_a_step_may_be_a_matrix_of_samples(trunk):
 
 def test_arrays_are_int32_and_outlive_the_tree(trunk):
     (tree,) = pack_step_pairs([trunk], [[[], []]])
-    assert {getattr(tree, field.name).dtype for field in fields(tree)} == {np.dtype(np.int32)}
+    arrays = [getattr(tree, field.name) for field in fields(tree) if field.name != "extras"]
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
     ids = tree.input_ids
     del tree
     assert ids.tolist() == trunk.input_ids.tolist()
@@ -394,7 +397,7 @@ def test_float_mask_is_zero_or_the_minimum(trunk, dtype, window):
 def test_tensor_trees_equal_numpy_trees():
     tree = random_tree(300)
     held = tree.to("cpu")
-    assert all(getattr(held, f.name).dtype == torch.int32 for f in fields(held))
+    assert {getattr(held, f.name).dtype for f in fields(held)[:-1]} == {torch.int32}
     assert as_lists(held) == as_lists(tree)
     assert torch.equal(held.attention_mask(torch.bool), tree.attention_mask(torch.bool, "cpu"))
     assert torch.equal(

@@ -1,6 +1,7 @@
 """Step-wise rewards for LLM agents, at the price of one forward pass.
 
-Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Ops: :func:`linear_logprobs`,
+Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`, :func:`pack_sequences`,
+:func:`pack_bins`, :func:`balance`. Ops: :func:`linear_logprobs`,
 :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objective:
 :func:`implicit_step_loss`. Inspection: :func:`inspect`, :func:`rollout_and_query`. Training:
 ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
@@ -11,13 +12,15 @@ from importlib.metadata import version as _version
 from typing import Any
 
 from .encoding import Trunk, encode
+from .exports import tree_kwargs, trl_row
 from .inspection import Branch, inspect
 from .losses import implicit_step_loss
 from .models import check_tree_support, score_trees
 from .ops import linear_logprobs, logprob_diff, step_rewards, step_sums, token_logprobs
+from .packing import balance, pack_bins, train_flops
 from .rollout import rollout_and_query
 from .trajectory import Trajectory, load_trajectories, save_trajectories
-from .tree import TokenTree, pack_step_pairs
+from .tree import TokenTree, pack_sequences, pack_step_pairs
 
 __version__ = _version("stepagent")
 
@@ -28,6 +31,7 @@ __all__ = [
     "TokenTree",
     "Trajectory",
     "Trunk",
+    "balance",
     "check_tree_support",
     "encode",
     "implicit_step_loss",
@@ -35,6 +39,8 @@ __all__ = [
     "linear_logprobs",
     "load_trajectories",
     "logprob_diff",
+    "pack_bins",
+    "pack_sequences",
     "pack_step_pairs",
     "rollout_and_query",
     "save_trajectories",
@@ -42,6 +48,9 @@ __all__ = [
     "step_rewards",
     "step_sums",
     "token_logprobs",
+    "train_flops",
+    "tree_kwargs",
+    "trl_row",
 ]
 
 # Importing transformers' Trainer is slow and can load triton, so these wait for their first use.

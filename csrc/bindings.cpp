@@ -100,7 +100,7 @@ py::list to_list(std::vector<stepagent::TokenTree>&& trees) {
 
 py::list pack_step_pairs(const py::list& trunks, const py::list& action_spans,
                          const py::list& branches, const Array<std::int64_t>& branch_counts,
-                         std::int64_t max_tokens, std::size_t threads) {
+                         std::optional<std::int64_t> max_tokens, std::size_t threads) {
     const auto trunk_ids = all_ids(trunks), branch_ids = all_ids(branches);
     const auto spans = views<std::int32_t>(action_spans);
     const stepagent::StepPairs pairs{trunk_ids, spans, branch_ids, view(branch_counts)};
@@ -109,7 +109,7 @@ py::list pack_step_pairs(const py::list& trunks, const py::list& action_spans,
 }
 
 py::list pack_sequences(const py::list& sequences, const py::list& action_masks,
-                        std::int64_t max_tokens, std::size_t threads) {
+                        std::optional<std::int64_t> max_tokens, std::size_t threads) {
     const auto tokens = all_ids(sequences);
     const auto masks = views<std::uint8_t>(action_masks);
     return to_list(without_gil(

@@ -323,8 +323,8 @@ class PrefixPacker {
 
 }  // namespace
 
-std::vector<TokenTree> pack_sequences(const Sequences& sequences, std::int64_t max_tokens,
-                                      std::size_t threads) {
+std::vector<TokenTree> pack_sequences(const Sequences& sequences,
+                                      std::optional<std::int64_t> max_tokens, std::size_t threads) {
     const auto limit = token_limit(max_tokens);
     PrefixPacker packer(sequences, threads);
     const auto starts = next_fit(packer.block_sizes(limit), limit);

@@ -215,7 +215,8 @@ class Packer {
 
 }  // namespace
 
-std::vector<TokenTree> pack_step_pairs(const StepPairs& pairs, std::int64_t max_tokens,
+std::vector<TokenTree> pack_step_pairs(const StepPairs& pairs,
+                                       std::optional<std::int64_t> max_tokens,
                                        std::size_t threads) {
     const auto limit = token_limit(max_tokens);
     Packer packer(pairs, threads);
@@ -224,7 +225,7 @@ std::vector<TokenTree> pack_step_pairs(const StepPairs& pairs, std::int64_t max_
         if (sizes[trunk] > limit) {
             throw std::invalid_argument(
                 place("trunks", trunk) + " takes " + std::to_string(sizes[trunk]) +
-                " tokens with its branches, but max_tokens=" + std::to_string(max_tokens) +
+                " tokens with its branches, but max_tokens=" + std::to_string(limit) +
                 " and a trunk is never split");
         }
     }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -32,8 +33,9 @@ std::int32_t index32(std::size_t value);
 // [starts[i], starts[i + 1]). Every block fits.
 std::vector<std::size_t> next_fit(std::span<const std::size_t> block_sizes, std::size_t limit);
 
-// Throws std::invalid_argument unless max_tokens is one that 32-bit indices can count.
-std::size_t token_limit(std::int64_t max_tokens);
+// The tokens of a tree at most; without max_tokens all go into one, however large. Throws
+// std::invalid_argument where 32-bit indices cannot count max_tokens.
+std::size_t token_limit(std::optional<std::int64_t> max_tokens);
 
 // Trajectories and the actions tried at their steps. Steps are counted through all trunks, branches
 // through all steps.
@@ -48,8 +50,8 @@ struct StepPairs {
 // tokens given; the trees do not depend on `threads`. Throws std::invalid_argument where ids, spans
 // or counts break the rules or one trunk with its branches exceeds max_tokens, and
 // std::length_error if a tree outgrows 32-bit indices.
-std::vector<TokenTree> pack_step_pairs(const StepPairs& pairs, std::int64_t max_tokens,
-                                       std::size_t threads);
+std::vector<TokenTree> pack_step_pairs(const StepPairs& pairs,
+                                       std::optional<std::int64_t> max_tokens, std::size_t threads);
 
 // Sequences and which of their tokens are scored: masks[i][p] != 0 for token p of sequence i.
 struct Sequences {
@@ -60,7 +62,7 @@ struct Sequences {
 // Packs the prefix tree of the sequences: those that begin with one token are a block, blocks fill
 // trees in order of first appearance (next fit), children follow each other in that order too.
 // Linear in the tokens given; the trees do not depend on `threads`. Throws as pack_step_pairs does.
-std::vector<TokenTree> pack_sequences(const Sequences& sequences, std::int64_t max_tokens,
-                                      std::size_t threads);
+std::vector<TokenTree> pack_sequences(const Sequences& sequences,
+                                      std::optional<std::int64_t> max_tokens, std::size_t threads);
 
 }  // namespace stepagent

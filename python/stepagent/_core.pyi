@@ -10,13 +10,13 @@ def pack_step_pairs(
     action_spans: list[NDArray[np.int32]],
     branches: list[NDArray[Any]],
     branch_counts: NDArray[np.int64],
-    max_tokens: int,
+    max_tokens: int | None,
     threads: int,
 ) -> list[dict[str, Any]]: ...
 def pack_sequences(
     sequences: list[NDArray[Any]],
     action_masks: list[NDArray[np.uint8]],
-    max_tokens: int,
+    max_tokens: int | None,
     threads: int,
 ) -> list[dict[str, Any]]: ...
 def fill_mask(

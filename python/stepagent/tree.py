@@ -242,7 +242,7 @@ def pack_step_pairs(
     trunk with its branches is never split.
 
     Raises ValueError where branches do not match trunks and steps, an id lies outside [0, 2³¹), a
-    branch is not one-dimensional, or a trunk with its branches exceeds max_tokens; TypeError where
+    branch is not one-dimensional, a trunk with its branches exceeds max_tokens, or a tree 2³¹ - 1; TypeError where
     a trunk is not a Trunk or a branch holds no integers.
     """
     limit = _check_max_tokens(max_tokens)
@@ -286,8 +286,8 @@ def pack_sequences(
     after the other, in order of first appearance, each up to max_tokens; None means one tree.
 
     Raises ValueError where lengths differ, a sequence is empty, an id lies outside [0, 2³¹), a mask
-    holds something else than 0 and 1 or scores a first token, or a block exceeds max_tokens;
-    TypeError for other dtypes.
+    holds something else than 0 and 1 or scores a first token, a block exceeds max_tokens, or a tree
+    2³¹ - 1; TypeError for other dtypes.
     """
     limit = _check_max_tokens(max_tokens)
     ids = _each(_as_ids, sequences, lambda i: f"sequences[{i}]")
@@ -313,16 +313,16 @@ def _scored(
     return np.concatenate([none, *(arrays[i][masks[i].view(bool)] for i in members)])
 
 
-def _check_max_tokens(max_tokens: int | None) -> int:
+def _check_max_tokens(max_tokens: int | None) -> int | None:
     if max_tokens is None:
-        return INT32_MAX  # what the tree's indices can count
+        return None
     try:
         limit = index(max_tokens)
     except TypeError:
         raise TypeError(f"max_tokens is {max_tokens!r}; it must be an integer or None") from None
     if limit < 1:
         raise ValueError(f"max_tokens is {limit}; it must be at least 1")
-    return min(limit, INT32_MAX)
+    return min(limit, INT32_MAX)  # what a tree's indices can count
 
 
 def _check_structure(
@@ -392,7 +392,7 @@ def _as_mask(values: Any) -> NDArray[np.uint8]:
     array = _as_array(values, "booleans")
     if array.dtype.kind in "iu":
         for p in np.flatnonzero((array != 0) & (array != 1))[:1]:
-            raise ValueError(f"[{p}] is {array[p]}; a mask holds 0 and 1")
+            raise ValueError(f"is {array[p]} at {p}; a mask holds 0 and 1")
     elif array.dtype != bool and array.size:
         raise TypeError(f"has dtype {array.dtype}; a mask is boolean, or 0 and 1")
     return np.ascontiguousarray(array, dtype=bool).view(np.uint8)

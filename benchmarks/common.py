@@ -12,7 +12,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts")
+    result.add_argument("--repeats", type=int, default=5, help="timed runs of each side")
     result.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
     return result
 
@@ -118,6 +119,24 @@ def described(options: argparse.Namespace, model: PreTrainedModel) -> str:
         f"{options.action_tokens}-token actions, {parameters(model):,} parameters, float32, "
         f"{options.threads} threads"
     )
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """The least time of a call over `repeats` measurements of a millisecond at least.
+
+    For work of milliseconds: on a machine whose cores are shared the median is that of the others.
+    """
+    calls, times = 1, []
+    while len(times) < repeats:
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        elapsed = time.perf_counter() - start
+        if elapsed < 1e-3 and not times:
+            calls *= 2  # too short to be read from the clock: measured again
+            continue
+        times.append(elapsed / calls)
+    return min(times)
 
 
 def memory(field: str) -> int:

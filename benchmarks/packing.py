@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="inputs on which spreads are compared")
     parser.add_argument("--verl", type=Path, help="a folder or wheel that holds " + VERL_FILE)
     options = parser.parse_args()
+    common.check(importlib.util.find_spec("trl") is not None, "no trl: pip install trl==1.16.0")
     where = common.environment()
     result = {
         "benchmark": "packing",

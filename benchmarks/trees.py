@@ -18,6 +18,7 @@ Times are the least of several runs, of both sides in one process.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,7 @@ def main() -> None:
     parser.add_argument("--action-tokens", type=int, default=15)
     parser.add_argument("--growth", type=int, nargs="+", default=[5, 10, 20, 50, 100, 200, 500])
     options = parser.parse_args()
+    common.check(importlib.util.find_spec("trl") is not None, "no trl: pip install trl==1.16.0")
     where = common.environment()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"benchmark": "trees", "trees": [], "block_masks": []}

@@ -242,8 +242,8 @@ def pack_step_pairs(
     trunk with its branches is never split.
 
     Raises ValueError where branches do not match trunks and steps, an id lies outside [0, 2³¹), a
-    branch is not one-dimensional, a trunk with its branches exceeds max_tokens, or a tree 2³¹ - 1; TypeError where
-    a trunk is not a Trunk or a branch holds no integers.
+    branch is not one-dimensional, a trunk with its branches exceeds max_tokens, or a tree 2³¹ - 1;
+    TypeError where a trunk is not a Trunk or a branch holds no integers.
     """
     limit = _check_max_tokens(max_tokens)
     _check_structure(trunks, branches)

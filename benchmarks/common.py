@@ -121,17 +121,18 @@ def described(options: argparse.Namespace, model: PreTrainedModel) -> str:
     )
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The least time of a call over `repeats` measurements of a millisecond at least.
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The least CPU time of a call over `repeats` measurements of a millisecond at least.
 
-    For work of milliseconds: on a machine whose cores are shared the median is that of the others.
+    For work of one thread: where cores are shared, the wall clock flatters what is short enough to
+    end before another process gets the core.
     """
     calls, times = 1, []
     while len(times) < repeats:
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(calls):
             work()
-        elapsed = time.perf_counter() - start
+        elapsed = time.process_time() - start
         if elapsed < 1e-3 and not times:
             calls *= 2  # too short to be read from the clock: measured again
             continue
@@ -158,8 +159,12 @@ def check(condition: bool, reason: str) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: check failed, nothing reported: {reason}")
 
 
-def environment() -> dict[str, Any]:
-    """Where and when: what a reader needs to judge or repeat the figures."""
+def environment(*rivals: str) -> dict[str, Any]:
+    """Where and when: what a reader needs to judge or repeat the figures.
+
+    :param rivals: packages that are compared with.
+    """
+    packages = ("torch", "transformers", "numpy", "stepagent", *rivals)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -168,7 +173,7 @@ def environment() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "numpy", "stepagent")},
+            **{name: version(name) for name in packages},
         },
     }
 

@@ -9,7 +9,7 @@
   also gathers the packed rows, here of one byte a token. Checked first: all items once, no bin
   above the budget, no more bins.
 
-Times are the least of several runs, of both sides in one process, on the same input.
+Times are CPU times of one thread, the least of several runs, of both sides in one process.
 """
 
 from __future__ import annotations
@@ -96,12 +96,14 @@ def measure_balance(options: argparse.Namespace, equal_size: bool) -> dict[str, 
         spreads.append(sides)
     listed = costs.tolist()  # what verl takes; both sides get it
     seconds = {
-        "stepagent": common.seconds(
+        "stepagent": common.cpu_seconds(
             lambda: sa.balance(listed, parts, equal_size=equal_size), options.repeats
         )
     }
     if verl is not None:
-        seconds["verl"] = common.seconds(lambda: verl(listed, parts, equal_size), options.repeats)
+        seconds["verl"] = common.cpu_seconds(
+            lambda: verl(listed, parts, equal_size), options.repeats
+        )
     return {
         "items": options.items,
         "parts": parts,
@@ -117,6 +119,7 @@ def measure_bins(options: argparse.Namespace) -> dict[str, Any]:
     import pyarrow
     from trl.data_utils import _pack_bfd
 
+    pyarrow.set_cpu_count(1)
     tokens, capacity = lengths(options.sequences, options.capacity, 0), options.capacity
     offsets = np.concatenate([[0], tokens.cumsum()]).astype(np.int32)
     rows = pyarrow.ListArray.from_arrays(offsets, np.zeros(offsets[-1], np.int8))
@@ -129,8 +132,8 @@ def measure_bins(options: argparse.Namespace) -> dict[str, Any]:
     theirs = len(_pack_bfd(table, capacity))
     common.check(len(bins) <= theirs, f"{len(bins)} bins, TRL has {theirs}")
     seconds = {
-        "stepagent": common.seconds(lambda: sa.pack_bins(listed, capacity), options.repeats),
-        "TRL": common.seconds(lambda: _pack_bfd(table, capacity), options.repeats),
+        "stepagent": common.cpu_seconds(lambda: sa.pack_bins(listed, capacity), options.repeats),
+        "TRL": common.cpu_seconds(lambda: _pack_bfd(table, capacity), options.repeats),
     }
     return {
         "sequences": options.sequences,
@@ -187,7 +190,7 @@ def main() -> None:
     parser.add_argument("--verl", type=Path, help="a folder or wheel that holds " + VERL_FILE)
     options = parser.parse_args()
     common.check(importlib.util.find_spec("trl") is not None, "no trl: pip install trl==1.16.0")
-    where = common.environment()
+    where = common.environment("trl")
     result = {
         "benchmark": "packing",
         "balance": [measure_balance(options, equal_size) for equal_size in (False, True)],

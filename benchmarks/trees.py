@@ -12,7 +12,7 @@
   that it computes listed blocks only) equal to sdpa under the dense mask.
 * growth: packing time per token for trajectories of 5 to 500 steps.
 
-Times are the least of several runs, of both sides in one process.
+Times are CPU times of one thread, the least of several runs, of both sides in one process.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def measure_tree(case: Case, repeats: int) -> dict[str, Any]:
         len(pairs.input_ids) == len(tree.input_ids), "pack_sequences: another number of tokens"
     )
     seconds = {
-        "pack_step_pairs": common.seconds(case.pack_step_pairs, repeats),
-        "pack_sequences": common.seconds(case.pack_sequences, repeats),
-        "TRL": common.seconds(lambda: trl_row(samples), repeats),
+        "pack_step_pairs": common.cpu_seconds(case.pack_step_pairs, repeats),
+        "pack_sequences": common.cpu_seconds(case.pack_sequences, repeats),
+        "TRL": common.cpu_seconds(lambda: trl_row(samples), repeats),
     }
     return {
         "steps": len(case.agent),
@@ -175,8 +175,8 @@ def check_attention(tree: sa.TokenTree) -> float:
 def measure_block_mask(tree: sa.TokenTree, repeats: int) -> dict[str, Any]:
     check_blocks(tree.block_mask("cpu"), torch_block_mask(tree))
     seconds = {
-        "block_mask": common.seconds(lambda: tree.block_mask("cpu"), repeats),
-        "create_block_mask": common.seconds(lambda: torch_block_mask(tree), repeats),
+        "block_mask": common.cpu_seconds(lambda: tree.block_mask("cpu"), repeats),
+        "create_block_mask": common.cpu_seconds(lambda: torch_block_mask(tree), repeats),
     }
     ratio = seconds["create_block_mask"] / seconds["block_mask"]
     return {"tokens": len(tree.input_ids), "seconds": seconds, "ratio": ratio}
@@ -195,10 +195,10 @@ def measure_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "nanoseconds": {
                     "pack_step_pairs per unique token": 1e9
                     / tokens
-                    * common.seconds(case.pack_step_pairs, options.repeats),
+                    * common.cpu_seconds(case.pack_step_pairs, options.repeats),
                     "pack_sequences per given token": 1e9
                     / given
-                    * common.seconds(case.pack_sequences, options.repeats),
+                    * common.cpu_seconds(case.pack_sequences, options.repeats),
                 },
             }
         )
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--growth", type=int, nargs="+", default=[5, 10, 20, 50, 100, 200, 500])
     options = parser.parse_args()
     common.check(importlib.util.find_spec("trl") is not None, "no trl: pip install trl==1.16.0")
-    where = common.environment()
+    where = common.environment("trl")
     torch.set_num_threads(1)
     result: dict[str, Any] = {"benchmark": "trees", "trees": [], "block_masks": []}
     shapes = zip(options.steps, options.observation_tokens, strict=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import stepagent as sa
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its warning says what we know
 
 TOLERANCE = 1e-5  # absolute, of attention outputs of unit size
 

@@ -11,8 +11,9 @@
     rule:    q sees k  ⇔  k ≤ q < subtree_end[k]
 
 T step pairs cost O(T) tokens in place of the O(T²) of T separate sequences, and each token sees
-exactly what it would see in a sequence of its own. Tokens that siblings begin with in common are
-not merged: it would save little, and a branch stays one contiguous run.
+exactly what it would see in a sequence of its own. `pack_step_pairs` does not merge the tokens that
+siblings begin with in common: it would save little, and a branch stays one contiguous run.
+`pack_sequences` merges all that sequences share. docs/trees.md draws both.
 """
 
 from __future__ import annotations

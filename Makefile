@@ -48,7 +48,8 @@ fuzz: $(VENV)/.built
 	  $$target -runs=$(RUNS) -seed=1 -max_len=128 || exit 1; \
 	done
 
-# The benchmarks of the README, but for the three seeds of the demo (benchmarks/demo_seeds.py).
+# The benchmarks of the README, but for the three seeds of the demo (benchmarks/demo_seeds.py), and
+# for those against TRL and verl, which are installed by hand (benchmarks/trees.py and packing.py).
 bench: $(VENV)/.built
 	$(BIN)/python benchmarks/step_pair_update.py
 	$(BIN)/python benchmarks/inspection.py

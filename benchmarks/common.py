@@ -12,7 +12,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts")
+    result.add_argument("--repeats", type=int, default=5, help="timed runs of each side")
     result.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
     return result
 
@@ -120,6 +121,25 @@ def described(options: argparse.Namespace, model: PreTrainedModel) -> str:
     )
 
 
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The least CPU time of a call over `repeats` measurements of a millisecond at least.
+
+    For work of one thread: where cores are shared, the wall clock flatters what is short enough to
+    end before another process gets the core.
+    """
+    calls, times = 1, []
+    while len(times) < repeats:
+        start = time.process_time()
+        for _ in range(calls):
+            work()
+        elapsed = time.process_time() - start
+        if elapsed < 1e-3 and not times:
+            calls *= 2  # too short to be read from the clock: measured again
+            continue
+        times.append(elapsed / calls)
+    return min(times)
+
+
 def memory(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -139,8 +159,12 @@ def check(condition: bool, reason: str) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: check failed, nothing reported: {reason}")
 
 
-def environment() -> dict[str, Any]:
-    """Where and when: what a reader needs to judge or repeat the figures."""
+def environment(*rivals: str) -> dict[str, Any]:
+    """Where and when: what a reader needs to judge or repeat the figures.
+
+    :param rivals: packages that are compared with.
+    """
+    packages = ("torch", "transformers", "numpy", "stepagent", *rivals)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -149,7 +173,7 @@ def environment() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "numpy", "stepagent")},
+            **{name: version(name) for name in packages},
         },
     }
 

@@ -6,9 +6,19 @@
 #include <span>
 #include <vector>
 
-#include "tree.hpp"
-
 namespace stepagent {
+
+// Rows of different lengths, laid end to end: row i is values[offsets[i], offsets[i + 1]).
+struct Ragged {
+    std::span<const std::int32_t> values;
+    std::span<const std::int64_t> offsets;
+
+    std::span<const std::int32_t> operator[](std::size_t i) const {
+        const auto begin = static_cast<std::size_t>(offsets[i]);
+        return values.subspan(begin, static_cast<std::size_t>(offsets[i + 1]) - begin);
+    }
+    std::size_t size() const { return offsets.size() - 1; }
+};
 
 // One tokenization of a text: each token's first character and the one after its last, in pairs.
 // Tokens without characters (special tokens, whatever their offsets say) stand where the token

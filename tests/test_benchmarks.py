@@ -122,6 +122,64 @@ def test_inspection_refuses_other_tokens(
     assert capsys.readouterr().out == ""
 
 
+HAS_TRL = importlib.util.find_spec("trl") is not None
+NEEDS_TRL = pytest.mark.skipif(not HAS_TRL, reason="compares with TRL, which is installed by hand")
+
+
+@NEEDS_TRL
+@pytest.mark.slow
+def test_trees_reports_ratios_after_its_checks(tmp_path: Path) -> None:
+    shape = ["--steps", "2", "3", "--observation-tokens", "70", "5", "--action-tokens=3"]
+    result = run(
+        "trees", *shape, "--growth", "2", "4", "--repeats=1", f"--json={tmp_path / 'r.json'}"
+    )
+    # T = 3: 3 × (5 + 3 + 3) unique tokens; TRL forks one earlier, three times, and ends two apart.
+    assert result["trees"][1]["tokens"] == {"given": 96, "stepagent": 33, "TRL": 38}
+    for point in result["trees"]:
+        assert set(point["ratio"]) == {"pack_step_pairs", "pack_sequences", "TRL"}
+    assert [point["tokens"] for point in result["block_masks"]] == [152, 33]
+    assert [point["steps"] for point in result["growth"]] == [2, 4]
+    assert result["check"]["attention_error"] <= 1e-5
+    assert (tmp_path / "r.png").stat().st_size > 0
+
+
+@NEEDS_TRL
+def test_trees_refuses_a_tree_that_sees_too_much(benchmark: Any) -> None:
+    module = benchmark("trees")
+    case = module.Case(3, 5, 3)
+    tree = case.pack_sequences()
+    module.check_tree(case, tree, "packed")
+    module.check_trl(case, module.trl_row(case.samples()), tree)
+    tree.subtree_end[:] = len(tree.input_ids)
+    with pytest.raises(SystemExit, match="packed: a token sees another sequence"):
+        module.check_tree(case, tree, "packed")
+
+
+@NEEDS_TRL
+@pytest.mark.slow
+def test_packing_reports_ratios_and_says_where_verl_is_missing(tmp_path: Path) -> None:
+    shape = ["--items=32", "--parts=4", "--sequences=50", "--capacity=64", "--seeds=2"]
+    (tmp_path / "verl" / "utils").mkdir(parents=True)
+    # What the benchmark takes out of verl: its two functions, whatever else the module imports.
+    (tmp_path / "verl" / "utils" / "seqlen_balancing.py").write_text(
+        "import nowhere\n"
+        "def karmarkar_karp(costs, parts):\n"
+        "    return [list(range(part, len(costs), parts)) for part in range(parts)]\n"
+        "def get_seqlen_balanced_partitions(costs, parts, equal_size):\n"
+        "    return karmarkar_karp(costs, parts)\n"
+    )
+    path = f"--json={tmp_path / 'r.json'}"
+    result = run("packing", *shape, "--repeats=1", f"--verl={tmp_path}", path)
+    assert result["bins"]["bins"]["stepagent"] <= result["bins"]["bins"]["TRL"]
+    for point in result["balance"]:
+        assert point["ratio"] > 0
+        assert all(s["stepagent"] <= s["verl"] for s in point["spreads"])
+    if importlib.util.find_spec("verl") is None:
+        result = run("packing", *shape, "--repeats=1", path)
+        assert [point["ratio"] for point in result["balance"]] == [None, None]
+        assert "not found" in (tmp_path / "r.md").read_text()
+
+
 def test_agent_actions_differ_from_the_experts(benchmark: Any) -> None:
     common, options = benchmark("common"), tiny_options(benchmark)
     trunk, agent = common.trajectory(options)

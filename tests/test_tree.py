@@ -9,10 +9,12 @@ import torch
 import twins
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import LlamaConfig, Qwen3Config
 
+from stepagent import _core
 from stepagent.encoding import Trunk
-from stepagent.tree import TokenTree, pack_step_pairs
+from stepagent.tree import TokenTree, layer_windows, pack_sequences, pack_step_pairs
 
 INT32_MAX = 2**31 - 1
 TOKENS = st.integers(0, 2)  # few, so that branches often repeat each other and the trunk's action
@@ -36,7 +38,8 @@ def trunks_and_branches(draw, max_trunks=3):
 
 
 def as_lists(tree):
-    return {field.name: np.asarray(getattr(tree, field.name)).tolist() for field in fields(tree)}
+    lists = {name: np.asarray(array).tolist() for name, array in vars(tree).items()}
+    return lists | {"extras": {k: np.asarray(v).tolist() for k, v in tree.extras.items()}}
 
 
 def actions(trunks, branches):
@@ -98,6 +101,7 @@ def test_layout_is_the_one_drawn_in_the_design(trunk):
         "step_trunk": [0, 0, 0, 0],
         "step_index": [0, 0, 1, 1],
         "step_branch": [0, 1, 0, 1],
+        "extras": {},
     }
 
 
@@ -243,6 +247,84 @@ def test_max_tokens_beyond_int32_is_no_limit(trunk):
     assert len(pack_step_pairs([trunk], [[[], []]], max_tokens=np.int64(2**62))) == 1
 
 
+@given(trunks_and_branches(), st.none() | st.integers(20, 60), st.integers(1, 4))
+def test_trees_do_not_depend_on_the_number_of_threads(pairs, max_tokens, threads):
+    trunks, branches = pairs
+    args = (
+        [trunk.input_ids for trunk in trunks],
+        [trunk.action_spans for trunk in trunks],
+        [np.array(b, np.int32) for steps in branches for actions in steps for b in actions],
+        np.array([len(actions) for steps in branches for actions in steps]),
+        max_tokens,
+    )
+
+    def packed(threads):
+        try:
+            trees = _core.pack_step_pairs(*args, threads)
+        except ValueError as error:
+            return str(error)
+        return [{name: array.tolist() for name, array in tree.items()} for tree in trees]
+
+    assert packed(threads) == packed(1)
+
+
+def test_of_several_bad_branches_the_first_is_named_whatever_the_threads(trunk):
+    bad = [np.array([-1 - k]) for k in range(50)]
+    for threads in (1, 2, 7):
+        with pytest.raises(ValueError, match=r"branches\[0\]\[0\]\[1\]\[0\] is -1;"):
+            _core.pack_step_pairs(
+                [trunk.input_ids],
+                [trunk.action_spans],
+                [np.array([7]), *bad],
+                np.array([51, 0]),
+                None,
+                threads,
+            )
+
+
+def test_a_tree_of_more_than_2_to_the_31_tokens_is_refused_before_it_is_made():
+    # One trunk 2,200 times over: the core sees its ids where they lie.
+    trunk = Trunk(np.zeros(2**20, np.int32), [[1, 2]])
+    with pytest.raises(ValueError, match=r"a token tree of 2306867200 entries exceeds 32-bit"):
+        pack_step_pairs([trunk] * 2200, [[[]]] * 2200)
+
+
+CORE_REFUSALS = [
+    ({"action_spans": [[[2, 4], [3, 7]]]}, r"trunks\[0\]\.action_spans\[1\] is \[3, 7\)"),
+    ({"action_spans": [[[0, 4], [5, 7]]]}, r"action_spans\[0\] is \[0, 4\)"),
+    ({"action_spans": [[[-5, 4], [5, 7]]]}, r"action_spans\[0\] is \[-5, 4\)"),
+    ({"action_spans": [[[2, 2], [5, 7]]]}, r"action_spans\[0\] is \[2, 2\)"),
+    ({"action_spans": [[[2, 4], [5, 9]]]}, r"action_spans\[1\] is \[5, 9\); .* \[4, 8\)"),
+    ({"action_spans": []}, "0 action_spans for 1 trunks"),
+    ({"branch_counts": [1]}, "1 branch_counts for 2 steps"),
+    ({"branch_counts": [1, -1]}, r"branch_counts\[1\] is -1"),
+    ({"branch_counts": [1, 2**40]}, r"branch_counts\[1\] is 1099511627776"),
+    ({"branch_counts": [1, 1]}, "branch_counts sum to 2, but there are 1 branches"),
+    ({"trunks": [[-1] * 8]}, r"trunks\[0\]\[0\] is -1"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), CORE_REFUSALS)
+def test_core_refuses_spans_and_counts_that_a_trunk_cannot_hold(trunk, changed, message):
+    given = {"trunks": [trunk.input_ids], "action_spans": [trunk.action_spans]}
+    given |= {"branch_counts": [1, 0]} | changed
+    with pytest.raises(ValueError, match=message):
+        _core.pack_step_pairs(
+            [np.array(ids, np.int32) for ids in given["trunks"]],
+            [np.array(spans, np.int32) for spans in given["action_spans"]],
+            [np.array([9], np.int32)],
+            np.array(given["branch_counts"]),
+            None,
+            1,
+        )
+
+
+def test_spans_of_any_layout_pack_alike(trunk):
+    columns = Trunk(trunk.input_ids, np.asfortranarray(trunk.action_spans))
+    (tree,), (expected,) = (pack_step_pairs([t], [[[[9]], []]]) for t in (columns, trunk))
+    assert as_lists(tree) == as_lists(expected)
+
+
 def test_no_trunks_give_no_trees():
     assert pack_step_pairs([], []) == []
 
@@ -301,7 +383,8 @@ def test_a_step_may_be_a_matrix_of_samples(trunk):
 
 def test_arrays_are_int32_and_outlive_the_tree(trunk):
     (tree,) = pack_step_pairs([trunk], [[[], []]])
-    assert {getattr(tree, field.name).dtype for field in fields(tree)} == {np.dtype(np.int32)}
+    arrays = [getattr(tree, field.name) for field in fields(tree) if field.name != "extras"]
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
     ids = tree.input_ids
     del tree
     assert ids.tolist() == trunk.input_ids.tolist()
@@ -394,7 +477,7 @@ def test_float_mask_is_zero_or_the_minimum(trunk, dtype, window):
 def test_tensor_trees_equal_numpy_trees():
     tree = random_tree(300)
     held = tree.to("cpu")
-    assert all(getattr(held, f.name).dtype == torch.int32 for f in fields(held))
+    assert {getattr(held, f.name).dtype for f in fields(held)[:-1]} == {torch.int32}
     assert as_lists(held) == as_lists(tree)
     assert torch.equal(held.attention_mask(torch.bool), tree.attention_mask(torch.bool, "cpu"))
     assert torch.equal(
@@ -411,19 +494,105 @@ def test_a_mask_is_boolean_or_floating(trunk):
         tree.attention_mask(torch.bool, window=0)
 
 
+@given(trunks_and_branches(), st.none() | st.integers(1, 5), st.integers(1, 5))
+def test_mask_equals_its_twin_for_any_number_of_threads(pairs, window, threads):
+    (tree,) = pack_step_pairs(*pairs)
+    length = len(tree.input_ids)
+    mask = np.full((length, length), 7, np.uint16)
+    _core.fill_mask(tree.subtree_end, window, 1, 0, mask, threads)
+    seen_by = twins.visible(tree.subtree_end, window)
+    assert [np.flatnonzero(row).tolist() for row in mask] == seen_by
+    assert mask.max() == 1
+
+
+@given(trunks_and_branches(), st.none() | st.integers(1, 9), st.integers(1, 6))
+def test_block_lists_equal_their_twin(pairs, window, size):
+    (tree,) = pack_step_pairs(*pairs)
+    length = len(tree.input_ids)
+    blocks = -(-length // size)
+    pairs_in = np.zeros((blocks, blocks), int)
+    for q, keys in enumerate(twins.visible(tree.subtree_end, window)):
+        np.add.at(pairs_in, (q // size, np.array(keys) // size), 1)
+    full = pairs_in == size * size
+    lists = _core.block_lists(tree.subtree_end, window, size)
+    for counts, indices, kind in (
+        (lists[0], lists[1], (pairs_in > 0) & ~full),
+        (lists[2], lists[3], full),
+    ):
+        rows = indices.reshape(blocks, blocks).tolist()
+        assert counts.tolist() == kind.sum(1).tolist()
+        for listed, is_kind in zip(rows, kind, strict=True):
+            assert listed == [*np.flatnonzero(is_kind), *np.flatnonzero(~is_kind)]
+
+
+BAD_ENDS = [
+    ([0], r"subtree_end\[0\] is 0; it must lie in \(0, 1\]"),
+    ([2], r"subtree_end\[0\] is 2; .* \(0, 1\]"),
+    ([3, 1, 3], r"subtree_end\[1\] is 1; .* \(1, 3\]"),
+    ([2, 3, 3], r"subtree_end\[1\] is 3; .* \(1, 2\]"),
+    ([3, -(2**31), 3], r"subtree_end\[1\] is -2147483648"),
+]
+
+
+@pytest.mark.parametrize(("ends", "message"), BAD_ENDS)
+def test_subtrees_that_do_not_nest_are_refused(trunk, ends, message):
+    (tree,) = pack_step_pairs([trunk], [[[], []]])
+    broken = replace(tree, subtree_end=np.array(ends, np.int32))
+    with pytest.raises(ValueError, match=message):
+        broken.attention_mask(torch.bool)
+    with pytest.raises(ValueError, match=message):
+        broken.block_mask("cpu")
+
+
+def test_mask_of_another_size_or_type_is_refused(trunk):
+    ends = np.array([2, 2], np.int32)
+    with pytest.raises(ValueError, match="the mask has 9 entries"):
+        _core.fill_mask(ends, None, 1, 0, np.empty((3, 3), np.uint8), 1)
+    with pytest.raises(TypeError, match="not contiguous"):
+        _core.fill_mask(ends, None, 1, 0, np.empty((2, 4), np.uint8)[:, ::2], 1)
+    with pytest.raises(TypeError):
+        _core.fill_mask(ends.astype(np.int64), None, 1, 0, np.empty((2, 2), np.uint8), 1)
+
+
+LAYERS = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3}
+
+
+def test_models_that_mix_layers_get_a_mask_for_each_kind(trunk):
+    (tree,) = pack_step_pairs([trunk], [[[[20, 21, 22]], [[23]]]])
+    config = Qwen3Config(**LAYERS, layer_types=["sliding_attention", "full_attention"])
+    dense, blocks = tree.attention_masks(config, torch.bool), tree.block_masks(config)
+    assert set(dense) == set(blocks) == {"full_attention", "sliding_attention"}
+    for kind, window in (("full_attention", None), ("sliding_attention", 3)):
+        assert torch.equal(dense[kind], tree.attention_mask(torch.bool, window=window))
+        ends = torch.arange(len(tree.input_ids))
+        rule = blocks[kind].mask_mod(0, 0, ends[:, None], ends)
+        assert torch.equal(rule, dense[kind][0, 0])
+
+
+def test_layers_without_a_mask_are_refused_by_name():
+    assert layer_windows(Qwen3Config(num_hidden_layers=2)) == {"full_attention": None}
+    with pytest.raises(ValueError, match="LlamaConfig has no layer_types"):
+        layer_windows(LlamaConfig())
+    config = Qwen3Config(num_hidden_layers=2)
+    config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="Qwen3Config has linear_attention layers"):
+        layer_windows(config)
+
+
 # Lengths below one block, of exactly one and two, ragged, and with full blocks.
 @pytest.mark.parametrize("length", [5, 127, 128, 129, 256, 700, 1500])
 @pytest.mark.parametrize("branching", [True, False])
-def test_block_mask_has_the_blocks_torch_finds_entry_by_entry(length, branching):
+@pytest.mark.parametrize("window", [None, 1, 300])
+def test_block_mask_has_the_blocks_torch_finds_entry_by_entry(length, branching, window):
     if branching:
         tree = cut(random_tree(length, seed=length), length)
     else:
         (tree,) = pack_step_pairs([Trunk(np.arange(length), [[1, 2]])], [[[]]])
-    ends = torch.from_numpy(tree.subtree_end)
+    visible = tree.attention_mask(torch.bool, window=window)[0, 0]
     expected = create_block_mask(
-        lambda b, h, q, k: (k <= q) & (q < ends[k]), 1, 1, length, length, device="cpu"
+        lambda b, h, q, k: visible[q, k], 1, 1, length, length, device="cpu"
     )
-    mask = tree.block_mask("cpu")
+    mask = tree.block_mask("cpu", window=window)
     assert mask.seq_lengths == expected.seq_lengths == (length, length)
     names = ["kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"]
     for name in names:
@@ -433,12 +602,13 @@ def test_block_mask_has_the_blocks_torch_finds_entry_by_entry(length, branching)
         expected_blocks = getattr(expected, name.replace("num_blocks", "indices"))
         listed = torch.arange(blocks.shape[-1]) < count[..., None]
         assert torch.equal(blocks[listed], expected_blocks[listed]), name
-    assert length < 256 or branching or mask.full_kv_num_blocks.sum() > 0
+    assert length < 256 or branching or window == 1 or mask.full_kv_num_blocks.sum() > 0
 
 
-def test_block_mask_and_dense_mask_agree():
+@pytest.mark.parametrize("window", [None, 50, 300])
+def test_block_mask_and_dense_mask_agree(window):
     tree = random_tree(900)
-    mask = tree.block_mask("cpu")
+    mask = tree.block_mask("cpu", window=window)
     length = len(tree.input_ids)
     full = np.zeros((1, 1, *[-(-length // 128)] * 2), bool)
     for i, count in enumerate(mask.full_kv_num_blocks[0, 0]):
@@ -447,4 +617,21 @@ def test_block_mask_and_dense_mask_agree():
     blocks = mask.to_dense()[0, 0].bool()[q // 128, k // 128]
     inside_full = torch.from_numpy(full)[0, 0][q // 128, k // 128]
     implied = blocks & (inside_full | mask.mask_mod(0, 0, q, k))
-    assert torch.equal(implied, tree.attention_mask(torch.bool)[0, 0])
+    assert torch.equal(implied, tree.attention_mask(torch.bool, window=window)[0, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own imports
+@pytest.mark.parametrize("window", [None, 100])
+def test_flex_attention_under_the_block_mask_equals_sdpa_under_the_dense_one(window):
+    sequences = [np.random.default_rng(i).integers(0, 9, 200) for i in range(2)]
+    sequences += [np.append(sequences[0][:150], np.arange(90))]
+    (tree,) = pack_sequences(sequences, [np.arange(len(s)) > 9 for s in sequences])
+    shape = (3, 1, 2, len(tree.input_ids), 16)
+    q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # Compiled, it computes listed blocks only; eager, every pair.
+    compiled = torch.compile(flex_attention)
+    flex = compiled(q, k, v, block_mask=tree.block_mask("cpu", window=window))
+    mask = tree.attention_mask(torch.bool, window=window)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert torch.allclose(flex, dense, atol=1e-5)

@@ -182,9 +182,13 @@ class _Block:
         return [] if node is None else [*self.path(self.nodes[node][2]), node]
 
 
-def _tree(blocks):
+def _empty_tree():
     tree = {name: [] for name in TokenTree.__dataclass_fields__}
-    tree["step_offsets"].append(0)
+    return tree | {"step_offsets": [0], "extras": {}}
+
+
+def _tree(blocks):
+    tree = _empty_tree()
     for block in blocks:
         base = len(tree["input_ids"])
         for node, (token, depth, _) in enumerate(block.nodes):
@@ -199,3 +203,105 @@ def _tree(blocks):
             tree["step_index"].append(step)
             tree["step_branch"].append(branch)
     return TokenTree(**tree)
+
+
+def pack_sequences(sequences, action_masks, *, max_tokens=None, extras=None):
+    """`stepagent.tree.pack_sequences`, one token at a time; the trees hold lists."""
+    blocks = {}  # first token → the sequences that begin with it
+    for i, sequence in enumerate(sequences):
+        blocks.setdefault(sequence[0], []).append(i)
+    trees = []
+    for members in blocks.values():
+        unique = {tuple(sequences[i][: n + 1]) for i in members for n in range(len(sequences[i]))}
+        if max_tokens is not None and len(unique) > max_tokens:
+            raise ValueError(f"sequences[{members[0]}]")
+        if not trees or (max_tokens is not None and trees[-1][0] + len(unique) > max_tokens):
+            trees.append((0, []))
+        trees[-1] = (trees[-1][0] + len(unique), [*trees[-1][1], members])
+    extras = extras or {}
+    return [_prefix_tree(blocks, sequences, action_masks, extras) for _, blocks in trees]
+
+
+def _prefix_tree(blocks, sequences, action_masks, extras):
+    tree = _empty_tree()
+    tree["extras"] = {name: [] for name in extras}
+    rows = {}  # prefix → its last token's row
+    for members in blocks:
+        _lay_out([sequences[i] for i in members], (), tree, rows)
+    for i in sorted(i for members in blocks for i in members):
+        sequence, mask = sequences[i], action_masks[i]
+        run = -1
+        for p, scored in enumerate(mask):
+            if not scored:
+                continue
+            if not mask[p - 1]:  # a run begins
+                run += 1
+                tree["step_offsets"].append(tree["step_offsets"][-1])
+                tree["step_trunk"].append(i)
+                tree["step_index"].append(run)
+                tree["step_branch"].append(0)
+            tree["labels"].append(sequence[p])
+            tree["label_rows"].append(rows[tuple(sequence[:p])])
+            tree["step_offsets"][-1] += 1
+            for name, values in extras.items():
+                tree["extras"][name].append(values[i][p])
+    return TokenTree(**tree)
+
+
+def _lay_out(sequences, prefix, tree, rows):
+    """Append what goes on from a prefix, depth first, in the order of first appearance."""
+    depth = len(prefix)
+    for token in dict.fromkeys(s[depth] for s in sequences if len(s) > depth):
+        row = len(tree["input_ids"])
+        rows[*prefix, token] = row
+        tree["input_ids"].append(token)
+        tree["position_ids"].append(depth)
+        tree["subtree_end"].append(None)
+        longer = [s for s in sequences if len(s) > depth and s[depth] == token]
+        _lay_out(longer, (*prefix, token), tree, rows)
+        tree["subtree_end"][row] = len(tree["input_ids"])
+
+
+def visible(subtree_end, window=None):
+    """The keys that each query sees: all it descends from and itself, or the last `window`."""
+    keys = []
+    for q in range(len(subtree_end)):
+        path = [k for k in range(q + 1) if q < subtree_end[k]]
+        keys.append(path if window is None else path[-window:])
+    return keys
+
+
+def pack_bins(lengths, capacity):
+    """`stepagent.packing.pack_bins`, every bin looked at for every item."""
+    bins = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -i)):
+        room = [capacity - sum(lengths[i] for i in bin) for bin in bins]
+        fitting = [b for b in range(len(bins)) if room[b] >= lengths[item]]
+        if fitting:
+            bins[min(fitting, key=lambda b: room[b])].append(item)
+        else:
+            bins.append([item])
+    return bins
+
+
+def balance(costs, parts, *, equal_size=False):
+    """`stepagent.packing.balance`: lists of items, sorted anew whenever one is taken."""
+
+    def size(items):
+        return (sum(costs[i] for i in items), len(items), items[:1])
+
+    def spread(partition):
+        return size(partition[0])[0] - size(partition[-1])[0]
+
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], i), reverse=True)
+    width = parts if equal_size else 1
+    partitions = [
+        [[i] for i in order[n : n + width]] + [[]] * (parts - len(order[n : n + width]))
+        for n in range(0, len(order), width)
+    ]
+    while len(partitions) > 1:
+        partitions.sort(key=lambda p: (spread(p), size(p[0])), reverse=True)
+        first, second, *rest = partitions
+        joined = [a + b for a, b in zip(first, reversed(second), strict=True)]
+        partitions = [sorted(joined, key=size, reverse=True), *rest]
+    return [sorted(items) for items in partitions[0]]

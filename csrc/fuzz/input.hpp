@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "tree.hpp"
+#include "alignment.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 

@@ -1,10 +1,11 @@
 """Step-wise rewards for LLM agents, at the price of one forward pass.
 
-Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Alignment:
-:func:`align_tokens`, :func:`align_steps`, :func:`edit_distance`. Ops: :func:`linear_logprobs`,
-:func:`linear_logprob_diff`, :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`,
-:func:`step_rewards`. Objectives: :func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages:
-:func:`step_gae`. Inspection: :func:`inspect`, :func:`rollout_and_query`. Training:
+Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`, :func:`pack_sequences`,
+:func:`pack_bins`, :func:`balance`. Alignment: :func:`align_tokens`, :func:`align_steps`,
+:func:`edit_distance`. Ops: :func:`linear_logprobs`, :func:`linear_logprob_diff`,
+:func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objectives:
+:func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages: :func:`step_gae`. Inspection:
+:func:`inspect`, :func:`rollout_and_query`. Training:
 ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
@@ -23,6 +24,7 @@ from .alignment import (
     token_spans,
 )
 from .encoding import Trunk, encode
+from .exports import tree_kwargs, trl_row
 from .inspection import Branch, inspect
 from .losses import implicit_step_loss
 from .models import check_tree_support, score_trees
@@ -35,9 +37,10 @@ from .ops import (
     step_sums,
     token_logprobs,
 )
+from .packing import balance, pack_bins, train_flops
 from .rollout import rollout_and_query
 from .trajectory import Trajectory, load_trajectories, save_trajectories
-from .tree import TokenTree, pack_step_pairs
+from .tree import TokenTree, pack_sequences, pack_step_pairs
 
 __version__ = _version("stepagent")
 
@@ -52,6 +55,7 @@ __all__ = [
     "Trunk",
     "align_steps",
     "align_tokens",
+    "balance",
     "char_spans",
     "check_tree_support",
     "edit_distance",
@@ -62,6 +66,8 @@ __all__ = [
     "linear_logprobs",
     "load_trajectories",
     "logprob_diff",
+    "pack_bins",
+    "pack_sequences",
     "pack_step_pairs",
     "rollout_and_query",
     "save_trajectories",
@@ -72,6 +78,9 @@ __all__ = [
     "step_sums",
     "token_logprobs",
     "token_spans",
+    "train_flops",
+    "tree_kwargs",
+    "trl_row",
 ]
 
 # Importing transformers' Trainer is slow and can load triton, so these wait for their first use.

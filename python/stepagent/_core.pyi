@@ -1,20 +1,51 @@
-"""The C++ core. Its callers in this package convert and check; it trusts what it is given."""
+"""The C++ core. Its callers convert arrays to the types below; it checks their values."""
 
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 def pack_step_pairs(
-    trunk_ids: NDArray[np.int32],
-    trunk_offsets: NDArray[np.int64],
-    trunk_steps: NDArray[np.int64],
-    action_spans: NDArray[np.int32],
-    branch_ids: NDArray[np.int32],
-    branch_offsets: NDArray[np.int64],
-    step_branches: NDArray[np.int64],
-    max_tokens: int,
-) -> list[dict[str, NDArray[np.int32]]]: ...
+    trunks: list[NDArray[Any]],
+    action_spans: list[NDArray[np.int32]],
+    branches: list[NDArray[Any]],
+    branch_counts: NDArray[np.int64],
+    max_tokens: int | None,
+    threads: int,
+) -> list[dict[str, Any]]: ...
+def pack_sequences(
+    sequences: list[NDArray[Any]],
+    action_masks: list[NDArray[np.uint8]],
+    max_tokens: int | None,
+    threads: int,
+) -> list[dict[str, Any]]: ...
+def fill_mask(
+    subtree_end: NDArray[np.int32],
+    window: int | None,
+    visible: int,
+    hidden: int,
+    mask: NDArray[Any],
+    threads: int,
+) -> None: ...
+def block_lists(
+    subtree_end: NDArray[np.int32], window: int | None, block_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]: ...
+def segments(subtree_end: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]: ...
+def fork_early(
+    input_ids: NDArray[np.int32],
+    position_ids: NDArray[np.int32],
+    subtree_end: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    label_rows: NDArray[np.int32],
+    step_offsets: NDArray[np.int32],
+) -> dict[str, NDArray[np.int32]]: ...
+def pack_bins(
+    lengths: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def balance(
+    costs: NDArray[np.float64], parts: int, equal_size: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 
 class StepMethod(Enum):
     nw = 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .encoding import Trunk
 from .ops import linear_logprobs
-from .tree import TokenTree, additive_mask, pack_step_pairs, visible_tokens
+from .tree import TokenTree, additive_mask, layer_windows, pack_step_pairs, visible_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,9 +154,8 @@ def attention_masks(
             seen = seen & (depths_BQ.unsqueeze(2) - depths_BK.unsqueeze(1) < window)
         return (additive_mask(seen, unwrapped(model).dtype) if eager else seen).unsqueeze(1)
 
-    if layer_types := getattr(config, "layer_types", None):
-        windows = {"full_attention": None, "sliding_attention": window}
-        return {kind: mask(windows[kind]) for kind in set(layer_types)}
+    if getattr(config, "layer_types", None):
+        return {kind: mask(window) for kind, window in layer_windows(config).items()}
     return mask(window if config.model_type in _UNIFORM_WINDOW_MODELS else None)
 
 

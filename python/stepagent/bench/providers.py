@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ def _slow_to_compile(problem: Problem) -> bool:
 
 
 def _trl(problem: Problem) -> Implementation:
-    """As its trainers call it: on a GPU they skip the rows without a label, elsewhere they do not."""
+    """As its trainers call it: rows without a label are skipped on a GPU, and only there."""
     if "hidden_RH" not in problem.inputs:
         return Implementation(_from_logits(problem, _trl_selective_log_softmax()))
     chunked = _trl_chunked()
@@ -263,10 +263,8 @@ def _verl(problem: Problem) -> Implementation:
     module = _installed("verl.utils.kernel.linear_cross_entropy", needs_cuda=problem)
 
     def logps(hidden_RH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Tensor:
-        logps_N: Tensor = module.linear_cross_entropy(hidden_RH, weight_VH, labels_N, 1.0, "none")[
-            0
-        ]
-        return logps_N
+        logps_N, _ = module.linear_cross_entropy(hidden_RH, weight_VH, labels_N, 1.0, "none")
+        return cast("Tensor", logps_N)
 
     masked = problem.shape.scored < 1.0
     return Implementation(_from_head(problem, _scored_rows(logps) if masked else logps), True)

@@ -26,7 +26,8 @@ from .problems import OPS, SUITES, Problem, Shape, make_problem, product
 from .profiles import write_profile
 from .providers import OURS, PROVIDERS, Implementation, Unsuitable
 
-BUDGET_S = {"cuda": 0.4, "cpu": 1.0}  # of timed repetitions, for each provider and problem
+# Seconds of timed repetitions for each provider and problem, by suite.
+BUDGET_S = {"tiny": 0.02, "cpu": 1.0, "gpu": 0.4}
 _PACKAGES = ("stepagent", "torch", "triton", "trl", "liger-kernel", "verl")
 
 Case = tuple[str, Shape]  # an op, by name, at a shape
@@ -65,14 +66,14 @@ def run_bench(
     asked = [name for name in PROVIDERS if name == OURS or name in (providers or PROVIDERS)]
     where = environment(device)
     with tqdm(total=2 * len(cases) * len(asked), desc="check", smoothing=0.1) as bar:
-        run = _Run(device, asked, set(providers), bar)
+        run = _Run(suite, device, asked, set(providers), bar)
         for case in cases:
             run.check(case)
         bar.set_description("measure")
         with CsvFile(csv, where) as file, _stopped_by_sigterm():
             interrupted = False
             try:
-                run.find_ceilings(SUITES[suite], small=suite == "tiny")
+                run.find_ceilings()
                 for case in cases:
                     file.write(run.measure(case))
             except KeyboardInterrupt:
@@ -94,6 +95,7 @@ def run_bench(
 
 @dataclass
 class _Run:
+    suite: str
     device: torch.device
     asked: list[str]
     by_name: set[str]  # the providers that were asked for by name
@@ -129,9 +131,9 @@ class _Run:
                 f"errors {asdict(ours)}, allowed {asdict(check.allowed)}"
             )
 
-    def find_ceilings(self, shapes: Sequence[Shape], *, small: bool) -> None:
-        for dtype in {shape.dtype for shape in shapes}:
-            self.ceilings[dtype] = ceilings(self.device, dtype, small=small)
+    def find_ceilings(self) -> None:
+        for dtype in {shape.dtype for shape in SUITES[self.suite]}:
+            self.ceilings[dtype] = ceilings(self.device, dtype, small=self.suite == "tiny")
 
     def measure(self, case: Case) -> list[dict[str, Any]]:
         """Time and memory of the providers that were checked."""
@@ -140,7 +142,7 @@ class _Run:
             self.bar.set_postfix_str(case[0])
             used = {name: self._implementation(problem, name) for name in self.checked[case]}
             calls = {name: implementation.call for name, implementation in used.items()}
-            times = measure(problem, calls, BUDGET_S[self.device.type])
+            times = measure(problem, calls, BUDGET_S[self.suite])
             ours = times[OURS]
             if isinstance(ours, Exception):
                 raise ours

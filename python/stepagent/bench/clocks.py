@@ -141,7 +141,6 @@ class _CudaClock:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -90,6 +90,16 @@ def join_label(row_ptr, stride_v, V, label, temperature, max_others, sum_others)
     return d, max_all, tl.log(sum_all)
 
 
+@triton.jit
+def grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY: tl.constexpr):
+    """−(g + g_H (log p_j + H)) p_j: the gradient of a logit z_j other than the label's."""
+    logp = floored(z - row_max - log_sum)
+    pull = grad_logp
+    if WITH_ENTROPY:
+        pull += grad_entropy * (logp + entropy)
+    return -pull * tl.exp(logp)
+
+
 def tile_width(V: int) -> int:
     """BLOCK of a kernel: the whole row where it is short."""
     return min(int(triton.next_power_of_2(V)), MAX_BLOCK)

@@ -28,6 +28,7 @@ from stepagent.kernels.online_softmax import (
     expm1,
     floored,
     fold,
+    grad_other,
     join_label,
     load_others,
     softplus,
@@ -124,6 +125,7 @@ def _token_logprobs_backward_kernel(
     logp_label = tl.load(logps_ptr + row)
     grad_logp = tl.load(grad_logps_ptr + row)
     grad_label = -expm1(logp_label) * grad_logp
+    entropy, grad_entropy = 0.0, 0.0
     if WITH_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
         grad_entropy = tl.load(grad_entropy_ptr + row)
@@ -137,11 +139,9 @@ def _token_logprobs_backward_kernel(
         column = start + tl.arange(0, BLOCK)
         offset = column.to(tl.int64)
         x = tl.load(row_ptr + offset * logits_stride_v, mask=column < length, other=0.0)
-        logp = floored(x.to(tl.float32) / temperature - row_max - log_sum)
-        pull = grad_logp
-        if WITH_ENTROPY:
-            pull += grad_entropy * (logp + entropy)
-        grad = tl.where(column == label, grad_label, -pull * tl.exp(logp)) / temperature
+        z = x.to(tl.float32) / temperature
+        grad = grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
+        grad = tl.where(column == label, grad_label, grad) / temperature
         grad = tl.where(ignored, 0.0, grad)
         tl.store(grad_row_ptr + offset * grad_logits_stride_v, grad, mask=column < V)
 

@@ -18,9 +18,12 @@ settings.load_profile("stepagent")
 POISON = -(2**30)  # for integers, which have no NaN
 POISONED = (
     "stepagent.operators.blocks",
+    "stepagent.operators.head",
     "stepagent.operators.linear",
+    "stepagent.operators.shards",
     "stepagent.operators.steps",
     "stepagent.operators.tokens",
+    "stepagent.kernels.linear_logprobs",
     "stepagent.kernels.logprob_diff",
     "stepagent.kernels.token_logprobs",
 )

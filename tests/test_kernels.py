@@ -257,7 +257,7 @@ def test_the_backwards_of_triton_and_torch_exchange_their_results(entropy: bool)
     logits_NV, labels_N = random_logits(3, 37), torch.tensor([0, -100, 36])
     upstreams = (torch.tensor([1.0, 2.0, -3.0]), torch.ones(3) if entropy else None)
     inputs = (logits_NV, labels_N, torch.tensor(0.7))
-    from_torch = tokens.token_forward(*inputs, entropy)
+    from_torch = tokens.token_forward(*inputs, entropy, "device")
     expected_NV = tokens.token_backward(*upstreams, list(from_torch), *inputs)
     for results in (from_torch, launch(*inputs, entropy=entropy)):
         grad_NV = launch_backward(*inputs, *upstreams, results=results)
@@ -339,19 +339,21 @@ def test_diff_of_a_token_that_the_policy_forbids() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernels, the torch path
-def test_the_operators_on_cuda_return_what_they_do_on_cpu(dtype: torch.dtype) -> None:
+def test_the_operators_on_a_gpu_return_what_they_do_on_cpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits_NV, labels_N = random_logits(3, 37, dtype), torch.tensor([0, -100, 36])
     inputs = (logits_NV, labels_N, torch.full((), 0.7, dtype=dtype))
-    diff_inputs = (logits_NV, logits_NV.flip(1), *inputs[1:])
+    two_logits = (logits_NV, logits_NV.flip(1), *inputs[1:])
     grads_N = (torch.tensor([1.0, 2.0, -3.0], dtype=dtype), torch.ones(3, dtype=dtype))
-    backward_inputs = (*grads_N, list(tokens.token_forward(*inputs, True)), *inputs)
-    for on_cuda, on_cpu, arguments in (
-        (tokens.token_forward_cuda, tokens.token_forward, (*inputs, True)),
-        (tokens.token_backward_cuda, tokens.token_backward, backward_inputs),
-        (tokens.diff_forward_cuda, tokens.diff_forward, diff_inputs),
-    ):
-        actual = on_cuda(*tree_map(lambda x: x.to(DEVICE) if torch.is_tensor(x) else x, arguments))
-        expected = on_cpu(*arguments)
-        torch.testing.assert_close(
-            tree_map(lambda x: x.cpu(), actual), expected, rtol=1e-5, atol=1e-6
-        )
+    results = list(tokens.token_forward(*inputs, True, "device"))
+    calls = (
+        (tokens.token_forward, (*inputs, True, "device")),
+        (tokens.token_backward, (*grads_N, results, *inputs)),
+        (tokens.diff_forward, (*two_logits, "device")),
+    )
+    expected = [operator(*arguments) for operator, arguments in calls]
+    monkeypatch.setattr(tokens, "on_gpu", lambda tensor: True)
+    for (operator, arguments), e in zip(calls, expected, strict=True):
+        actual = operator(*tree_map(lambda x: x.to(DEVICE) if torch.is_tensor(x) else x, arguments))
+        torch.testing.assert_close(tree_map(lambda x: x.cpu(), actual), e, rtol=1e-5, atol=1e-6)

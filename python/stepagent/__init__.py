@@ -1,9 +1,9 @@
 """Step-wise rewards for LLM agents, at the price of one forward pass.
 
 Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`. Ops: :func:`linear_logprobs`,
-:func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objective:
-:func:`implicit_step_loss`. Inspection: :func:`inspect`, :func:`rollout_and_query`. Training:
-``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
+:func:`linear_logprob_diff`, :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`,
+:func:`step_rewards`. Objective: :func:`implicit_step_loss`. Inspection: :func:`inspect`,
+:func:`rollout_and_query`. Training: ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
 from importlib import import_module
@@ -14,7 +14,14 @@ from .encoding import Trunk, encode
 from .inspection import Branch, inspect
 from .losses import implicit_step_loss
 from .models import check_tree_support, score_trees
-from .ops import linear_logprobs, logprob_diff, step_rewards, step_sums, token_logprobs
+from .ops import (
+    linear_logprob_diff,
+    linear_logprobs,
+    logprob_diff,
+    step_rewards,
+    step_sums,
+    token_logprobs,
+)
 from .rollout import rollout_and_query
 from .trajectory import Trajectory, load_trajectories, save_trajectories
 from .tree import TokenTree, pack_step_pairs
@@ -32,6 +39,7 @@ __all__ = [
     "encode",
     "implicit_step_loss",
     "inspect",
+    "linear_logprob_diff",
     "linear_logprobs",
     "load_trajectories",
     "logprob_diff",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LABEL_CHECKS = ("sync", "device", "off")
 IGNORE = -100  # the label that scores nothing: log-prob 0, entropy 0, no gradient
 
 Index = Tensor | np.ndarray[Any, np.dtype[Any]]
@@ -55,6 +56,11 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def as_index(name: str, index: object, device: torch.device) -> Tensor:
     """As a one-dimensional int64 tensor on `device`; numpy arrays are copied there."""
     if isinstance(index, np.ndarray):
@@ -92,22 +98,37 @@ def _kind(value: object) -> str:
 # ------------------------- checks of values, inside the operators: the compiler never sees them
 
 
-def _refuse(bad_N: Tensor, name: str, values_N: Tensor, rule: str) -> None:
-    """Name the first value that breaks the rule. CPU only: CUDA would have to wait for it."""
-    if bad_N.device.type == "cpu" and bool(bad_N.any()):
+def _refuse(bad_N: Tensor, name: str, values_N: Tensor, rule: str, *, wait: bool = False) -> None:
+    """Name the first value that breaks the rule; on CUDA, where that stalls the stream, if told."""
+    if (wait or bad_N.device.type == "cpu") and bool(bad_N.any()):
         first = int(bad_N.nonzero()[0])
         raise ValueError(f"{name}[{first}] = {values_N[first].item()}, but {rule}")
 
 
-def check_labels(labels_N: Tensor, V: int) -> None:
+def check_labels(labels_N: Tensor, V: int, check: str, op: str) -> None:
+    """As `check` says, one of LABEL_CHECKS; the device assertion cannot name the value."""
+    if check == "off":
+        return
+    rule = f"labels are in [0, {V}), or {IGNORE} to score nothing"
     bad_N = (labels_N != IGNORE) & ((labels_N < 0) | (labels_N >= V))
-    _refuse(bad_N, "labels_N", labels_N, f"labels are in [0, {V}), or {IGNORE} to score nothing")
+    if check == "device" and labels_N.device.type != "cpu":
+        torch._assert_async(~bad_N.any(), f"stepagent::{op}: {rule}")
+    else:
+        _refuse(bad_N, "labels_N", labels_N, rule, wait=True)
 
 
-def check_rows(rows_N: Tensor | None, R: int) -> None:
+def check_rows(name: str, rows_N: Tensor | None, of: str, R: int) -> None:
     if rows_N is not None:
-        bad_N = (rows_N < 0) | (rows_N >= R)
-        _refuse(bad_N, "rows_N", rows_N, f"hidden_RH has rows [0, {R})")
+        _refuse((rows_N < 0) | (rows_N >= R), name, rows_N, f"{of} has rows [0, {R})")
+
+
+def check_shard(size_n: Tensor, V: int) -> None:
+    """Another rank's shard is as large as this one."""
+    rule = "each rank of the group must hold a shard of weight_VH of the same size"
+    if size_n.device.type != "cpu":
+        torch._assert_async((size_n == V).all(), f"stepagent: {rule}")
+    elif not bool((size_n == V).all()):
+        raise ValueError(f"{rule}, got {V} here and {int(size_n[0])} elsewhere")
 
 
 def check_temperature(temperature: Tensor) -> None:

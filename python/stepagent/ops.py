@@ -4,24 +4,29 @@ They check what they are given, then call the custom operators of ``operators/``
 scored tokens, R hidden rows, H hidden size, V vocabulary, S steps.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from stepagent.checks import (
+    LABEL_CHECKS,
     Index,
     as_index,
     as_temperature,
+    check_choice,
     check_floats,
     check_length,
     check_pair,
     check_positive,
     compute_dtype,
 )
-from stepagent.operators.linear import linear_logprobs_op
+from stepagent.operators.linear import linear_logprob_diff_op, linear_logprobs_op
 from stepagent.operators.steps import step_sums_op
 from stepagent.operators.tokens import logprob_diff_op, token_logprobs_op
+
+LabelCheck: TypeAlias = Literal["sync", "device", "off"]
 
 
 @overload
@@ -35,6 +40,9 @@ def linear_logprobs(
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
+    group: ProcessGroup | None = ...,
+    keep_bytes: int = ...,
+    check_labels: LabelCheck = ...,
 ) -> Tensor: ...
 @overload
 def linear_logprobs(
@@ -47,6 +55,9 @@ def linear_logprobs(
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
     return_entropy: Literal[True],
+    group: ProcessGroup | None = ...,
+    keep_bytes: int = ...,
+    check_labels: LabelCheck = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden_RH: Tensor,
@@ -58,16 +69,23 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    group: ProcessGroup | None = None,
+    keep_bytes: int = 0,
+    check_labels: LabelCheck = "device",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each label under a language-model head, without the N×V logits.
 
         x = h · wᵀ + b,    z = cap · tanh(x / cap) / T,    log p_y = z_y − log Σ_j exp z_j
 
-    Only rows that a valid label names go through the head, each of them once.
+    Only rows that a valid label names go through the head, each of them once. On CUDA that takes a
+    host sync to count them, where `rows_N` is None; with `rows_N` there is none, and all N rows
+    that it names are multiplied. Inside autocast the factors of the product are cast as a linear
+    layer's are; nothing after them is rounded.
 
     Args:
         hidden_RH: (R, H), any float dtype.
-        weight_VH: (V, H), dtype of `hidden_RH`.
+        weight_VH: (V, H), dtype of `hidden_RH`. Where neither it nor `bias_V` requires grad, the
+            forward leaves the gradient of `hidden_RH` ready: 4NHV operations in all, not 6NHV.
         labels_N: (N,) int32 or int64 in [0, V), or -100: log-prob 0, entropy 0, no gradient.
         rows_N: (N,) int32 or int64 in [0, R): `hidden_RH[rows_N[n]]` predicts label n; rows may
             repeat. By default N = R and row n predicts label n.
@@ -75,6 +93,15 @@ def linear_logprobs(
         temperature: T > 0, one for all or a float tensor (N,) on the same device; a constant.
         softcap: cap > 0, or None for z = x / T.
         return_entropy: also return the entropy of each predicted distribution.
+        group: ranks that each hold an equal shard of the vocabulary, in the order of ranks; V is
+            then the size of the shard in `weight_VH` and `bias_V`, labels are of the whole
+            vocabulary, and everything but the shard is the same on all ranks. The gradient of
+            `hidden_RH` is summed over the ranks.
+        keep_bytes: for a head that learns, memory in which the forward may keep logits for the
+            backward, which then computes fewer of them again: 6NHV where all fit, else up to 8NHV.
+        check_labels: what happens to a label outside [0, V). On CPU it is a ValueError that names
+            it; on CUDA "device" is an assertion there that names the rule, "sync" the ValueError at
+            the price of a host sync. "off": it scores NaN.
 
     Returns:
         logps_N, or (logps_N, entropy_N), in nats; float32, for float64 inputs float64.
@@ -83,34 +110,194 @@ def linear_logprobs(
     Raises:
         TypeError: a dtype that is none of these.
         ValueError: a shape, device, label, row, temperature or softcap that breaks these rules. On
-            CUDA, where looking at values would stall the stream, a label outside [0, V) scores NaN
-            instead and the values of a temperature tensor are not checked.
+            CUDA, where looking at values would stall the stream, those of a temperature tensor are
+            not checked.
     """
-    floats = [("hidden_RH", hidden_RH, 2), ("weight_VH", weight_VH, 2)]
-    check_floats(*floats, *([] if bias_V is None else [("bias_V", bias_V, 1)]))
-    labels_N = as_index("labels_N", labels_N, hidden_RH.device)
+    hidden_RH, weight_VH, bias_V = _head("", hidden_RH, weight_VH, bias_V)
+    labels_N, rows_N = _labelled_rows("", hidden_RH, labels_N, rows_N)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_choice("check_labels", check_labels, LABEL_CHECKS)
+    logps_N, entropy_N, *_ = linear_logprobs_op(
+        hidden_RH,
+        weight_VH,
+        labels_N,
+        rows_N,
+        bias_V,
+        as_temperature(temperature, labels_N, compute_dtype(hidden_RH)),
+        softcap,
+        return_entropy,
+        _kept(hidden_RH, weight_VH, bias_V, return_entropy, keep_bytes),
+        keep_bytes,
+        "" if group is None else group.group_name,
+        check_labels,
+    )
+    return (logps_N, entropy_N) if return_entropy else logps_N
+
+
+@overload
+def linear_logprob_diff(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_RH: Tensor,
+    ref_weight_VH: Tensor,
+    labels_N: Index,
+    *,
+    rows_N: Index | None = ...,
+    ref_rows_N: Index | None = ...,
+    bias_V: Tensor | None = ...,
+    ref_bias_V: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    return_kl: Literal[False] = ...,
+    group: ProcessGroup | None = ...,
+    keep_bytes: int = ...,
+    check_labels: LabelCheck = ...,
+) -> Tensor: ...
+@overload
+def linear_logprob_diff(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_RH: Tensor,
+    ref_weight_VH: Tensor,
+    labels_N: Index,
+    *,
+    rows_N: Index | None = ...,
+    ref_rows_N: Index | None = ...,
+    bias_V: Tensor | None = ...,
+    ref_bias_V: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    return_kl: Literal[True],
+    group: ProcessGroup | None = ...,
+    keep_bytes: int = ...,
+    check_labels: LabelCheck = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_logprob_diff(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_RH: Tensor,
+    ref_weight_VH: Tensor,
+    labels_N: Index,
+    *,
+    rows_N: Index | None = None,
+    ref_rows_N: Index | None = None,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    return_kl: bool = False,
+    group: ProcessGroup | None = None,
+    keep_bytes: int = 0,
+    check_labels: LabelCheck = "device",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log π(y) − log π_ref(y) of each label, both from hidden rows and a head; no N×V logits.
+
+    Where the two heads are one tensor (an adapter on or off), their rows share one product. The
+    gradient goes to `hidden_RH`, `weight_VH` and `bias_V` only.
+
+    Args:
+        hidden_RH, weight_VH, labels_N, rows_N, bias_V: the policy's, as in `linear_logprobs`.
+        ref_hidden_RH, ref_weight_VH, ref_rows_N, ref_bias_V: the reference's, which predict the
+            same labels; it may have other R and H, the same V and dtype.
+        temperature, softcap, keep_bytes, group, check_labels: as in `linear_logprobs`, for both.
+        return_kl: as in `logprob_diff`.
+
+    Returns:
+        diff_N, or (diff_N, kl_N), in nats; float32, for float64 inputs float64. Label -100 gives 0.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprobs`.
+    """
+    hidden_RH, weight_VH, bias_V = _head("", hidden_RH, weight_VH, bias_V)
+    ref_bias_V = None if ref_bias_V is None else ref_bias_V.detach()
+    ref_hidden_RH, ref_weight_VH, ref_bias_V = _head(
+        "ref_", ref_hidden_RH.detach(), ref_weight_VH.detach(), ref_bias_V
+    )
+    labels_N, rows_N = _labelled_rows("", hidden_RH, labels_N, rows_N)
+    _, ref_rows_N = _labelled_rows("ref_", ref_hidden_RH, labels_N, ref_rows_N)
+    check_floats(("hidden_RH", hidden_RH, 2), ("ref_hidden_RH", ref_hidden_RH, 2))
+    if ref_weight_VH.shape[0] != weight_VH.shape[0]:
+        sizes = f"{weight_VH.shape[0]} and {ref_weight_VH.shape[0]}"
+        raise ValueError(f"weight_VH and ref_weight_VH must share one vocabulary, got V = {sizes}")
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_choice("check_labels", check_labels, LABEL_CHECKS)
+    diff_N, *_ = linear_logprob_diff_op(
+        hidden_RH,
+        weight_VH,
+        ref_hidden_RH,
+        ref_weight_VH,
+        labels_N,
+        rows_N,
+        ref_rows_N,
+        bias_V,
+        ref_bias_V,
+        as_temperature(temperature, labels_N, compute_dtype(hidden_RH)),
+        softcap,
+        _kept(hidden_RH, weight_VH, bias_V, False, keep_bytes),
+        keep_bytes,
+        "" if group is None else group.group_name,
+        check_labels,
+    )
+    return (diff_N, _k3(diff_N)) if return_kl else diff_N
+
+
+def _head(
+    prefix: str, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden rows, weights and bias that fit each other, as autocast gives them to a product."""
+    hidden_RH, weight_VH, bias_V = map(_autocast, (hidden_RH, weight_VH, bias_V))
+    floats = [(f"{prefix}hidden_RH", hidden_RH, 2), (f"{prefix}weight_VH", weight_VH, 2)]
+    check_floats(*floats, *([] if bias_V is None else [(f"{prefix}bias_V", bias_V, 1)]))
     V = weight_VH.shape[0]
     if weight_VH.shape[1] != hidden_RH.shape[1] or V == 0:
         raise ValueError(
-            f"weight_VH must be (V, {hidden_RH.shape[1]}) with V >= 1 to match hidden_RH, "
-            f"got {tuple(weight_VH.shape)}"
+            f"{prefix}weight_VH must be (V, {hidden_RH.shape[1]}) with V >= 1 to match "
+            f"{prefix}hidden_RH, got {tuple(weight_VH.shape)}"
         )
     if bias_V is not None and bias_V.shape[0] != V:
-        raise ValueError(f"bias_V must be ({V},), got {tuple(bias_V.shape)}")
+        raise ValueError(f"{prefix}bias_V must be ({V},), got {tuple(bias_V.shape)}")
+    return hidden_RH, weight_VH, bias_V
+
+
+def _autocast(tensor: Any) -> Any:
+    """Cast where autocast would: float32 and halves of a device for which it is on."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _labelled_rows(
+    prefix: str, hidden_RH: Tensor, labels_N: Index, rows_N: Index | None
+) -> tuple[Tensor, Tensor | None]:
+    labels_N = as_index("labels_N", labels_N, hidden_RH.device)
+    rows, hidden = f"{prefix}rows_N", f"{prefix}hidden_RH"
     if rows_N is None:
         check_length(
-            "labels_N", labels_N, hidden_RH.shape[0], "the rows of hidden_RH, as rows_N is None"
+            "labels_N", labels_N, hidden_RH.shape[0], f"the rows of {hidden}, as {rows} is None"
         )
-    else:
-        rows_N = as_index("rows_N", rows_N, hidden_RH.device)
-        check_length("rows_N", rows_N, labels_N.shape[0], "labels_N")
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    temperature = as_temperature(temperature, labels_N, compute_dtype(hidden_RH))
-    logps_N, entropy_N, *_ = linear_logprobs_op(
-        hidden_RH, weight_VH, labels_N, rows_N, bias_V, temperature, softcap, return_entropy
-    )
-    return (logps_N, entropy_N) if return_entropy else logps_N
+        return labels_N, None
+    rows_N = as_index(rows, rows_N, hidden_RH.device)
+    check_length(rows, rows_N, labels_N.shape[0], "labels_N")
+    return labels_N, rows_N
+
+
+def _kept(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, entropy: bool, keep_bytes: int
+) -> str:
+    """What the forward keeps for the backward, as ``operators/linear.py`` knows it."""
+    if keep_bytes < 0:
+        raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}")
+    head_learns = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    if not torch.is_grad_enabled() or not (head_learns or hidden_RH.requires_grad):
+        return "nothing"
+    if not head_learns and not entropy:
+        return "gradient"
+    return "logits" if keep_bytes else "nothing"
 
 
 @overload
@@ -120,6 +307,7 @@ def token_logprobs(
     *,
     temperature: float | Tensor = ...,
     return_entropy: Literal[False] = ...,
+    check_labels: LabelCheck = ...,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
@@ -128,6 +316,7 @@ def token_logprobs(
     *,
     temperature: float | Tensor = ...,
     return_entropy: Literal[True],
+    check_labels: LabelCheck = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits_NV: Tensor,
@@ -135,6 +324,7 @@ def token_logprobs(
     *,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
+    check_labels: LabelCheck = "device",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each label under given logits.
 
@@ -145,6 +335,7 @@ def token_logprobs(
         labels_N: (N,) int32 or int64 in [0, V), or -100: log-prob 0, entropy 0, no gradient.
         temperature: T > 0, one for all or a float tensor (N,) on the same device; a constant.
         return_entropy: also return the entropy of each distribution.
+        check_labels: as in `linear_logprobs`.
 
     Returns:
         logps_N, or (logps_N, entropy_N), in nats; float32, float64 for float64 logits.
@@ -153,9 +344,12 @@ def token_logprobs(
         TypeError, ValueError: as `linear_logprobs`.
     """
     check_floats(("logits_NV", logits_NV, 2))
+    check_choice("check_labels", check_labels, LABEL_CHECKS)
     labels_N = _labels_of(logits_NV, labels_N)
     temperature = as_temperature(temperature, labels_N, compute_dtype(logits_NV))
-    logps_N, entropy_N, *_ = token_logprobs_op(logits_NV, labels_N, temperature, return_entropy)
+    logps_N, entropy_N, *_ = token_logprobs_op(
+        logits_NV, labels_N, temperature, return_entropy, check_labels
+    )
     return (logps_N, entropy_N) if return_entropy else logps_N
 
 
@@ -167,6 +361,7 @@ def logprob_diff(
     *,
     temperature: float | Tensor = ...,
     return_kl: Literal[False] = ...,
+    check_labels: LabelCheck = ...,
 ) -> Tensor: ...
 @overload
 def logprob_diff(
@@ -176,6 +371,7 @@ def logprob_diff(
     *,
     temperature: float | Tensor = ...,
     return_kl: Literal[True],
+    check_labels: LabelCheck = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def logprob_diff(
     logits_NV: Tensor,
@@ -184,6 +380,7 @@ def logprob_diff(
     *,
     temperature: float | Tensor = 1.0,
     return_kl: bool = False,
+    check_labels: LabelCheck = "device",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log π(y) − log π_ref(y) of each label; the gradient goes to `logits_NV` only.
 
@@ -192,6 +389,7 @@ def logprob_diff(
         labels_N, temperature: as `token_logprobs`; temperature applies to both. Label -100 gives 0.
         return_kl: also return exp(−diff) − 1 + diff >= 0, the k3 estimate of KL(π ‖ π_ref) for
             labels sampled from π; its gradient flows too.
+        check_labels: as in `linear_logprobs`.
 
     Returns:
         diff_N, or (diff_N, kl_N), in nats; float32, float64 where one of the logits is float64.
@@ -202,10 +400,13 @@ def logprob_diff(
     check_floats(("logits_NV", logits_NV, 2))
     check_floats(("ref_logits_NV", ref_logits_NV, 2))
     check_pair("logits_NV", logits_NV, "ref_logits_NV", ref_logits_NV)
+    check_choice("check_labels", check_labels, LABEL_CHECKS)
     labels_N = _labels_of(logits_NV, labels_N)
     dtype = torch.promote_types(compute_dtype(logits_NV), compute_dtype(ref_logits_NV))
     temperature = as_temperature(temperature, labels_N, dtype)
-    diff_N, *_ = logprob_diff_op(logits_NV, ref_logits_NV.detach(), labels_N, temperature)
+    diff_N, *_ = logprob_diff_op(
+        logits_NV, ref_logits_NV.detach(), labels_N, temperature, check_labels
+    )
     return (diff_N, _k3(diff_N)) if return_kl else diff_N
 
 

@@ -26,15 +26,25 @@ def linear_logprobs(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p_y = z_y − log Σ_j exp z_j with x = h · wᵀ + b and z = cap · tanh(x / cap) / T."""
+    logits_NV = _head_logits(hidden_RH, weight_VH, rows_N, bias_V, softcap, dtype)
+    return token_logprobs(
+        logits_NV, labels_N, temperature=temperature, return_entropy=return_entropy, dtype=dtype
+    )
+
+
+def _head_logits(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    rows_N: Index | None,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
     hidden_NH = hidden_RH if rows_N is None else hidden_RH[_index(rows_N)]
     logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T
     if bias_V is not None:
         logits_NV = logits_NV + bias_V.to(dtype)
-    if softcap is not None:
-        logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    return token_logprobs(
-        logits_NV, labels_N, temperature=temperature, return_entropy=return_entropy, dtype=dtype
-    )
+    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
 
 def token_logprobs(
@@ -82,6 +92,37 @@ def logprob_diff(
     ref_logps_N, _ = _logps_and_entropy(ref_logits_NV, index_N, temperature, dtype)
     diff_N = logps_N - ref_logps_N
     return (diff_N, torch.exp(-diff_N) - 1 + diff_N) if return_kl else diff_N
+
+
+def linear_logprob_diff(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_RH: Tensor,
+    ref_weight_VH: Tensor,
+    labels_N: Index,
+    *,
+    rows_N: Index | None = None,
+    ref_rows_N: Index | None = None,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    return_kl: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`logprob_diff` of the logits of two heads, the reference's a constant."""
+    logits_NV = _head_logits(hidden_RH, weight_VH, rows_N, bias_V, softcap, dtype)
+    ref_logits_NV = _head_logits(
+        ref_hidden_RH, ref_weight_VH, ref_rows_N, ref_bias_V, softcap, dtype
+    )
+    return logprob_diff(
+        logits_NV,
+        ref_logits_NV,
+        labels_N,
+        temperature=temperature,
+        return_kl=return_kl,
+        dtype=dtype,
+    )
 
 
 def step_sums(

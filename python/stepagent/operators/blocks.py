@@ -14,7 +14,6 @@ slice.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,16 @@ from torch import Tensor
 
 from stepagent.checks import IGNORE
 
-WORKSPACE_BYTES = 64 * 2**20  # one block of logits, or of weights in the dtype of the computation
-MIN_SLICE = 256  # vocabulary entries; narrower products waste the machine
+# One block of logits, or of weights in the dtype of the computation. On CPU it should stay in the
+# caches; on a GPU a narrow product wastes the machine.
+WORKSPACE_BYTES = 16 * 2**20
+GPU_WORKSPACE_BYTES = 2**30
 FLOOR = -1e4  # exp(FLOOR) = 0 in float64 too, and unlike −inf it survives a product with 0
+
+
+def workspace_bytes(device: torch.device) -> int:
+    return WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+
 
 # logps_N, entropy_N (0 unless asked for), and for the backward max_N and log_sum_N: max_j z_j and
 # log Σ_j exp(z_j − max). Their sum alone would lose the digits that a large maximum takes.
@@ -45,29 +51,46 @@ class Fold:
         self.sum_n = torch.zeros_like(self.max_n)
         self.moment_n = torch.zeros_like(self.max_n)
         self.label_n = torch.full_like(self.max_n, math.nan)  # stays NaN for a label no block holds
+        self.shrink_n = torch.ones_like(self.max_n)  # the last block's effect on the sums before it
 
-    def update(self, z_nw: Tensor, start: int) -> None:
-        """Fold the logits of vocabulary entries start, start + 1, …; overwrites `z_nw`."""
+    def update(self, z_nw: Tensor, start: int) -> Tensor:
+        """Fold the logits of vocabulary entries start, start + 1, …; overwrites `z_nw`.
+
+        Returns exp(z − max) of them, 0 for the label.
+        """
         column_n1, inside_n1 = _label_column(self.labels_n, start, z_nw.shape[1])
         value_n1 = z_nw.gather(1, column_n1)
         self.label_n = torch.where(inside_n1, value_n1, self.label_n[:, None]).squeeze(1)
         z_nw.scatter_(1, column_n1, value_n1.masked_fill_(inside_n1, -math.inf))
-
-        max_n = torch.maximum(self.max_n, z_nw.amax(1))
-        shift_n = max_n.masked_fill(max_n == -math.inf, 0.0)  # −inf − (−inf) is NaN
-        decay_n = (self.max_n - shift_n).clamp_(min=FLOOR)
-        shrink_n = decay_n.exp()
-        z_nw.sub_(shift_n[:, None]).clamp_(min=FLOOR)
+        z_nw.sub_(self._raise_maximum(z_nw.amax(1))[:, None])
         if self.with_entropy:
-            exp_nw = z_nw.exp()
-            kept_n = self.moment_n + decay_n * self.sum_n
-            self.moment_n = shrink_n * kept_n + z_nw.mul_(exp_nw).sum(1)
+            exp_nw = z_nw.clamp_(min=FLOOR).exp()
+            self.moment_n += z_nw.mul_(exp_nw).sum(1)
         else:
             exp_nw = z_nw.exp_()
-        self.sum_n = shrink_n * self.sum_n + exp_nw.sum(1)
+        self.sum_n += exp_nw.sum(1)
+        return exp_nw
+
+    def absorb(self, max_n: Tensor, sum_n: Tensor, moment_n: Tensor) -> None:
+        """Fold what another fold has summed, over other logits of the same tokens."""
+        rise_n = (max_n - self._raise_maximum(max_n)).clamp_(min=FLOOR)
+        grow_n = rise_n.exp()
+        self.moment_n += grow_n * (moment_n + rise_n * sum_n)
+        self.sum_n += grow_n * sum_n
+
+    def _raise_maximum(self, max_n: Tensor) -> Tensor:
+        """Let the maximum be at least this. Returns it, 0 for −inf: −inf − (−inf) is NaN."""
+        max_n = torch.maximum(self.max_n, max_n)
+        shift_n = max_n.masked_fill(max_n == -math.inf, 0.0)
+        decay_n = (self.max_n - shift_n).clamp_(min=FLOOR)
+        self.shrink_n = decay_n.exp()
+        self.moment_n = self.shrink_n * (self.moment_n + decay_n * self.sum_n)
+        self.sum_n = self.shrink_n * self.sum_n
         self.max_n = max_n
+        return shift_n
 
     def finish(self) -> Results:
+        """0 for masked labels; NaN for one that no block held."""
         # With a label of +inf the limit log p = 0 would hide the overflow that made it.
         label_n = self.label_n.masked_fill(self.label_n == math.inf, math.nan)
         log_sum_others_n = self.sum_n.log()
@@ -76,7 +99,13 @@ class Fold:
         entropy_n = self._entropy(logps_n, margin_n, log_sum_others_n)
         max_n = torch.maximum(self.max_n, label_n)
         others_n = self.max_n - max_n + log_sum_others_n
-        return logps_n, entropy_n, max_n, torch.logaddexp(others_n, label_n - max_n)
+        log_sum_n = torch.logaddexp(others_n, label_n - max_n)
+        ignored_n = self.labels_n == IGNORE
+        a, b, c, d = (
+            result_n.masked_fill(ignored_n, 0.0)
+            for result_n in (logps_n, entropy_n, max_n, log_sum_n)
+        )
+        return a, b, c, d
 
     def _entropy(self, logps_n: Tensor, margin_n: Tensor, log_sum_others_n: Tensor) -> Tensor:
         """H = −p log p − q log q + q H_others, with p the label's probability and q = 1 − p."""
@@ -91,7 +120,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What the backward of n tokens needs: results of the forward and their gradients."""
+    """What the backward of n tokens needs: results of the forward, and their gradients over T."""
 
     labels_n: Tensor
     logps_n: Tensor
@@ -102,17 +131,17 @@ class Upstream:
     grad_entropy_n: Tensor | None
 
     def grad_logits_(self, z_nw: Tensor, start: int) -> Tensor:
-        """∂/∂z_j = g (1[j = y] − p_j) − g_H p_j (log p_j + H), in place of `z_nw`.
+        """∂/∂x_j = (g (1[j = y] − p_j) − g_H p_j (log p_j + H)) / T with z = x / T, over `z_nw`.
 
         The label's column is −expm1(log p_y) g: near 1 a rounded p_y leaves 1 − p_y no digits.
         """
         column_n1, inside_n1 = _label_column(self.labels_n, start, z_nw.shape[1])
-        z_nw.sub_(self.max_n[:, None]).sub_(self.log_sum_n[:, None])
-        logp_nw = z_nw.clamp_(min=FLOOR)
+        z_nw.sub_(self.max_n[:, None])
         label_n = -torch.expm1(self.logps_n) * self.grad_logps_n
         if self.grad_entropy_n is None:
-            grad_nw = logp_nw.exp_().mul_(-self.grad_logps_n[:, None])
+            grad_nw = z_nw.exp_().mul_((-self.grad_logps_n * torch.exp(-self.log_sum_n))[:, None])
         else:
+            logp_nw = z_nw.sub_(self.log_sum_n[:, None]).clamp_(min=FLOOR)
             p_nw = logp_nw.exp()
             grad_nw = logp_nw.add_(self.entropy_n[:, None]).mul_(self.grad_entropy_n[:, None])
             grad_nw.add_(self.grad_logps_n[:, None]).mul_(p_nw).neg_()
@@ -138,23 +167,40 @@ def per_token(temperature: Tensor, tokens_n: Tensor) -> Tensor:
     return temperature[tokens_n, None] if temperature.ndim else temperature
 
 
+def divide_(z: Tensor, temperature: Tensor) -> Tensor:
+    """z / T in place; no pass over z for T = 1 on CPU, where a look at T costs nothing."""
+    if temperature.ndim == 0 and temperature.device.type == "cpu" and temperature.item() == 1:
+        return z
+    return z.div_(temperature)
+
+
 def upstream_of(
     tokens_n: Tensor,
-    labels_N: Tensor,
+    labels_n: Tensor,
+    temperature: Tensor,
     results: list[Tensor],
     grad_logps_N: Tensor,
     grad_entropy_N: Tensor | None,
 ) -> Upstream:
-    """What the backward needs, of these tokens."""
+    """What the backward to z · T needs of these tokens; temperature () or (n, 1).
+
+    A masked label's row gives 0 whatever it and its upstream gradients hold.
+    """
+    ignored_n = labels_n == IGNORE
     logps_n, entropy_n, max_n, log_sum_n = (result_N[tokens_n] for result_N in results)
+
+    def scaled(grad_N: Tensor) -> Tensor:
+        grad_n = grad_N[tokens_n].masked_fill(ignored_n, 0.0)
+        return divide_(grad_n[:, None], temperature).squeeze(1)
+
     return Upstream(
-        labels_N[tokens_n],
+        labels_n,
         logps_n,
         entropy_n,
-        max_n,
+        max_n.masked_fill(ignored_n, math.inf),
         log_sum_n,
-        grad_logps_N[tokens_n],
-        None if grad_entropy_N is None else grad_entropy_N[tokens_n],
+        scaled(grad_logps_N),
+        None if grad_entropy_N is None else scaled(grad_entropy_N),
     )
 
 
@@ -168,13 +214,3 @@ def spread(results_n: Results, tokens_n: Tensor, N: int) -> Results:
     """Results of the scored tokens at their positions among all N, 0 elsewhere."""
     a, b, c, d = (r_n.new_zeros(N).index_copy_(0, tokens_n, r_n) for r_n in results_n)
     return a, b, c, d
-
-
-def save(ctx: Any, tensors: list[Tensor | None], results: Results) -> None:
-    _, entropy_N, *others = results
-    ctx.mark_non_differentiable(*others, *([] if ctx.with_entropy else [entropy_N]))
-    ctx.save_for_backward(*results, *tensors)
-
-
-def saved(ctx: Any) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-    return list(ctx.saved_tensors[:4]), ctx.saved_tensors[4:]

@@ -1,119 +1,141 @@
-"""`linear_logprobs` as custom operators, in torch: log-probs from hidden rows and a head.
+"""`linear_logprobs` and `linear_logprob_diff` as custom operators: log-probs from hidden rows.
 
     x = h · wᵀ + b,    z = cap · tanh(x / cap) / T
+
+A hybrid on every device: the products are the math library's, one slice of the vocabulary at a
+time in a bounded workspace, with float32 results; a fold of torch, or on CUDA of Triton, reads each
+slice once. What the backward needs of the logits is computed again, unless the forward keeps it:
+
+    keep = "gradient"   ∂log p_y/∂h = (1 − p_y)/T · (s_y w_y − Σ_{j≠y} p_j s_j w_j / (1 − p_y)),
+                        s the slope of the softcap. It does not depend on the loss: where the head
+                        is frozen, the backward scales a row by its upstream gradient.
+    keep = "logits"     the first slices of h · wᵀ, as many as fit the given number of bytes.
+
+On CPU, and wherever no `rows_N` is given, masked tokens are left out and shared rows multiplied
+once; in the backward tokens without upstream gradient are left out too. To count them is a host
+sync on CUDA, so with `rows_N` every token takes part there and nothing depends on values.
+
+With a process group the head is one shard of the vocabulary: ranks exchange five numbers a token,
+merge them in the order of ranks, and add up their gradients of h.
 
 Results are computed and returned in float32, for float64 inputs in float64; a gradient has the
 dtype of its input. Left out: gradients of gradients, gradients to the temperature.
 
-Dimensions: N scored tokens, R hidden rows, H hidden size, V vocabulary; n tokens with a valid
-label, U distinct hidden rows among those, w vocabulary entries in a slice.
+Dimensions: N scored tokens, R hidden rows, H hidden size, V vocabulary (of this shard); n tokens
+that take part, U hidden rows for them, w vocabulary entries in a slice.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepagent.checks import check_labels, check_rows, check_temperature
-from stepagent.operators import blocks
+from stepagent.checks import IGNORE, check_labels, check_rows, check_temperature
 from stepagent.operators.blocks import (
     Fold,
     Results,
+    Upstream,
+    divide_,
     like_results,
-    per_token,
-    save,
-    saved,
-    scored,
     spread,
     upstream_of,
 )
+from stepagent.operators.head import (
+    Head,
+    Products,
+    Tokens,
+    add_product,
+    full_precision,
+    room_for_logits,
+    select,
+    sum_rows,
+    write_product,
+)
+from stepagent.operators.paths import on_gpu
+from stepagent.operators.shards import local_labels, merge, sum_over, vocabulary
+
+# ------------------------------------------------------------------ forward
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The language-model head on the U distinct rows that n scored tokens share."""
+def _fold_slice(
+    fold: Fold, tokens: Tokens, head: Head, part: slice, x_Uw: Tensor, with_slope: bool
+) -> Tensor | None:
+    """Fold products, which are overwritten; with_slope: returns exp(z − max) times the slope."""
+    if head.triton:
+        from stepagent.kernels.linear_logprobs import fold_slice  # loads triton: only here
 
-    tokens_n: Tensor  # their positions among the N
-    rows_U: Tensor  # positions of the rows among the R
-    group_n: Tensor | None  # each token's row among the U; None where n = U, in order
-    hidden_UH: Tensor  # in the dtype of the computation
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    temperature: Tensor  # () or (n, 1)
-    softcap: float | None
-    width: int  # vocabulary entries in a slice
-    workspace: Tensor  # (U * width,)
-
-    def slices(self) -> Iterator[tuple[int, int]]:
-        V = self.weight_VH.shape[0]
-        return ((start, min(start + self.width, V)) for start in range(0, V, self.width))
-
-    def weight_wH(self, start: int, stop: int) -> Tensor:
-        return self.weight_VH[start:stop].to(self.hidden_UH.dtype)
-
-    def capped_Uw(self, weight_wH: Tensor, start: int) -> Tensor:
-        """Logits of the rows before the temperature, in the workspace."""
-        U, w = self.hidden_UH.shape[0], weight_wH.shape[0]
-        x_Uw = self.workspace[: U * w].view(U, w)
-        torch.mm(self.hidden_UH, weight_wH.T, out=x_Uw)
-        if self.bias_V is not None:
-            x_Uw += self.bias_V[start : start + w]
-        if self.softcap is not None:
-            x_Uw.div_(self.softcap).tanh_().mul_(self.softcap)
-        return x_Uw
-
-    def slope_Uw(self, capped_Uw: Tensor) -> Tensor | None:
-        """Derivative of the softcap, 1 − tanh²."""
-        return None if self.softcap is None else 1 - (capped_Uw / self.softcap).square_()
-
-    def scaled_nw(self, capped_Uw: Tensor) -> Tensor:
-        """Logits of the tokens; overwrites `capped_Uw` where no row is shared."""
-        z_nw = capped_Uw if self.group_n is None else capped_Uw[self.group_n]
-        return z_nw.div_(self.temperature)
-
-    def grad_x_Uw(self, grad_z_nw: Tensor, slope_Uw: Tensor | None) -> Tensor:
-        """Back through temperature, sharing and softcap; overwrites `grad_z_nw`."""
-        grad_x_Uw = grad_z_nw.div_(self.temperature)
-        if self.group_n is not None:
-            # index_put_ adds in a fixed order; index_add_ on CUDA does not.
-            zeros_Uw = grad_z_nw.new_zeros(self.hidden_UH.shape[0], grad_z_nw.shape[1])
-            grad_x_Uw = zeros_Uw.index_put_((self.group_n,), grad_z_nw, accumulate=True)
-        return grad_x_Uw if slope_Uw is None else grad_x_Uw.mul_(slope_Uw)
+        return fold_slice(
+            fold.labels_n,
+            (fold.max_n, fold.sum_n, fold.moment_n, fold.label_n, fold.shrink_n),
+            x_Uw,
+            head.bias_w(part),
+            tokens.temperature,
+            head.softcap,
+            part.start,
+            with_entropy=fold.with_entropy,
+            weights_dtype=tokens.hidden_UH.dtype if with_slope else None,
+        )
+    x_nw = tokens.logits_of(head.capped_(x_Uw, part))
+    slope_nw = head.slope(x_nw) if with_slope else None
+    exp_nw = fold.update(divide_(x_nw, tokens.temperature), part.start)
+    return exp_nw if slope_nw is None else exp_nw.mul_(slope_nw)
 
 
-def compacted_head(
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    labels_N: Tensor,
-    rows_N: Tensor | None,
-    bias_V: Tensor | None,
-    temperature: Tensor,
-    softcap: float | None,
-) -> _Head:
-    tokens_n = scored(labels_N)
-    rows_n = tokens_n if rows_N is None else rows_N[tokens_n]
-    rows_U, group_n = torch.unique(rows_n, return_inverse=True)
-    if len(rows_U) == len(rows_n):
-        rows_U, group_n = rows_n, None
-    # One slice of logits (n, width) or of upcast weights (width, H) fills the workspace at most.
-    bytes_each = temperature.dtype.itemsize * max(len(tokens_n), hidden_RH.shape[1])
-    width = min(
-        max(blocks.MIN_SLICE, blocks.WORKSPACE_BYTES // max(bytes_each, 1)), weight_VH.shape[0]
-    )
-    return _Head(
-        tokens_n,
-        rows_U,
-        group_n,
-        hidden_RH[rows_U].to(temperature.dtype),
-        weight_VH,
-        bias_V,
-        per_token(temperature, tokens_n),
-        softcap,
-        width,
-        torch.empty(len(rows_U) * width, dtype=temperature.dtype, device=hidden_RH.device),
-    )
+def _fold_all(
+    tokens: Tokens, head: Head, labels_n: Tensor, with_entropy: bool, kept: Tensor, pulled: int
+) -> tuple[Fold, Tensor]:
+    """Fold every slice; Σ_{j≠y} exp(z_j − max) s_j w_j, (pulled, H), of the first tokens."""
+    fold = Fold(labels_n, head.dtype, with_entropy)
+    device, H = tokens.hidden_UH.device, tokens.hidden_UH.shape[1]
+    pull_nH = torch.zeros(pulled, H, dtype=head.dtype, device=device)
+    for part, weight_wH, x_Uw in Products(tokens, head, kept, compute=True):
+        exp_slope_nw = _fold_slice(fold, tokens, head, part, x_Uw, pulled > 0)
+        if exp_slope_nw is not None and pulled:
+            pull_nH.mul_(fold.shrink_n[:pulled, None])
+            add_product(pull_nH, exp_slope_nw[:pulled], weight_wH)
+    return fold, pull_nH
+
+
+def _gradient_nH(
+    tokens: Tokens, head: Head, fold: Fold, whole: Fold, logps_n: Tensor, pull_nH: Tensor
+) -> Tensor:
+    """∂log p_y/∂h of the first tokens: of this shard's labels, where the head is one."""
+    n, V = len(pull_nH), head.weight_VH.shape[0]
+    temperature = tokens.temperature[:n] if tokens.temperature.ndim else tokens.temperature
+    share_n = torch.exp(fold.max_n - whole.max_n)[:n] / whole.sum_n[:n]
+    pull_nH.mul_(share_n[:, None]).masked_fill_((whole.sum_n[:n] == 0)[:, None], 0.0)
+    labels_n = fold.labels_n[:n]
+    here_n = (labels_n >= 0) & (labels_n < V)
+    own_nH = head.weight_VH[torch.where(here_n, labels_n, 0)].to(head.dtype)
+    slope_n1 = head.slope(whole.label_n[:n, None] * temperature)
+    if slope_n1 is not None:
+        own_nH.mul_(slope_n1)
+    own_nH.masked_fill_(~here_n[:, None], 0.0)
+    return own_nH.sub_(pull_nH).mul_(-torch.expm1(logps_n[:n, None]) / temperature)
+
+
+def _forward(
+    tokens: Tokens,
+    head: Head,
+    with_entropy: bool,
+    keep: str,
+    keep_bytes: int,
+    group: str,
+    learners: int | None = None,
+) -> tuple[Results, Tensor]:
+    """Results, and what is kept for the backward of the first `learners` tokens, else of all."""
+    V = head.weight_VH.shape[0]
+    labels_n = local_labels(tokens.labels_n, V, group)
+    kept = room_for_logits(tokens, head, keep_bytes if keep == "logits" else 0)
+    learners = len(labels_n) if learners is None else learners
+    pulled = learners if keep == "gradient" else 0
+    fold, pull_nH = _fold_all(tokens, head, labels_n, with_entropy, kept, pulled)
+    whole = merge(fold, tokens.labels_n, V, group) if group else fold
+    results = whole.finish()
+    if pulled:
+        kept = _gradient_nH(tokens, head, fold, whole, results[0], pull_nH)
+        sum_over(group, kept)
+    return results, kept.flatten()
 
 
 def linear_forward(
@@ -125,18 +147,56 @@ def linear_forward(
     temperature: Tensor,
     softcap: float | None,
     with_entropy: bool,
-) -> Results:
-    check_labels(labels_N, weight_VH.shape[0])
-    check_rows(rows_N, hidden_RH.shape[0])
+    keep: str,
+    keep_bytes: int,
+    group: str,
+    check: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Results of all tokens, and what is kept for the backward, flat."""
+    _check(labels_N, weight_VH, temperature, group, check, "linear_logprobs")
+    check_rows("rows_N", rows_N, "hidden_RH", hidden_RH.shape[0])
+    head = Head(weight_VH, bias_V, softcap, temperature.dtype)
+    with full_precision(hidden_RH.device):
+        tokens = select(hidden_RH, labels_N, rows_N, temperature)
+        results, kept = _forward(tokens, head, with_entropy, keep, keep_bytes, group)
+    return (*spread(results, tokens.positions_n, len(labels_N)), kept)
+
+
+def _check(
+    labels_N: Tensor, weight_VH: Tensor, temperature: Tensor, group: str, check: str, op: str
+) -> None:
+    check_labels(labels_N, vocabulary(weight_VH.shape[0], group), check, op)
     check_temperature(temperature)
-    # A custom operator runs inside the caller's autocast, which would round these products.
-    with torch.autocast(hidden_RH.device.type, enabled=False):
-        head = compacted_head(hidden_RH, weight_VH, labels_N, rows_N, bias_V, temperature, softcap)
-        fold = Fold(labels_N[head.tokens_n], temperature.dtype, with_entropy)
-        for start, stop in head.slices():
-            capped_Uw = head.capped_Uw(head.weight_wH(start, stop), start)
-            fold.update(head.scaled_nw(capped_Uw), start)
-    return spread(fold.finish(), head.tokens_n, len(labels_N))
+
+
+# ------------------------------------------------------------------ backward
+
+
+def _grad_slice(
+    upstream: Upstream, tokens: Tokens, head: Head, part: slice, x_Uw: Tensor
+) -> Tensor:
+    """Gradient of products, which are overwritten, in the dtype of their factors."""
+    dtype = tokens.hidden_UH.dtype
+    if head.triton:
+        from stepagent.kernels.linear_logprobs import grad_slice
+
+        return grad_slice(
+            upstream.labels_n,
+            (upstream.logps_n, upstream.entropy_n, upstream.max_n, upstream.log_sum_n),
+            upstream.grad_logps_n,
+            upstream.grad_entropy_n,
+            x_Uw,
+            head.bias_w(part),
+            tokens.temperature,
+            head.softcap,
+            part.start,
+            dtype=dtype,
+        )
+    capped_Uw = head.capped_(x_Uw, part)
+    slope_Uw = head.slope(capped_Uw)
+    z_nw = divide_(tokens.logits_of(capped_Uw), tokens.temperature)
+    grad_x_Uw = tokens.rows_of(upstream.grad_logits_(z_nw, part.start))
+    return (grad_x_Uw if slope_Uw is None else grad_x_Uw.mul_(slope_Uw)).to(dtype)
 
 
 def linear_backward(
@@ -150,37 +210,65 @@ def linear_backward(
     bias_V: Tensor | None,
     temperature: Tensor,
     softcap: float | None,
+    kept: Tensor,
+    keep: str,
+    group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden_RH, weight_VH and bias_V, in the order of `needs`."""
     needs_hidden, needs_weight, needs_bias = needs
-    with torch.autocast(hidden_RH.device.type, enabled=False):
-        head = compacted_head(hidden_RH, weight_VH, labels_N, rows_N, bias_V, temperature, softcap)
-        upstream = upstream_of(head.tokens_n, labels_N, results, grad_logps_N, grad_entropy_N)
-        grad_hidden_UH = torch.zeros_like(head.hidden_UH)
-        grad_weight_VH = _gradient_of(weight_VH, needs_weight)
-        grad_bias_V = _gradient_of(bias_V, needs_bias)
-        for start, stop in head.slices():
-            weight_wH = head.weight_wH(start, stop)
-            capped_Uw = head.capped_Uw(weight_wH, start)
-            slope_Uw = head.slope_Uw(capped_Uw)
-            grad_z_nw = upstream.grad_logits_(head.scaled_nw(capped_Uw), start)
-            grad_x_Uw = head.grad_x_Uw(grad_z_nw, slope_Uw)
+    if keep == "nothing" and not (on_gpu(hidden_RH) and rows_N is not None):
+        labels_N = labels_N.masked_fill(_without_upstream(grad_logps_N, grad_entropy_N), IGNORE)
+    head = Head(weight_VH, bias_V, softcap, temperature.dtype)
+    grad_weight_VH = _gradient_of(weight_VH, needs_weight)
+    grad_bias_V = _gradient_of(bias_V, needs_bias)
+    with full_precision(hidden_RH.device):
+        tokens = select(hidden_RH, labels_N, rows_N, temperature)
+        if keep == "gradient":
+            grad_UH = tokens.rows_of(_scaled_rows(kept, grad_logps_N, tokens))
+            return _scattered(grad_UH, tokens, hidden_RH), grad_weight_VH, grad_bias_V
+        local_n = local_labels(tokens.labels_n, weight_VH.shape[0], group)
+        upstream = upstream_of(
+            tokens.positions_n, local_n, tokens.temperature, results, grad_logps_N, grad_entropy_N
+        )
+        grad_UH = torch.zeros_like(tokens.hidden_UH, dtype=head.dtype)
+        for part, weight_wH, x_Uw in Products(tokens, head, kept, compute=False):
+            grad_x_Uw = _grad_slice(upstream, tokens, head, part, x_Uw)
             if needs_hidden:
-                grad_hidden_UH.addmm_(grad_x_Uw, weight_wH)
+                add_product(grad_UH, grad_x_Uw, weight_wH)
             if needs_weight:
-                grad_weight_VH[start:stop] = grad_x_Uw.T @ head.hidden_UH
+                write_product(grad_x_Uw.T, tokens.hidden_UH, grad_weight_VH[part])
             if needs_bias:
-                grad_bias_V[start:stop] = grad_x_Uw.sum(0)
-    grad_hidden_RH = _gradient_of(hidden_RH, needs_hidden)
-    if needs_hidden:
-        grad_hidden_RH.zero_()[head.rows_U] = grad_hidden_UH.to(hidden_RH.dtype)
-    return grad_hidden_RH, grad_weight_VH, grad_bias_V
+                grad_bias_V[part] = grad_x_Uw.sum(0)
+        if not needs_hidden:
+            return _gradient_of(hidden_RH, False), grad_weight_VH, grad_bias_V
+        sum_over(group, grad_UH)
+    return _scattered(grad_UH, tokens, hidden_RH), grad_weight_VH, grad_bias_V
+
+
+def _without_upstream(grad_logps_N: Tensor, grad_entropy_N: Tensor | None) -> Tensor:
+    idle_N = grad_logps_N == 0
+    return idle_N if grad_entropy_N is None else idle_N & (grad_entropy_N == 0)
+
+
+def _scaled_rows(kept: Tensor, grad_logps_N: Tensor, tokens: Tokens) -> Tensor:
+    """g ∂log p/∂h; 0 where g is, as where the logits are computed again."""
+    grad_n = grad_logps_N[tokens.positions_n].masked_fill(tokens.labels_n == IGNORE, 0.0)
+    gradient_nH = kept.view(len(grad_n), tokens.hidden_UH.shape[1])
+    return (gradient_nH * grad_n[:, None]).masked_fill_((grad_n == 0)[:, None], 0.0)
+
+
+def _scattered(grad_UH: Tensor, tokens: Tokens, hidden_RH: Tensor) -> Tensor:
+    """The gradient of all R rows; on a GPU rows may repeat among the U."""
+    return sum_rows(grad_UH, tokens.rows_U, hidden_RH.shape[0]).to(hidden_RH.dtype)
 
 
 def _gradient_of(tensor: Tensor | None, needed: bool) -> Tensor:
     """Room for a gradient, or no room where nobody needs it: an operator cannot return None."""
     return torch.empty_like(tensor) if tensor is not None and needed else torch.empty(0)
+
+
+# ------------------------------------------------------------------ the operators
 
 
 linear_logprobs_op = torch.library.custom_op(
@@ -191,68 +279,161 @@ linear_logprobs_backward_op = torch.library.custom_op(
 )
 
 
+def _like_kept(labels_N: Tensor, dtype: torch.dtype, keep: str) -> Tensor:
+    """Its shape, for the compiler: how many tokens take part is not known before the run."""
+    size = 0 if keep == "nothing" else torch.library.get_ctx().new_dynamic_size()
+    return labels_N.new_empty(size, dtype=dtype)
+
+
 @linear_logprobs_op.register_fake
-def _(
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    labels_N: Tensor,
-    rows_N: Tensor | None,
-    bias_V: Tensor | None,
-    temperature: Tensor,
-    softcap: float | None,
-    with_entropy: bool,
-) -> Results:
-    return like_results(labels_N, temperature.dtype)
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    labels_N, dtype, keep = inputs[2], inputs[5].dtype, inputs[8]
+    return (*like_results(labels_N, dtype), _like_kept(labels_N, dtype, keep))
 
 
 @linear_logprobs_backward_op.register_fake
-def _(
-    grad_logps_N: Tensor,
-    grad_entropy_N: Tensor | None,
-    results: list[Tensor],
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    labels_N: Tensor,
-    rows_N: Tensor | None,
-    bias_V: Tensor | None,
-    temperature: Tensor,
-    softcap: float | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = needs
-    return (
-        _gradient_of(hidden_RH, needs_hidden),
-        _gradient_of(weight_VH, needs_weight),
-        _gradient_of(bias_V, needs_bias),
-    )
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    hidden_RH, weight_VH, bias_V = inputs[3], inputs[4], inputs[7]
+    triple = zip((hidden_RH, weight_VH, bias_V), inputs[-1], strict=True)
+    return tuple(_gradient_of(tensor, needed) for tensor, needed in triple)
 
 
-def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    *tensors, ctx.softcap, ctx.with_entropy = inputs
-    save(ctx, tensors, output)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.softcap, ctx.with_entropy, ctx.keep, _, ctx.group, _ = inputs
+    _, entropy_N, *others = output
+    ctx.mark_non_differentiable(*others, *([] if ctx.with_entropy else [entropy_N]))
+    ctx.save_for_backward(*output, *tensors)
 
 
-def _linear_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    results, tensors = saved(ctx)
-    needs_hidden, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
-    grad_hidden_RH, grad_weight_VH, grad_bias_V = linear_logprobs_backward_op(
+def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    # Once: activation checkpointing unpacks what was saved a single time.
+    saved = ctx.saved_tensors
+    *results, kept = saved[:5]
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    grads_of = linear_logprobs_backward_op(
         grads[0],
         grads[1] if ctx.with_entropy else None,
         results,
-        *tensors,
+        *saved[5:],
         ctx.softcap,
-        [needs_hidden, needs_weight, needs_bias],
+        kept,
+        ctx.keep,
+        ctx.group,
+        needs,
     )
-    return (
-        grad_hidden_RH if needs_hidden else None,
-        grad_weight_VH if needs_weight else None,
-        None,
-        None,
-        grad_bias_V if needs_bias else None,
-        None,
-        None,
-        None,
+    hidden, weight, bias = (
+        grad if needed else None for grad, needed in zip(grads_of, needs, strict=True)
+    )
+    return hidden, weight, None, None, bias, *[None] * 7
+
+
+linear_logprobs_op.register_autograd(_autograd, setup_context=_save)
+
+
+# ------------------------------------------------------------------ linear_logprob_diff
+
+
+def diff_forward(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_RH: Tensor,
+    ref_weight_VH: Tensor,
+    labels_N: Tensor,
+    rows_N: Tensor | None,
+    ref_rows_N: Tensor | None,
+    bias_V: Tensor | None,
+    ref_bias_V: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+    keep: str,
+    keep_bytes: int,
+    group: str,
+    check: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """diff_N; of the policy logps_N, max_N and log_sum_N; and what is kept for the backward."""
+    _check(labels_N, weight_VH, temperature, group, check, "linear_logprob_diff")
+    check_rows("rows_N", rows_N, "hidden_RH", hidden_RH.shape[0])
+    check_rows("ref_rows_N", ref_rows_N, "ref_hidden_RH", ref_hidden_RH.shape[0])
+    head = Head(weight_VH, bias_V, softcap, temperature.dtype)
+    ref_head = Head(ref_weight_VH, ref_bias_V, softcap, temperature.dtype)
+    with full_precision(hidden_RH.device):
+        tokens = select(hidden_RH, labels_N, rows_N, temperature)
+        ref_tokens = select(ref_hidden_RH, labels_N, ref_rows_N, temperature)
+        if _same_head(head, ref_head) and keep != "logits":
+            both, kept = _forward(
+                _stacked(tokens, ref_tokens), head, False, keep, 0, group, len(tokens.labels_n)
+            )
+            results, ref_results = zip(*(result.chunk(2) for result in both), strict=True)
+        else:
+            results, kept = _forward(tokens, head, False, keep, keep_bytes, group)
+            ref_results, _ = _forward(ref_tokens, ref_head, False, "nothing", 0, group)
+        logps_n, _, max_n, log_sum_n = results
+        wanted = (logps_n - ref_results[0], logps_n, max_n, log_sum_n)
+    return (*spread(wanted, tokens.positions_n, len(labels_N)), kept)
+
+
+def _same_head(head: Head, ref_head: Head) -> bool:
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        places = ((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b))
+        return len(set(places)) == 1
+
+    return same(head.weight_VH, ref_head.weight_VH) and same(head.bias_V, ref_head.bias_V)
+
+
+def _stacked(tokens: Tokens, ref_tokens: Tokens) -> Tokens:
+    """Rows of policy and reference in one product, so that the head is read once."""
+    pair = (tokens, ref_tokens)
+    row_n = None
+    if tokens.row_n is not None or ref_tokens.row_n is not None:
+        U, device = tokens.hidden_UH.shape[0], tokens.labels_n.device
+        own = [
+            t.row_n if t.row_n is not None else torch.arange(len(t.rows_U), device=device)
+            for t in pair
+        ]
+        row_n = torch.cat([own[0], own[1] + U])
+    return Tokens(
+        torch.cat([t.positions_n for t in pair]),
+        torch.cat([t.labels_n for t in pair]),
+        torch.cat([t.temperature for t in pair]) if tokens.temperature.ndim else tokens.temperature,
+        torch.cat([t.rows_U for t in pair]),
+        row_n,
+        torch.cat([t.hidden_UH for t in pair]),
     )
 
 
-linear_logprobs_op.register_autograd(_linear_autograd, setup_context=_linear_save)
+linear_logprob_diff_op = torch.library.custom_op(
+    "stepagent::linear_logprob_diff", diff_forward, mutates_args=()
+)
+
+
+@linear_logprob_diff_op.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    labels_N, dtype, keep = inputs[4], inputs[9].dtype, inputs[11]
+    return (*like_results(labels_N, dtype), _like_kept(labels_N, dtype, keep))
+
+
+def _diff_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, _, labels_N, rows_N, _, bias_V, _, temperature, *options = inputs
+    ctx.softcap, ctx.keep, _, ctx.group, _ = options
+    ctx.mark_non_differentiable(*output[1:])
+    tensors = (hidden, weight, labels_N, rows_N, bias_V, temperature)
+    ctx.save_for_backward(*output[1:], *tensors)
+
+
+def _diff_autograd(ctx: Any, grad_diff_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logps_N, max_N, log_sum_N, kept, *tensors = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
+    # No gradient comes from an entropy, so its place among the results is not read.
+    results = [logps_N, logps_N, max_N, log_sum_N]
+    grads_of = linear_logprobs_backward_op(
+        grad_diff_N, None, results, *tensors, ctx.softcap, kept, ctx.keep, ctx.group, needs
+    )
+    hidden, weight, bias = (
+        grad if needed else None for grad, needed in zip(grads_of, needs, strict=True)
+    )
+    return hidden, weight, *[None] * 5, bias, *[None] * 7
+
+
+linear_logprob_diff_op.register_autograd(_diff_autograd, setup_context=_diff_save)

@@ -1,4 +1,4 @@
-"""Which path an operator takes on a GPU: Triton, or torch."""
+"""Which path an operator takes: Triton or torch, counted on the host or not."""
 
 import functools
 import importlib.util
@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 
-def suits_triton(temperature: Tensor) -> bool:
-    """The kernels compute in float32; the temperature has the dtype of the computation."""
-    return temperature.dtype == torch.float32 and _has_triton()
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def has_triton(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for this dtype of computation: they compute in float32."""
+    return dtype == torch.float32 and _triton_is_installed()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -1,4 +1,7 @@
-"""`token_logprobs` and `logprob_diff` as custom operators: torch everywhere, Triton on CUDA.
+"""`token_logprobs` and `logprob_diff` as custom operators: torch, or on CUDA Triton.
+
+The torch path upcasts a few rows of logits at a time. Results are computed and returned in float32,
+for float64 inputs in float64; a gradient has the dtype of its input.
 
 Dimensions: N tokens, V vocabulary; n tokens with a valid label.
 """
@@ -14,33 +17,31 @@ from stepagent.operators import blocks
 from stepagent.operators.blocks import (
     Fold,
     Results,
+    divide_,
     like_results,
     per_token,
-    save,
-    saved,
     scored,
     upstream_of,
 )
-from stepagent.operators.paths import suits_triton
+from stepagent.operators.paths import has_triton, on_gpu
 
 
 def _row_chunks(tokens_n: Tensor, V: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """The scored rows, as many at a time as the workspace holds; at least one."""
-    rows = max(blocks.WORKSPACE_BYTES // (dtype.itemsize * V), 1)
+    rows = max(blocks.workspace_bytes(tokens_n.device) // (dtype.itemsize * V), 1)
     return iter(torch.split(tokens_n, rows))
 
 
 def _chunk_logits(logits_NV: Tensor, temperature: Tensor, chunk_n: Tensor) -> Tensor:
     """A copy of these rows, upcast before the temperature divides them."""
-    return logits_NV[chunk_n].to(temperature.dtype).div_(per_token(temperature, chunk_n))
+    rows_nV = logits_NV[chunk_n].to(temperature.dtype)
+    return divide_(rows_nV, per_token(temperature, chunk_n))
 
 
-def token_forward(
+def _fold_rows(
     logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool
 ) -> Results:
     N, V = logits_NV.shape
-    check_labels(labels_N, V)
-    check_temperature(temperature)
     zeros_N = temperature.new_zeros(N)
     results = (zeros_N, zeros_N.clone(), zeros_N.clone(), zeros_N.clone())
     for chunk_n in _row_chunks(scored(labels_N), V, temperature.dtype):
@@ -49,6 +50,21 @@ def token_forward(
         for result_N, result_n in zip(results, fold.finish(), strict=True):
             result_N[chunk_n] = result_n
     return results
+
+
+# ------------------------------------------------------------- token_logprobs
+
+
+def token_forward(
+    logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool, check: str
+) -> Results:
+    check_labels(labels_N, logits_NV.shape[1], check, "token_logprobs")
+    check_temperature(temperature)
+    if on_gpu(logits_NV) and has_triton(temperature.dtype):
+        from stepagent.kernels.token_logprobs import token_logprobs  # loads triton: only here
+
+        return token_logprobs(logits_NV, labels_N, temperature, with_entropy=with_entropy)
+    return _fold_rows(logits_NV, labels_N, temperature, with_entropy)
 
 
 def token_backward(
@@ -60,11 +76,16 @@ def token_backward(
     temperature: Tensor,
 ) -> Tensor:
     """Gradient of logits_NV."""
+    grads = (grad_logps_N, grad_entropy_N)
+    if on_gpu(logits_NV) and has_triton(temperature.dtype):
+        from stepagent.kernels.token_logprobs import token_logprobs_backward
+
+        return token_logprobs_backward(*grads, results, logits_NV, labels_N, temperature)
     grad_logits_NV = torch.zeros_like(logits_NV)
     for chunk_n in _row_chunks(scored(labels_N), logits_NV.shape[1], temperature.dtype):
-        upstream = upstream_of(chunk_n, labels_N, results, grad_logps_N, grad_entropy_N)
+        chunk_temperature = per_token(temperature, chunk_n)
+        upstream = upstream_of(chunk_n, labels_N[chunk_n], chunk_temperature, results, *grads)
         grad_nV = upstream.grad_logits_(_chunk_logits(logits_NV, temperature, chunk_n), 0)
-        grad_nV.div_(per_token(temperature, chunk_n))
         grad_logits_NV[chunk_n] = grad_nV.to(logits_NV.dtype)
     return grad_logits_NV
 
@@ -78,60 +99,28 @@ token_logprobs_backward_op = torch.library.custom_op(
 
 
 @token_logprobs_op.register_fake
-def _(logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool) -> Results:
+def _(logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, *_: Any) -> Results:
     return like_results(labels_N, temperature.dtype)
 
 
 @token_logprobs_backward_op.register_fake
-def _(
-    grad_logps_N: Tensor,
-    grad_entropy_N: Tensor | None,
-    results: list[Tensor],
-    logits_NV: Tensor,
-    labels_N: Tensor,
-    temperature: Tensor,
-) -> Tensor:
+def _(_: Tensor, __: Tensor | None, ___: list[Tensor], logits_NV: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(logits_NV)
 
 
-@token_logprobs_op.register_kernel("cuda")
-def token_forward_cuda(
-    logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, with_entropy: bool
-) -> Results:
-    if not suits_triton(temperature):
-        return token_forward(logits_NV, labels_N, temperature, with_entropy)
-    from stepagent.kernels.token_logprobs import token_logprobs as kernel  # loads triton: only here
-
-    return kernel(logits_NV, labels_N, temperature, with_entropy=with_entropy)
-
-
-@token_logprobs_backward_op.register_kernel("cuda")
-def token_backward_cuda(
-    grad_logps_N: Tensor,
-    grad_entropy_N: Tensor | None,
-    results: list[Tensor],
-    logits_NV: Tensor,
-    labels_N: Tensor,
-    temperature: Tensor,
-) -> Tensor:
-    inputs = (grad_logps_N, grad_entropy_N, results, logits_NV, labels_N, temperature)
-    if not suits_triton(temperature):
-        return token_backward(*inputs)
-    from stepagent.kernels.token_logprobs import token_logprobs_backward as kernel
-
-    return kernel(*inputs)
-
-
 def _token_save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    *tensors, ctx.with_entropy = inputs
-    save(ctx, tensors, output)
+    *tensors, ctx.with_entropy, _ = inputs
+    _, entropy_N, *others = output
+    ctx.mark_non_differentiable(*others, *([] if ctx.with_entropy else [entropy_N]))
+    ctx.save_for_backward(*output, *tensors)
 
 
 def _token_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    results, tensors = saved(ctx)
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks it a single time
+    results, tensors = list(saved[:4]), saved[4:]
     grad_entropy_N = grads[1] if ctx.with_entropy else None
     grad_logits_NV = token_logprobs_backward_op(grads[0], grad_entropy_N, results, *tensors)
-    return grad_logits_NV, None, None, None
+    return grad_logits_NV, None, None, None, None
 
 
 token_logprobs_op.register_autograd(_token_autograd, setup_context=_token_save)
@@ -145,10 +134,16 @@ DiffResults = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def diff_forward(
-    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
+    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, check: str
 ) -> DiffResults:
-    logps_N, _, max_N, log_sum_N = token_forward(logits_NV, labels_N, temperature, False)
-    ref_logps_N, *_ = token_forward(ref_logits_NV, labels_N, temperature, False)
+    check_labels(labels_N, logits_NV.shape[1], check, "logprob_diff")
+    check_temperature(temperature)
+    if on_gpu(logits_NV) and has_triton(temperature.dtype):
+        from stepagent.kernels.logprob_diff import logprob_diff
+
+        return logprob_diff(logits_NV, ref_logits_NV, labels_N, temperature)
+    logps_N, _, max_N, log_sum_N = _fold_rows(logits_NV, labels_N, temperature, False)
+    ref_logps_N, *_ = _fold_rows(ref_logits_NV, labels_N, temperature, False)
     return logps_N - ref_logps_N, logps_N, max_N, log_sum_N
 
 
@@ -157,25 +152,13 @@ logprob_diff_op = torch.library.custom_op("stepagent::logprob_diff", diff_forwar
 
 @logprob_diff_op.register_fake
 def _(
-    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
+    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor, check: str
 ) -> DiffResults:
     return like_results(labels_N, temperature.dtype)
 
 
-@logprob_diff_op.register_kernel("cuda")
-def diff_forward_cuda(
-    logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor, temperature: Tensor
-) -> DiffResults:
-    inputs = (logits_NV, ref_logits_NV, labels_N, temperature)
-    if not suits_triton(temperature):
-        return diff_forward(*inputs)
-    from stepagent.kernels.logprob_diff import logprob_diff as kernel
-
-    return kernel(*inputs)
-
-
-def _diff_save(ctx: Any, inputs: tuple[Tensor, ...], output: DiffResults) -> None:
-    logits_NV, _, labels_N, temperature = inputs
+def _diff_save(ctx: Any, inputs: tuple[Any, ...], output: DiffResults) -> None:
+    logits_NV, _, labels_N, temperature, _ = inputs
     _, *policy = output
     ctx.mark_non_differentiable(*policy)
     ctx.save_for_backward(*policy, logits_NV, labels_N, temperature)
@@ -185,7 +168,8 @@ def _diff_autograd(ctx: Any, grad_diff_N: Tensor, *_: Tensor) -> tuple[Tensor | 
     logps_N, max_N, log_sum_N, *tensors = ctx.saved_tensors
     # No gradient comes from an entropy, so its place among the results is not read.
     results = [logps_N, logps_N, max_N, log_sum_N]
-    return token_logprobs_backward_op(grad_diff_N, None, results, *tensors), None, None, None
+    grad_logits_NV = token_logprobs_backward_op(grad_diff_N, None, results, *tensors)
+    return grad_logits_NV, None, None, None, None
 
 
 logprob_diff_op.register_autograd(_diff_autograd, setup_context=_diff_save)

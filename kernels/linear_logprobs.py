@@ -1,0 +1,274 @@
+"""One slice of the vocabulary, as products h · wᵀ in float32, into running sums; and its gradient.
+
+    x = product + b,    z = cap · tanh(x / cap) / T
+
+The hybrid of ``operators/linear.py``: the math library multiplies a slice, these kernels read it
+once (twice, where they also write weights). One program a token, tokens on grid axis 0 (the other
+axes end at 65,535). A slice is folded tile after tile in order, into state from which the next
+slice goes on.
+
+Dimensions: n tokens, w vocabulary entries of the slice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepagent.kernels.online_softmax import (
+    FLOOR,
+    IGNORE,
+    expm1,
+    floored,
+    fold,
+    grad_other,
+    tile_width,
+)
+
+
+@triton.jit
+def _tanh(u):
+    """To float32 precision near 0 too: −expm1(−2|u|) / (2 + expm1(−2|u|)) with the sign of u."""
+    e = expm1(-2.0 * tl.abs(u))
+    t = -e / (2.0 + e)
+    return tl.where(u < 0, -t, t)
+
+
+@triton.jit
+def _load_logits(
+    row_ptr,
+    bias_ptr,
+    column,
+    w,
+    temperature,
+    softcap,
+    WITH_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """z of these columns, −inf beyond the slice, and the softcap's slope."""
+    inside = (column >= 0) & (column < w)
+    x = tl.load(row_ptr + column, mask=inside, other=-float("inf"))
+    if WITH_BIAS:
+        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    slope = 1.0
+    if CAPPED:
+        t = _tanh(x / softcap)
+        slope = 1.0 - t * t
+        x = tl.where(inside, softcap * t, -float("inf"))
+    return x / temperature, slope
+
+
+@triton.jit
+def _fold_slice_kernel(
+    # data
+    products_ptr,
+    bias_ptr,  # None without WITH_BIAS
+    labels_ptr,
+    temperature_ptr,
+    max_ptr,
+    sum_ptr,
+    moment_ptr,
+    label_ptr,
+    shrink_ptr,
+    weights_ptr,  # None without WITH_WEIGHTS
+    # shapes
+    w,
+    start,
+    # strides
+    temperature_stride_n,  # 0: one temperature for all tokens
+    # constants
+    softcap,
+    WITH_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WITH_MOMENT: tl.constexpr,
+    WITH_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # token * w passes 2³¹
+    label = tl.load(labels_ptr + token)
+    temperature = tl.load(temperature_ptr + token * temperature_stride_n)
+    row_ptr = products_ptr + token * w
+    old_max = tl.load(max_ptr + token)
+    max_others = old_max
+    sum_others = tl.load(sum_ptr + token)
+    moment_others = 0.0
+    if WITH_MOMENT:
+        moment_others = tl.load(moment_ptr + token)
+    local = label - start
+    length = tl.where(label == IGNORE, 0, w)  # nothing is read of a token that scores nothing
+    for first in range(0, length, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        z, _ = _load_logits(row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED)
+        z = tl.where(column == local, -float("inf"), z)
+        max_others, sum_others, moment_others = fold(
+            max_others, sum_others, moment_others, z, WITH_MOMENT
+        )
+    tl.store(max_ptr + token, max_others)
+    tl.store(sum_ptr + token, sum_others)
+    z_label, _ = _load_logits(row_ptr, bias_ptr, local, w, temperature, softcap, WITH_BIAS, CAPPED)
+    tl.store(label_ptr + token, z_label, mask=(local >= 0) & (local < w))
+    if WITH_MOMENT:
+        tl.store(moment_ptr + token, moment_others)
+    if WITH_WEIGHTS:
+        # The slice once more, against its final maximum.
+        shift = tl.where(max_others == -float("inf"), 0.0, max_others)
+        decay = tl.where(old_max == -float("inf"), FLOOR, old_max - shift)
+        tl.store(shrink_ptr + token, tl.exp(decay))
+        for first in range(0, w, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            z, slope = _load_logits(
+                row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED
+            )
+            weight = tl.where(column == local, 0.0, tl.exp(floored(z - shift)) * slope)
+            weight = tl.where(label == IGNORE, 0.0, weight)
+            tl.store(weights_ptr + token * w + column, weight, mask=column < w)
+
+
+@triton.jit
+def _grad_slice_kernel(
+    # data
+    products_ptr,
+    bias_ptr,  # None without WITH_BIAS
+    labels_ptr,
+    temperature_ptr,
+    logps_ptr,
+    entropy_ptr,
+    max_ptr,
+    log_sum_ptr,
+    grad_logps_ptr,
+    grad_entropy_ptr,  # None without WITH_ENTROPY
+    grad_ptr,
+    # shapes
+    w,
+    start,
+    # strides
+    temperature_stride_n,  # 0: one temperature for all tokens
+    # constants
+    softcap,
+    WITH_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # token * w passes 2³¹
+    label = tl.load(labels_ptr + token)
+    temperature = tl.load(temperature_ptr + token * temperature_stride_n)
+    row_max = tl.load(max_ptr + token)
+    log_sum = tl.load(log_sum_ptr + token)
+    logp_label = tl.load(logps_ptr + token)
+    grad_logp = tl.load(grad_logps_ptr + token)
+    grad_label = -expm1(logp_label) * grad_logp
+    entropy, grad_entropy = 0.0, 0.0
+    if WITH_ENTROPY:
+        entropy = tl.load(entropy_ptr + token)
+        grad_entropy = tl.load(grad_entropy_ptr + token)
+        grad_label -= grad_entropy * tl.exp(logp_label) * (floored(logp_label) + entropy)
+    row_ptr = products_ptr + token * w
+    local = label - start
+    for first in range(0, w, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        z, slope = _load_logits(
+            row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED
+        )
+        grad = grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
+        grad = tl.where(column == local, grad_label, grad) * slope
+        grad = tl.where(label == IGNORE, 0.0, grad)
+        tl.store(grad_ptr + token * w + column, grad, mask=column < w)
+
+
+def fold_slice(
+    labels_n: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    products_nw: Tensor,
+    bias_w: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+    start: int,
+    *,
+    with_entropy: bool,
+    weights_dtype: torch.dtype | None,
+) -> Tensor | None:
+    """Fold the products of vocabulary entries start, start + 1, … into the state, in place.
+
+    Args:
+        labels_n: (n,) int64; -100 leaves the state as it is.
+        state: of each token, (n,) float32: max, Σ exp(z − max) and Σ exp(z − max)(z − max) over the
+            logits but the label's, the label's logit, and by how much this slice shrank the sums
+            (written with weights only).
+        products_nw: (n, w) float32, contiguous.
+        bias_w: (w,) any float dtype, contiguous.
+        temperature: () or (n, 1) float32.
+        weights_dtype: return exp(z − max) s, (n, w) in this dtype, s the slope of the softcap; 0
+            for the label.
+    """
+    n, w = products_nw.shape
+    weights_nw = None
+    if weights_dtype is not None:
+        weights_nw = torch.empty(n, w, dtype=weights_dtype, device=products_nw.device)
+    if n:
+        with torch.cuda.device_of(products_nw):  # Triton launches on the current device
+            _fold_slice_kernel[(n,)](
+                products_nw,
+                bias_w,
+                labels_n,
+                temperature,
+                *state,
+                weights_nw,
+                w,
+                start,
+                temperature.stride(0) if temperature.ndim else 0,
+                1.0 if softcap is None else softcap,
+                WITH_BIAS=bias_w is not None,
+                CAPPED=softcap is not None,
+                WITH_MOMENT=with_entropy,
+                WITH_WEIGHTS=weights_nw is not None,
+                BLOCK=tile_width(w),
+                enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
+            )
+    return weights_nw
+
+
+def grad_slice(
+    labels_n: Tensor,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad_logps_n: Tensor,
+    grad_entropy_n: Tensor | None,
+    products_nw: Tensor,
+    bias_w: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+    start: int,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of the products, (n, w) in `dtype`; 0 for a token whose label is -100.
+
+    Args:
+        results: logps_n, entropy_n, max_n, log_sum_n, as of `token_logprobs`.
+        grad_logps_n, grad_entropy_n: (n,) float32, already over the temperature.
+        labels_n, products_nw, bias_w, temperature, softcap, start: as in `fold_slice`.
+    """
+    n, w = products_nw.shape
+    grad_nw = torch.empty(n, w, dtype=dtype, device=products_nw.device)
+    if n:
+        with torch.cuda.device_of(products_nw):  # Triton launches on the current device
+            _grad_slice_kernel[(n,)](
+                products_nw,
+                bias_w,
+                labels_n,
+                temperature,
+                *results,
+                grad_logps_n,
+                grad_entropy_n,
+                grad_nw,
+                w,
+                start,
+                temperature.stride(0) if temperature.ndim else 0,
+                1.0 if softcap is None else softcap,
+                WITH_BIAS=bias_w is not None,
+                CAPPED=softcap is not None,
+                WITH_ENTROPY=grad_entropy_n is not None,
+                BLOCK=tile_width(w),
+                enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
+            )
+    return grad_nw

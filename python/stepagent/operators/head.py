@@ -1,0 +1,198 @@
+"""A language-model head on the rows that scored tokens need: its products, slice by slice.
+
+Dimensions: N scored tokens, R hidden rows, H hidden size, V vocabulary; n tokens that take part, U
+hidden rows for them, w vocabulary entries in a slice.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepagent.checks import IGNORE
+from stepagent.operators import blocks
+from stepagent.operators.blocks import per_token, scored
+from stepagent.operators.paths import has_triton, on_gpu
+
+MIN_SLICE = 256  # vocabulary entries; narrower products waste the machine
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The n tokens that take part, and the U hidden rows that predict them."""
+
+    positions_n: Tensor  # among the N
+    labels_n: Tensor
+    temperature: Tensor  # () or (n, 1)
+    rows_U: Tensor  # among the R
+    row_n: Tensor | None  # each token's row among the U; None where n = U, in order
+    hidden_UH: Tensor  # in the dtype of the products
+
+    def logits_of(self, x_Uw: Tensor) -> Tensor:
+        """A row of logits for each token; `x_Uw` itself where no row is shared."""
+        return x_Uw if self.row_n is None else x_Uw[self.row_n]
+
+    def rows_of(self, grad_nK: Tensor) -> Tensor:
+        """Sums over the tokens of each row; `grad_nK` itself where no row is shared."""
+        if self.row_n is None:
+            return grad_nK
+        return sum_rows(grad_nK, self.row_n, self.hidden_UH.shape[0])
+
+
+def sum_rows(values_nK: Tensor, row_n: Tensor, U: int) -> Tensor:
+    """(U, K): each row the sum of the values that name it, added in a fixed order."""
+    sums_UK = values_nK.new_zeros(U, values_nK.shape[1])
+    if values_nK.device.type == "cpu":
+        return sums_UK.index_add_(0, row_n, values_nK)  # in CUDA by atomics
+    return sums_UK.index_put_((row_n,), values_nK, accumulate=True)  # on CPU by racing threads
+
+
+def select(
+    hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor | None, temperature: Tensor
+) -> Tokens:
+    if rows_N is not None and on_gpu(hidden_RH):
+        return _all_tokens(hidden_RH, labels_N, rows_N, temperature)
+    # On CPU no library multiplies halves into float32.
+    hidden_dtype = hidden_RH.dtype if on_gpu(hidden_RH) else temperature.dtype
+    positions_n = scored(labels_N)
+    rows_n = positions_n if rows_N is None else rows_N[positions_n]
+    rows_U, row_n = torch.unique(rows_n, return_inverse=True)
+    if len(rows_U) == len(rows_n):
+        rows_U, row_n = rows_n, None
+    return Tokens(
+        positions_n,
+        labels_N[positions_n],
+        per_token(temperature, positions_n),
+        rows_U,
+        row_n,
+        hidden_RH[rows_U].to(hidden_dtype),
+    )
+
+
+def _all_tokens(hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor, temperature: Tensor) -> Tokens:
+    """Masked ones too, whose rows count as zeros: whatever they hold would spread in products."""
+    positions_N = torch.arange(len(labels_N), device=labels_N.device)
+    ignored_N1 = (labels_N == IGNORE)[:, None]
+    return Tokens(
+        positions_N,
+        labels_N,
+        per_token(temperature, positions_N),
+        rows_N,
+        None,
+        hidden_RH[rows_N].masked_fill(ignored_N1, 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head, or a shard of it; a slice of its vocabulary at a time."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    dtype: torch.dtype  # of the logits
+
+    @property
+    def triton(self) -> bool:
+        return on_gpu(self.weight_VH) and has_triton(self.dtype)
+
+    def slices(self, tokens: Tokens) -> list[slice]:
+        """Such that neither logits nor upcast weights of one outgrow the workspace."""
+        V, H = self.weight_VH.shape
+        longest = max(len(tokens.labels_n), H, 1)
+        room = blocks.workspace_bytes(self.weight_VH.device) // (self.dtype.itemsize * longest)
+        width = min(max(MIN_SLICE, room), V)
+        return [slice(start, min(start + width, V)) for start in range(0, V, width)]
+
+    def weight_wH(self, part: slice, tokens: Tokens) -> Tensor:
+        return self.weight_VH[part].to(tokens.hidden_UH.dtype)
+
+    def bias_w(self, part: slice) -> Tensor | None:
+        return None if self.bias_V is None else self.bias_V[part]
+
+    def capped_(self, x_Uw: Tensor, part: slice) -> Tensor:
+        """Bias and softcap, in place."""
+        if self.bias_V is not None:
+            x_Uw += self.bias_V[part]
+        if self.softcap is not None:
+            x_Uw.div_(self.softcap).tanh_().mul_(self.softcap)
+        return x_Uw
+
+    def slope(self, capped: Tensor) -> Tensor | None:
+        """Derivative of the softcap, 1 − tanh²."""
+        return None if self.softcap is None else 1 - (capped / self.softcap).square_()
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a · b, rounded to the dtype of `out` only."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a · b, rounded to the dtype of `sums` only."""
+    if a.dtype == sums.dtype:
+        torch.addmm(sums, a, b, out=sums)
+    else:
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+
+
+class Products:
+    """h · wᵀ slice by slice: in one workspace, or where the forward keeps them for the backward."""
+
+    def __init__(self, tokens: Tokens, head: Head, kept: Tensor, compute: bool) -> None:
+        self.tokens, self.head, self.kept, self.compute = tokens, head, kept, compute
+        self.U = tokens.hidden_UH.shape[0]
+        self.parts = head.slices(tokens)
+        device = tokens.hidden_UH.device
+        largest = self.U * (self.parts[0].stop if self.parts else 0)
+        self.workspace = torch.empty(largest, dtype=head.dtype, device=device)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each slice, its weights and a product that the caller may overwrite."""
+        for part in self.parts:
+            weight_wH = self.head.weight_wH(part, self.tokens)
+            yield part, weight_wH, self._product_Uw(part, weight_wH)
+
+    def _product_Uw(self, part: slice, weight_wH: Tensor) -> Tensor:
+        w = part.stop - part.start
+        x_Uw = self.workspace[: self.U * w].view(self.U, w)
+        if self.U * part.stop > len(self.kept):
+            return product(self.tokens.hidden_UH, weight_wH.T, x_Uw)
+        kept_Uw = self.kept[self.U * part.start : self.U * part.stop].view(self.U, w)
+        if self.compute:
+            product(self.tokens.hidden_UH, weight_wH.T, kept_Uw)
+        return x_Uw.copy_(kept_Uw)
+
+
+def room_for_logits(tokens: Tokens, head: Head, keep_bytes: int) -> Tensor:
+    """For the products of the first slices, as many as fit."""
+    U = tokens.hidden_UH.shape[0]
+    entries = max(
+        (p.stop for p in head.slices(tokens) if U * p.stop * head.dtype.itemsize <= keep_bytes),
+        default=0,
+    )
+    return torch.empty(U * entries, dtype=head.dtype, device=tokens.hidden_UH.device)
+
+
+def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a · b, rounded to the dtype of `out`."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Neither the caller's autocast nor TF32 rounds the products inside."""
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -183,12 +183,11 @@ OPS = {
     "step_rewards": Op(
         "step_rewards", ("logps_N",), _step_inputs, "byte", _step_bytes, has_labels=False
     ),
-    # With stepagent.linear_logprob_diff and its reference:
-    # "linear_logprob_diff": Op(
-    #     "linear_logprob_diff",
-    #     ("hidden_RH", "weight_VH"),
-    #     _linear_diff_inputs,
-    #     "FLOP",
-    #     lambda shape: (2 * product(shape), 2 * product(shape)),
-    # ),
+    "linear_logprob_diff": Op(
+        "linear_logprob_diff",
+        ("hidden_RH", "weight_VH"),
+        _linear_diff_inputs,
+        "FLOP",
+        lambda shape: (2 * product(shape), 2 * product(shape)),
+    ),
 }

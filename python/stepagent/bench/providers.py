@@ -9,11 +9,12 @@ overwrites them with their gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,8 +33,14 @@ class Unsuitable(Exception):
 
 @dataclass(frozen=True)
 class Implementation:
-    call: Callable[..., Tensor]  # takes a problem's inputs by name
-    recomputes: bool = False  # the logits, in the backward of an op that starts from a head
+    """How a problem is computed: a call that takes its inputs by name.
+
+    Of an op that starts from a head, also what the backward has of the logits: "kept" by the
+    forward, computed "again", or nothing, as the forward makes the "gradient" to scale.
+    """
+
+    call: Callable[..., Tensor]
+    logits: Literal["kept", "again", "gradient"] = "kept"
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,18 @@ class Provider:
 
 
 def _stepagent(problem: Problem) -> Implementation:
-    return Implementation(getattr(stepagent, problem.op.function), recomputes=True)
+    frozen = "weight_VH" not in problem.op.leaves
+    function = getattr(stepagent, problem.op.function)
+    return Implementation(function, "gradient" if frozen else "again")
+
+
+def _stepagent_kept(problem: Problem) -> Implementation:
+    """The logits of the scored rows are kept in float32, where the head learns."""
+    if "weight_VH" not in problem.op.leaves:
+        raise Unsuitable("only a head that learns has logits to keep")
+    function = getattr(stepagent, problem.op.function)
+    logits_bytes = 4 * problem.shape.n * problem.shape.V
+    return Implementation(functools.partial(function, keep_bytes=logits_bytes))
 
 
 # ------------------------------------------------------- ops out of one function
@@ -184,20 +202,20 @@ def _trl(problem: Problem) -> Implementation:
         return Implementation(_from_logits(problem, _trl_selective_log_softmax()))
     chunked = _trl_chunked()
     if problem.upstream.is_cuda:
-        return Implementation(_from_head(problem, _scored_rows(chunked)), recomputes=True)
+        return Implementation(_from_head(problem, _scored_rows(chunked)), logits="again")
 
     def every_row(hidden_RH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Tensor:
         logps_N = chunked(hidden_RH, weight_VH, labels_N.clamp(min=0))
         return logps_N.masked_fill(labels_N == -100, 0.0)
 
-    return Implementation(_from_head(problem, every_row), recomputes=True)
+    return Implementation(_from_head(problem, every_row), logits="again")
 
 
 def _trl_scored(problem: Problem) -> Implementation:
     _require_masked(problem, "trl")
     if problem.upstream.is_cuda or "hidden_RH" not in problem.inputs:
         raise Unsuitable("the same as trl" if problem.upstream.is_cuda else "starts from a head")
-    return Implementation(_from_head(problem, _scored_rows(_trl_chunked())), recomputes=True)
+    return Implementation(_from_head(problem, _scored_rows(_trl_chunked())), logits="again")
 
 
 def _trl_chunked() -> FromHead:
@@ -240,7 +258,7 @@ def _liger_scaled_ce(problem: Problem) -> Implementation:
         )
         return -nll_N
 
-    return Implementation(_from_head(problem, logps), recomputes=True)
+    return Implementation(_from_head(problem, logps), logits="again")
 
 
 def _liger_flce(problem: Problem) -> Implementation:
@@ -252,7 +270,7 @@ def _liger_flce(problem: Problem) -> Implementation:
         )[0]
         return -nll_N
 
-    return Implementation(_from_head(problem, logps), recomputes=True)
+    return Implementation(_from_head(problem, logps), logits="again")
 
 
 # ----------------------------------------------------------------------- verl
@@ -267,7 +285,7 @@ def _verl(problem: Problem) -> Implementation:
         return cast("Tensor", logps_N)
 
     masked = problem.shape.scored < 1.0
-    return Implementation(_from_head(problem, _scored_rows(logps) if masked else logps), True)
+    return Implementation(_from_head(problem, _scored_rows(logps) if masked else logps), "again")
 
 
 def _installed(module: str, needs_cuda: Problem | None = None) -> Any:
@@ -286,6 +304,7 @@ def _installed(module: str, needs_cuda: Problem | None = None) -> Any:
 OURS = "stepagent"
 PROVIDERS = {
     OURS: Provider(_stepagent),
+    "stepagent-kept": Provider(_stepagent_kept),
     "torch": Provider(_torch),
     "torch-fp32": Provider(_torch_fp32),
     "torch-scored": Provider(_torch_scored),

@@ -124,7 +124,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     text = run("--help")
     commands = text.partition("Commands:")[2].split("\n")
     names = [line.split()[0] for line in commands if line.strip()]
-    assert names == ["demo", "collect", "train", "evaluate", "inspect", "warmup", "doctor"]
+    assert names == ["demo", "collect", "train", "evaluate", "inspect", "bench", "warmup", "doctor"]
     assert run("--version").strip().endswith(__version__)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``stepagent demo | collect | train | evaluate | inspect | warmup | doctor``.
+"""The command line: ``stepagent demo | collect | train | … | bench | warmup | doctor``.
 
 A command's report goes to stdout, as text or with ``--json`` as one JSON object; progress and logs
 go to stderr. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C. What is heavy or
@@ -24,6 +24,8 @@ import torch
 from tqdm.auto import tqdm
 
 from . import envs
+from .bench.problems import OPS, SUITES
+from .bench.providers import PROVIDERS
 from .doctor import describe, diagnose, require
 from .encoding import Trunk, encode
 from .envs import ExpertUnavailable
@@ -98,6 +100,8 @@ def _reports(function: Callable[..., tuple[dict[str, Any], str]]) -> Callable[..
         with redirect_stdout(sys.stderr):
             report, text = function(**options)
         click.echo(json.dumps(report) if as_json else text)
+        if report.get("interrupted"):
+            raise _Interrupted("the report holds what there was until then")
 
     return command
 
@@ -482,6 +486,40 @@ def _decoded(
     ids = branch.token_ids.tolist()
     text = tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)
     return {"text": str(text).strip(), "token_ids": ids, "logps": branch.logps.tolist()}
+
+
+# ------------------------------------------------------------------ bench
+
+
+@main.command()
+@click.option(
+    "--suite", type=click.Choice(list(SUITES)), help="Shapes.  [default: gpu, or cpu without one]"
+)
+@click.option("--op", "ops", type=click.Choice(list(OPS)), multiple=True, help="Repeatable.")
+@click.option(
+    "--provider",
+    "providers",
+    type=click.Choice(list(PROVIDERS)),
+    multiple=True,
+    help="Repeatable; ours always takes part.",
+)
+@click.option("--csv", type=_NEW_FILE, help="Write figures in Liger's CSV schema.")
+@click.option("--plots", type=_NEW_FOLDER, help="Write a PNG for each op.")
+@click.option("--profile", type=_NEW_FOLDER, help="Write a trace and a table of kernels of each.")
+@_reports
+def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[str, Any], str]:
+    """Check every op against the reference, then time it against its rivals.
+
+    Speed, memory, and the fraction of what this machine reaches. Where a check of ours fails,
+    nothing is reported.
+    """
+    if plots is not None:
+        require("--plots", "demo", "matplotlib")
+    from .bench.output import describe as describe_bench
+    from .bench.runner import run_bench
+
+    report = run_bench(suite or ("gpu" if _device() == "cuda" else "cpu"), plots=plots, **options)
+    return report, describe_bench(report)
 
 
 # ------------------------------------------------------------------ warmup

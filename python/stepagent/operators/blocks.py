@@ -53,21 +53,23 @@ class Fold:
         self.label_n = torch.full_like(self.max_n, math.nan)  # stays NaN for a label no block holds
         self.shrink_n = torch.ones_like(self.max_n)  # the last block's effect on the sums before it
 
-    def update(self, z_nw: Tensor, start: int) -> Tensor:
-        """Fold the logits of vocabulary entries start, start + 1, …; overwrites `z_nw`.
+    def update(self, z_nw: Tensor, start: int, out_nw: Tensor) -> Tensor:
+        """Fold the logits of vocabulary entries start, start + 1, ….
 
-        Returns exp(z − max) of them, 0 for the label.
+        Returns exp(z − max) of them, 0 for the label; overwrites `out_nw`, which may be `z_nw`.
         """
         column_n1, inside_n1 = _label_column(self.labels_n, start, z_nw.shape[1])
         value_n1 = z_nw.gather(1, column_n1)
         self.label_n = torch.where(inside_n1, value_n1, self.label_n[:, None]).squeeze(1)
-        z_nw.scatter_(1, column_n1, value_n1.masked_fill_(inside_n1, -math.inf))
-        z_nw.sub_(self._raise_maximum(z_nw.amax(1))[:, None])
+        z_nw.scatter_(1, column_n1, value_n1.masked_fill(inside_n1, -math.inf))
+        torch.sub(z_nw, self._raise_maximum(z_nw.amax(1))[:, None], out=out_nw)
+        if out_nw is not z_nw:
+            z_nw.scatter_(1, column_n1, value_n1)
         if self.with_entropy:
-            exp_nw = z_nw.clamp_(min=FLOOR).exp()
-            self.moment_n += z_nw.mul_(exp_nw).sum(1)
+            exp_nw = out_nw.clamp_(min=FLOOR).exp()
+            self.moment_n += out_nw.mul_(exp_nw).sum(1)
         else:
-            exp_nw = z_nw.exp_()
+            exp_nw = out_nw.exp_()
         self.sum_n += exp_nw.sum(1)
         return exp_nw
 
@@ -130,18 +132,18 @@ class Upstream:
     grad_logps_n: Tensor
     grad_entropy_n: Tensor | None
 
-    def grad_logits_(self, z_nw: Tensor, start: int) -> Tensor:
-        """∂/∂x_j = (g (1[j = y] − p_j) − g_H p_j (log p_j + H)) / T with z = x / T, over `z_nw`.
+    def grad_logits(self, z_nw: Tensor, start: int, out_nw: Tensor) -> Tensor:
+        """∂/∂x_j = (g (1[j = y] − p_j) − g_H p_j (log p_j + H)) / T, z = x / T, into `out_nw`.
 
         The label's column is −expm1(log p_y) g: near 1 a rounded p_y leaves 1 − p_y no digits.
         """
         column_n1, inside_n1 = _label_column(self.labels_n, start, z_nw.shape[1])
-        z_nw.sub_(self.max_n[:, None])
+        torch.sub(z_nw, self.max_n[:, None], out=out_nw)
         label_n = -torch.expm1(self.logps_n) * self.grad_logps_n
         if self.grad_entropy_n is None:
-            grad_nw = z_nw.exp_().mul_((-self.grad_logps_n * torch.exp(-self.log_sum_n))[:, None])
+            grad_nw = out_nw.exp_().mul_((-self.grad_logps_n * torch.exp(-self.log_sum_n))[:, None])
         else:
-            logp_nw = z_nw.sub_(self.log_sum_n[:, None]).clamp_(min=FLOOR)
+            logp_nw = out_nw.sub_(self.log_sum_n[:, None]).clamp_(min=FLOOR)
             p_nw = logp_nw.exp()
             grad_nw = logp_nw.add_(self.entropy_n[:, None]).mul_(self.grad_entropy_n[:, None])
             grad_nw.add_(self.grad_logps_n[:, None]).mul_(p_nw).neg_()
@@ -167,11 +169,11 @@ def per_token(temperature: Tensor, tokens_n: Tensor) -> Tensor:
     return temperature[tokens_n, None] if temperature.ndim else temperature
 
 
-def divide_(z: Tensor, temperature: Tensor) -> Tensor:
-    """z / T in place; no pass over z for T = 1 on CPU, where a look at T costs nothing."""
+def divide(z: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
+    """z / T; `z` itself for T = 1 on CPU, where a look at T costs nothing, else in `out`."""
     if temperature.ndim == 0 and temperature.device.type == "cpu" and temperature.item() == 1:
         return z
-    return z.div_(temperature)
+    return torch.div(z, temperature, out=out)
 
 
 def upstream_of(
@@ -190,8 +192,8 @@ def upstream_of(
     logps_n, entropy_n, max_n, log_sum_n = (result_N[tokens_n] for result_N in results)
 
     def scaled(grad_N: Tensor) -> Tensor:
-        grad_n = grad_N[tokens_n].masked_fill(ignored_n, 0.0)
-        return divide_(grad_n[:, None], temperature).squeeze(1)
+        grad_n1 = grad_N[tokens_n].masked_fill_(ignored_n, 0.0)[:, None]
+        return divide(grad_n1, temperature, grad_n1).squeeze(1)
 
     return Upstream(
         labels_n,

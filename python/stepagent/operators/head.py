@@ -105,12 +105,12 @@ class Head:
     def bias_w(self, part: slice) -> Tensor | None:
         return None if self.bias_V is None else self.bias_V[part]
 
-    def capped_(self, x_Uw: Tensor, part: slice) -> Tensor:
-        """Bias and softcap, in place."""
+    def capped(self, x_Uw: Tensor, part: slice, out_Uw: Tensor) -> Tensor:
+        """Bias and softcap; `x_Uw` itself where there is neither, else in `out_Uw`."""
         if self.bias_V is not None:
-            x_Uw += self.bias_V[part]
+            x_Uw = torch.add(x_Uw, self.bias_V[part], out=out_Uw)
         if self.softcap is not None:
-            x_Uw.div_(self.softcap).tanh_().mul_(self.softcap)
+            x_Uw = torch.div(x_Uw, self.softcap, out=out_Uw).tanh_().mul_(self.softcap)
         return x_Uw
 
     def slope(self, capped: Tensor) -> Tensor | None:
@@ -144,21 +144,19 @@ class Products:
         largest = self.U * (self.parts[0].stop if self.parts else 0)
         self.workspace = torch.empty(largest, dtype=head.dtype, device=device)
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each slice, its weights and a product that the caller may overwrite."""
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Each slice, its weights, its product, and room of that shape: the product's own, or,
+        where the product is kept, other room."""
         for part in self.parts:
-            weight_wH = self.head.weight_wH(part, self.tokens)
-            yield part, weight_wH, self._product_Uw(part, weight_wH)
-
-    def _product_Uw(self, part: slice, weight_wH: Tensor) -> Tensor:
-        w = part.stop - part.start
-        x_Uw = self.workspace[: self.U * w].view(self.U, w)
-        if self.U * part.stop > len(self.kept):
-            return product(self.tokens.hidden_UH, weight_wH.T, x_Uw)
-        kept_Uw = self.kept[self.U * part.start : self.U * part.stop].view(self.U, w)
-        if self.compute:
-            product(self.tokens.hidden_UH, weight_wH.T, kept_Uw)
-        return x_Uw.copy_(kept_Uw)
+            weight_wH, w = self.head.weight_wH(part, self.tokens), part.stop - part.start
+            room_Uw = self.workspace[: self.U * w].view(self.U, w)
+            keeps = self.U * part.stop <= len(self.kept)
+            x_Uw = room_Uw
+            if keeps:
+                x_Uw = self.kept[self.U * part.start : self.U * part.stop].view(self.U, w)
+            if self.compute or not keeps:
+                product(self.tokens.hidden_UH, weight_wH.T, x_Uw)
+            yield part, weight_wH, x_Uw, room_Uw
 
 
 def room_for_logits(tokens: Tokens, head: Head, keep_bytes: int) -> Tensor:

@@ -36,7 +36,7 @@ from stepagent.operators.blocks import (
     Fold,
     Results,
     Upstream,
-    divide_,
+    divide,
     like_results,
     spread,
     sum_rows,
@@ -58,9 +58,15 @@ from stepagent.operators.shards import local_labels, merge, sum_over, vocabulary
 
 
 def _fold_slice(
-    fold: Fold, tokens: Tokens, head: Head, part: slice, x_Uw: Tensor, with_slope: bool
+    fold: Fold,
+    tokens: Tokens,
+    head: Head,
+    part: slice,
+    x_Uw: Tensor,
+    room_Uw: Tensor,
+    with_slope: bool,
 ) -> Tensor | None:
-    """Fold products, which are overwritten; with_slope: returns exp(z − max) times the slope."""
+    """Fold products; with_slope: returns exp(z − max) times the slope. Overwrites `room_Uw`."""
     if head.triton:
         from stepagent.kernels.linear_logprobs import fold_slice  # loads triton: only here
 
@@ -75,9 +81,11 @@ def _fold_slice(
             with_entropy=fold.with_entropy,
             weights_dtype=tokens.hidden_UH.dtype if with_slope else None,
         )
-    x_nw = tokens.logits_of(head.capped_(x_Uw, part))
+    x_nw = tokens.logits_of(head.capped(x_Uw, part, room_Uw))
+    room_nw = room_Uw if tokens.row_n is None else x_nw
     slope_nw = head.slope(x_nw) if with_slope else None
-    exp_nw = fold.update(divide_(x_nw, tokens.temperature), part.start)
+    z_nw = divide(x_nw, tokens.temperature, room_nw)
+    exp_nw = fold.update(z_nw, part.start, room_nw)
     return exp_nw if slope_nw is None else exp_nw.mul_(slope_nw)
 
 
@@ -88,8 +96,8 @@ def _fold_all(
     fold = Fold(labels_n, head.dtype, with_entropy)
     device, H = tokens.hidden_UH.device, tokens.hidden_UH.shape[1]
     pull_nH = torch.zeros(pulled, H, dtype=head.dtype, device=device)
-    for part, weight_wH, x_Uw in Products(tokens, head, kept, compute=True):
-        exp_slope_nw = _fold_slice(fold, tokens, head, part, x_Uw, pulled > 0)
+    for part, weight_wH, x_Uw, room_Uw in Products(tokens, head, kept, compute=True):
+        exp_slope_nw = _fold_slice(fold, tokens, head, part, x_Uw, room_Uw, pulled > 0)
         if exp_slope_nw is not None and pulled:
             pull_nH.mul_(fold.shrink_n[:pulled, None])
             add_product(pull_nH, exp_slope_nw[:pulled], weight_wH)
@@ -188,9 +196,9 @@ def _check(
 
 
 def _grad_slice(
-    upstream: Upstream, tokens: Tokens, head: Head, part: slice, x_Uw: Tensor
+    upstream: Upstream, tokens: Tokens, head: Head, part: slice, x_Uw: Tensor, room_Uw: Tensor
 ) -> Tensor:
-    """Gradient of products, which are overwritten, in the dtype of their factors."""
+    """Gradient of products, in the dtype of their factors. Overwrites `room_Uw`."""
     dtype = tokens.hidden_UH.dtype
     if head.triton:
         from stepagent.kernels.linear_logprobs import grad_slice
@@ -207,10 +215,12 @@ def _grad_slice(
             part.start,
             dtype=dtype,
         )
-    capped_Uw = head.capped_(x_Uw, part)
+    capped_Uw = head.capped(x_Uw, part, room_Uw)
     slope_Uw = head.slope(capped_Uw)
-    z_nw = divide_(tokens.logits_of(capped_Uw), tokens.temperature)
-    grad_x_Uw = tokens.rows_of(upstream.grad_logits_(z_nw, part.start))
+    x_nw = tokens.logits_of(capped_Uw)
+    room_nw = room_Uw if tokens.row_n is None else x_nw
+    z_nw = divide(x_nw, tokens.temperature, room_nw)
+    grad_x_Uw = tokens.rows_of(upstream.grad_logits(z_nw, part.start, room_nw))
     return (grad_x_Uw if slope_Uw is None else grad_x_Uw.mul_(slope_Uw)).to(dtype)
 
 
@@ -247,8 +257,8 @@ def linear_backward(
             tokens.positions_n, local_n, tokens.temperature, results, grad_logps_N, grad_entropy_N
         )
         grad_UH = torch.zeros_like(tokens.hidden_UH, dtype=head.dtype)
-        for part, weight_wH, x_Uw in Products(tokens, head, kept, compute=False):
-            grad_x_Uw = _grad_slice(upstream, tokens, head, part, x_Uw)
+        for part, weight_wH, x_Uw, room_Uw in Products(tokens, head, kept, compute=False):
+            grad_x_Uw = _grad_slice(upstream, tokens, head, part, x_Uw, room_Uw)
             if needs_hidden:
                 add_product(grad_UH, grad_x_Uw, weight_wH)
             if needs_weight:

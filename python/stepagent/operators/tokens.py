@@ -17,7 +17,7 @@ from stepagent.operators import blocks, paths
 from stepagent.operators.blocks import (
     Fold,
     Results,
-    divide_,
+    divide,
     like_results,
     per_token,
     scored,
@@ -34,7 +34,7 @@ def _row_chunks(tokens_n: Tensor, V: int, dtype: torch.dtype) -> Iterator[Tensor
 def _chunk_logits(logits_NV: Tensor, temperature: Tensor, chunk_n: Tensor) -> Tensor:
     """A copy of these rows, upcast before the temperature divides them."""
     rows_nV = logits_NV[chunk_n].to(temperature.dtype)
-    return divide_(rows_nV, per_token(temperature, chunk_n))
+    return divide(rows_nV, per_token(temperature, chunk_n), rows_nV)
 
 
 def _fold_rows(
@@ -45,7 +45,8 @@ def _fold_rows(
     results = (zeros_N, zeros_N.clone(), zeros_N.clone(), zeros_N.clone())
     for chunk_n in _row_chunks(scored(labels_N), V, temperature.dtype):
         fold = Fold(labels_N[chunk_n], temperature.dtype, with_entropy)
-        fold.update(_chunk_logits(logits_NV, temperature, chunk_n), 0)
+        z_nV = _chunk_logits(logits_NV, temperature, chunk_n)
+        fold.update(z_nV, 0, z_nV)
         for result_N, result_n in zip(results, fold.finish(), strict=True):
             result_N[chunk_n] = result_n
     return results
@@ -84,8 +85,8 @@ def token_backward(
     for chunk_n in _row_chunks(scored(labels_N), logits_NV.shape[1], temperature.dtype):
         chunk_temperature = per_token(temperature, chunk_n)
         upstream = upstream_of(chunk_n, labels_N[chunk_n], chunk_temperature, results, *grads)
-        grad_nV = upstream.grad_logits_(_chunk_logits(logits_NV, temperature, chunk_n), 0)
-        grad_logits_NV[chunk_n] = grad_nV.to(logits_NV.dtype)
+        z_nV = _chunk_logits(logits_NV, temperature, chunk_n)
+        grad_logits_NV[chunk_n] = upstream.grad_logits(z_nV, 0, z_nV).to(logits_NV.dtype)
     return grad_logits_NV
 
 

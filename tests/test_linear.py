@@ -373,3 +373,14 @@ def test_batch_invariance_is_refused_where_it_cannot_be_kept(
     request.getfixturevalue("triton_path")
     with pytest.raises(ValueError, match=r"torch.float64 on cpu"):
         ops.linear_logprobs(**head(), batch_invariant=True)
+
+
+@interpreted
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_one_row_with_40_labels(path: str, request: pytest.FixtureRequest) -> None:
+    """What siblings at one branch point are."""
+    if path == "triton":
+        request.getfixturevalue("triton_path")
+    arguments = {**head(R=2, N=40, dtype=torch.float32), "rows_N": torch.ones(40).long()}
+    assert_like_reference("linear_logprobs", {**arguments, "return_entropy": True}, HEAD_LEAVES)
+    assert_like_reference("linear_logprobs", arguments, FROZEN)

@@ -384,3 +384,19 @@ def test_one_row_with_40_labels(path: str, request: pytest.FixtureRequest) -> No
     arguments = {**head(R=2, N=40, dtype=torch.float32), "rows_N": torch.ones(40).long()}
     assert_like_reference("linear_logprobs", {**arguments, "return_entropy": True}, HEAD_LEAVES)
     assert_like_reference("linear_logprobs", arguments, FROZEN)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has a host to wait for")
+def test_with_rows_nothing_waits_for_the_gpu() -> None:
+    arguments = {
+        k: v.cuda() if isinstance(v, torch.Tensor) else v
+        for k, v in head(dtype=torch.float32).items()
+    }
+    leaf = arguments["hidden_RH"].requires_grad_()
+    ops.linear_logprobs(**arguments).sum().backward()  # compiles, and fills what is cached
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.linear_logprobs(**arguments).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert leaf.grad is not None

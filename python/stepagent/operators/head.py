@@ -50,10 +50,12 @@ def select(
     # On CPU no library multiplies halves into float32.
     hidden_dtype = hidden_RH.dtype if paths.on_gpu(hidden_RH) else temperature.dtype
     positions_n = scored(labels_N)
-    rows_n = positions_n if rows_N is None else rows_N[positions_n]
-    rows_U, row_n = torch.unique(rows_n, return_inverse=True)
-    if len(rows_U) == len(rows_n):
-        rows_U, row_n = rows_n, None
+    rows_U, row_n = positions_n, None
+    if rows_N is not None:
+        rows_n = rows_N[positions_n]
+        rows_U, row_n = torch.unique(rows_n, return_inverse=True)
+        if len(rows_U) == len(rows_n):
+            rows_U, row_n = rows_n, None
     return Tokens(
         positions_n,
         labels_N[positions_n],

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepagent import ops, reference
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64 against float64
+HALVES = [torch.float16, torch.bfloat16]
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}  # float32 against float64
 
 

@@ -51,6 +51,10 @@ class Sight {
     std::vector<std::size_t> path_;
 };
 
+void check_window(std::size_t window) {
+    if (window < 1) throw std::invalid_argument("window is 0; it must be at least 1");
+}
+
 // Rows [first, last) of the mask: each is the one before it with what changes.
 template <typename Value>
 void fill_rows(Ends ends, std::size_t window, Value visible, Value hidden, Value* mask,
@@ -100,6 +104,7 @@ template <typename Value>
 void fill_mask(Ends ends, std::size_t window, Value visible, Value hidden, std::span<Value> mask,
                std::size_t threads) {
     check_subtree_ends(ends);
+    check_window(window);
     const auto length = ends.size();
     if (mask.size() != length * length) {
         throw std::invalid_argument("the mask has " + std::to_string(mask.size()) +
@@ -123,7 +128,10 @@ template void fill_mask(Ends, std::size_t, std::uint64_t, std::uint64_t, std::sp
 
 BlockLists block_lists(Ends ends, std::size_t window, std::size_t block_size) {
     check_subtree_ends(ends);
+    check_window(window);
     if (block_size < 1) throw std::invalid_argument("block_size is 0; it must be at least 1");
+    // Larger ones make the same one ragged block, but sums and squares of them overflow.
+    block_size = std::min(block_size, ends.size() + 1);
     BlockLists lists;
     lists.blocks = (ends.size() + block_size - 1) / block_size;
     std::vector<std::size_t> seen(lists.blocks), pairs(lists.blocks);

@@ -17,7 +17,8 @@ constexpr std::size_t no_window = std::numeric_limits<std::size_t>::max();
 void check_subtree_ends(std::span<const std::int32_t> subtree_end);
 
 // Fills the L x L mask, queries by keys, with one of two values. The functions of this file throw
-// as check_subtree_ends does, this one also where the mask is of another size.
+// as check_subtree_ends does and for a window of 0, this one also where the mask is of another
+// size.
 template <typename Value>
 void fill_mask(std::span<const std::int32_t> subtree_end, std::size_t window, Value visible,
                Value hidden, std::span<Value> mask, std::size_t threads);
@@ -30,7 +31,7 @@ struct BlockLists {
     std::vector<std::int32_t> partial_counts, partial_indices, full_counts, full_indices;
 };
 
-// O(L + n²): pairs are counted per block, not evaluated.
+// O(L + n²): pairs are counted per block, not evaluated. Throws for blocks of 0 too.
 BlockLists block_lists(std::span<const std::int32_t> subtree_end, std::size_t window,
                        std::size_t block_size);
 

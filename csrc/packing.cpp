@@ -123,6 +123,10 @@ void check_costs(std::span<const double> costs, std::size_t parts) {
                                         "; costs are finite and not negative");
         }
     }
+    // Beyond, two sums would be infinite and their spread no number.
+    if (!std::isfinite(std::accumulate(costs.begin(), costs.end(), 0.0))) {
+        throw std::invalid_argument("the sum of the costs exceeds float64");
+    }
     if (parts < 1 || costs.size() < parts) {
         throw std::invalid_argument(std::to_string(costs.size()) + " items for parts=" +
                                     std::to_string(parts) + "; every part needs an item");

@@ -22,8 +22,8 @@ Groups pack_bins(std::span<const std::int64_t> lengths, std::int64_t capacity);
 // at first, are combined in the order of their spread, the largest sums of one with the smallest of
 // the other. With equal_size, partial partitions start with one item in every part, so that sizes
 // differ by one at most. O(n k log k) at most. Parts have the largest sum first, items ascending.
-// Throws std::invalid_argument for a cost that is negative or not finite, and for fewer items than
-// parts.
+// Throws std::invalid_argument for a cost that is negative or not finite, as their sum must be, and
+// for fewer items than parts.
 Groups balance(std::span<const double> costs, std::size_t parts, bool equal_size);
 
 }  // namespace stepagent

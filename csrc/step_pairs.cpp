@@ -74,8 +74,14 @@ class Packer {
             throw std::invalid_argument(std::to_string(pairs.spans.size()) + " action_spans for " +
                                         std::to_string(pairs.trunks.size()) + " trunks");
         }
-        return offsets(pairs.trunks.size(),
-                       [&](std::size_t trunk) { return pairs.spans[trunk].size() / 2; });
+        return offsets(pairs.trunks.size(), [&](std::size_t trunk) {
+            const auto bounds = pairs.spans[trunk].size();
+            if (bounds % 2 != 0) {
+                throw std::invalid_argument(place("trunks", trunk) + ".action_spans has " +
+                                            std::to_string(bounds) + " bounds; they come in pairs");
+            }
+            return bounds / 2;
+        });
     }
 
     static std::vector<std::size_t> checked_branches(const StepPairs& pairs, std::size_t steps) {

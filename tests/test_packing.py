@@ -130,6 +130,7 @@ def test_float_costs_and_large_integers():
         ([1, -2], 1, ValueError, r"costs\[1\] is -2"),
         ([1, math.nan], 1, ValueError, r"costs\[1\] is nan"),
         ([math.inf], 1, ValueError, r"costs\[0\] is inf"),
+        ([1e308] * 4, 2, ValueError, "the sum of the costs exceeds float64"),
         ([2**53 + 1], 1, ValueError, r"costs\[0\] is 9007199254740993"),
         (["a"], 1, TypeError, "costs has dtype <U1"),
         ([True], 1, TypeError, "costs has dtype bool"),

@@ -295,6 +295,7 @@ CORE_REFUSALS = [
     ({"action_spans": [[[-5, 4], [5, 7]]]}, r"action_spans\[0\] is \[-5, 4\)"),
     ({"action_spans": [[[2, 2], [5, 7]]]}, r"action_spans\[0\] is \[2, 2\)"),
     ({"action_spans": [[[2, 4], [5, 9]]]}, r"action_spans\[1\] is \[5, 9\); .* \[4, 8\)"),
+    ({"action_spans": [[2, 4, 5]]}, r"trunks\[0\]\.action_spans has 3 bounds; they come in pairs"),
     ({"action_spans": []}, "0 action_spans for 1 trunks"),
     ({"branch_counts": [1]}, "1 branch_counts for 2 steps"),
     ({"branch_counts": [1, -1]}, r"branch_counts\[1\] is -1"),
@@ -552,6 +553,22 @@ def test_mask_of_another_size_or_type_is_refused(trunk):
         _core.fill_mask(ends, None, 1, 0, np.empty((2, 4), np.uint8)[:, ::2], 1)
     with pytest.raises(TypeError):
         _core.fill_mask(ends.astype(np.int64), None, 1, 0, np.empty((2, 2), np.uint8), 1)
+
+
+def test_core_refuses_a_window_without_the_token_itself():
+    ends = np.array([2, 2], np.int32)
+    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+        _core.fill_mask(ends, 0, 1, 0, np.empty((2, 2), np.uint8), 1)
+    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+        _core.block_lists(ends, 0, 1)
+
+
+@pytest.mark.parametrize("size", [3, 2**32, 2**63, 2**64 - 2, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_a_block_larger_than_the_tree_is_one_partial_block(length, size):
+    ends = np.full(length, length, np.int32)
+    lists = [array.tolist() for array in _core.block_lists(ends, None, size)]
+    assert lists == ([[1], [0], [0], [0]] if length else [[], [], [], []])
 
 
 LAYERS = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3}

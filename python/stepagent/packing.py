@@ -39,8 +39,8 @@ def balance(costs: ArrayLike, parts: int, *, equal_size: bool = False) -> list[l
     """Divide items over `parts`, of costs as equal as can be: Karmarkar and Karp's largest
     differencing method (1982), k-way, O(n k log k) at most.
 
-    costs: (n,) ≥ 0, finite, n ≥ parts, summed in float64. With equal_size, parts hold the same
-    number of items, or one less where `parts` does not divide n.
+    costs: (n,) ≥ 0, n ≥ parts, finite as their sum in float64 must be. With equal_size, parts hold
+    the same number of items, or one less where `parts` does not divide n.
 
     Returns the items of each part, ascending, the part of the largest cost first; none is empty.
     The same costs give the same parts: among equal sums the part with more items counts as the

@@ -1,23 +1,28 @@
-"""``stepagent.inspect`` against ``model.generate``, on the CPU in float32, greedy.
+"""``stepagent.inspect`` against ``model.generate``, on the CPU in float32.
 
-Measured: one action of a fixed number of tokens (no end token is ever produced) at each of the T
-states of a trajectory, by one Llama with random weights:
+Measured: one greedy action of a fixed number of tokens (no end token is ever produced) at each of
+the T states of a trajectory, by one Llama with random weights:
 
 * inspect: one prefill of the trajectory, then all states decoded in lock-step on its cache.
 * state by state: ``model.generate`` on each state's prefix in turn, with its own cache.
 * padded batch: ``model.generate`` on all T prefixes at once, padded on the left.
+* one forward: the model once over the trajectory, and no decoding: what inspect cannot go below.
 
-All three must give the same tokens, or nothing is reported; that first run is also the warm-up.
-Then they are timed in turn in this process, on the wall and in CPU time, which says more where
-other work shares the cores; the medians count. ``--sweep`` adds other T, without the padded batch.
+All must give the same tokens (one forward has none), or nothing is reported; that first run is also
+the warm-up. Then they are timed in turn in this process, on the wall and in CPU time, which says
+more where other work shares the cores; the medians count. The second table draws k actions per
+state at temperature 1, all in one call. ``--sweep`` adds other T, for inspect and one forward, and
+up to ``--slow-steps`` for state by state.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -28,12 +33,16 @@ from torch import Tensor
 import stepagent as sa
 
 NO_END = common.VOCABULARY  # no such token exists, so no action ends early
-WAYS = ("inspect", "state by state", "padded batch")
+WAYS = ("inspect", "one forward", "state by state", "padded batch")
+RIVALS = WAYS[2:]
+CLOCKS = ("wall", "cpu")
+SWEEP = [5, 10, 20, 40, 80]
+SAMPLES = [1, 2, 4, 8]
 Decode = Callable[[], np.ndarray]
 
 
 def ways(model: Any, trunk: sa.Trunk, new_tokens: int) -> dict[str, Decode]:
-    """The three ways to decode; each returns the tokens, (T, new_tokens)."""
+    """The ways to decode; each returns the tokens, (T, new_tokens), one forward none, (T, 0)."""
     prefixes = [torch.tensor(trunk.input_ids[:start].tolist()) for start, _ in trunk.action_spans]
 
     def generate(input_ids: Tensor, mask: Tensor) -> np.ndarray:
@@ -54,6 +63,11 @@ def ways(model: Any, trunk: sa.Trunk, new_tokens: int) -> dict[str, Decode]:
         )
         return np.stack([step[0].token_ids for step in branches[0]])
 
+    def one_forward() -> np.ndarray:
+        with torch.no_grad():
+            model(torch.from_numpy(trunk.input_ids.astype(np.int64))[None], logits_to_keep=1)
+        return np.zeros((trunk.num_steps, 0), dtype=np.int64)
+
     def state_by_state() -> np.ndarray:
         return np.concatenate([generate(p[None], torch.ones_like(p)[None]) for p in prefixes])
 
@@ -63,7 +77,8 @@ def ways(model: Any, trunk: sa.Trunk, new_tokens: int) -> dict[str, Decode]:
         masks = [torch.ones_like(prefix) for prefix in prefixes]
         return generate(tokens, pad(masks, batch_first=True, padding_side="left"))
 
-    return dict(zip(WAYS, (inspect, state_by_state, padded_batch), strict=True))
+    decoders = (inspect, one_forward, state_by_state, padded_batch)
+    return dict(zip(WAYS, decoders, strict=True))
 
 
 def seconds(name: str, decode: Decode) -> tuple[float, float]:
@@ -75,62 +90,131 @@ def seconds(name: str, decode: Decode) -> tuple[float, float]:
     return wall, cpu
 
 
+def timed(decoders: dict[str, Decode], repeats: int) -> dict[str, Any]:
+    """All runs of each, taken in turn, and their medians by clock."""
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    for _ in range(repeats):
+        for name, decode in decoders.items():
+            runs[name].append(seconds(name, decode))
+    medians = {
+        clock: {name: statistics.median(run[i] for run in runs[name]) for name in runs}
+        for i, clock in enumerate(CLOCKS)
+    }
+    return {"all_seconds": runs, **{clock: {"seconds": medians[clock]} for clock in CLOCKS}}
+
+
 def compare(model: Any, options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Check that all ways give the same tokens at T = steps, then time them."""
     trunk, _ = common.trajectory(argparse.Namespace(**{**vars(options), "steps": steps}))
     decoders = ways(model, trunk, options.action_tokens)
     if steps != options.steps:
         del decoders["padded batch"]
+        if steps > options.slow_steps:
+            del decoders["state by state"]
     common.say(f"T = {steps}: checking that the tokens are the same …")
     tokens = {name: decode() for name, decode in decoders.items()}
-    shape = (steps, options.action_tokens)
-    for name, found in tokens.items():
+    for name in set(tokens) - {"one forward"}:
+        found, shape = tokens[name], (steps, options.action_tokens)
         common.check(found.shape == shape, f"{name} gave tokens {found.shape}, not {shape}")
         different = int((found != tokens["inspect"]).any(axis=1).sum())
         common.check(different == 0, f"{name}: other tokens than inspect at {different} states")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-    for _ in range(options.repeats):
-        for name, decode in decoders.items():
-            times[name].append(seconds(name, decode))
-    point: dict[str, Any] = {"steps": steps, "tokens_identical": True, "all_seconds": times}
-    for clock, name in enumerate(("wall", "cpu")):
-        median = {way: statistics.median(run[clock] for run in times[way]) for way in times}
-        point[name] = {
-            "seconds": median,
-            "ms_per_step": {way: 1000 * median[way] / steps for way in median},
-            "speedup": {way: median[way] / median["inspect"] for way in median},
-        }
-    return point
+    point = timed(decoders, options.repeats)
+    for clock in CLOCKS:
+        median = point[clock]["seconds"]
+        point[clock]["ms_per_step"] = {way: 1000 * median[way] / steps for way in median}
+        point[clock]["speedup"] = {way: median[way] / median["inspect"] for way in median}
+    compared = sorted(set(tokens) & set(RIVALS))
+    return {"steps": steps, "same_tokens_as_inspect": compared, **point}
 
 
-def cell(figures: dict[str, float], way: str, unit: str = "") -> str:
-    return f"{figures[way]:.1f}{unit}" if way in figures else "–"
+def draw_samples(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The cost of k actions per state; the first ones must be those of a run with fewer."""
+    trunk, _ = common.trajectory(options)
+
+    def decode(samples: int) -> np.ndarray:
+        new_tokens, no_end = options.action_tokens, {"eos_token_id": NO_END}
+        (steps,) = sa.inspect(model, [trunk], samples=samples, max_new_tokens=new_tokens, **no_end)
+        return np.stack([[branch.token_ids for branch in step] for step in steps])
+
+    decoders = {f"k = {k}": functools.partial(decode, k) for k in SAMPLES}
+    tokens = [draw() for draw in decoders.values()]
+    for k, found in zip(SAMPLES, tokens, strict=True):
+        same = bool((found == tokens[-1][:, :k]).all())
+        common.check(same, f"{k} samples are not the first of {SAMPLES[-1]}")
+    result = timed(decoders, options.repeats)
+    for clock in CLOCKS:
+        median = result[clock]["seconds"]
+        result[clock]["cost"] = {name: median[name] / median["k = 1"] for name in median}
+    return result
+
+
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    for way in WAYS[:3]:
+        known = [point for point in points if way in point["cpu"]["ms_per_step"]]
+        steps = [point["steps"] for point in known]
+        axes.plot(steps, [p["cpu"]["ms_per_step"][way] for p in known], "o-", label=way)
+    axes.set(xscale="log", yscale="log", xlabel="steps of the trajectory", ylabel="CPU ms per step")
+    steps = [point["steps"] for point in points]
+    axes.set_xticks(steps, [str(n) for n in steps])
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    common.say(f"wrote {path}")
+
+
+def tables(points: list[dict[str, Any]], samples: dict[str, Any]) -> str:
+    def cell(figures: dict[str, float], way: str, unit: str = "") -> str:
+        return f"{figures[way]:.1f}{unit}" if way in figures else "–"
+
+    by_steps = [
+        [
+            point["steps"],
+            clock,
+            *(cell(point[clock]["ms_per_step"], way) for way in WAYS),
+            *(cell(point[clock]["speedup"], way, "×") for way in RIVALS),
+        ]
+        for point in points
+        for clock in CLOCKS
+    ]
+    header = ["T", "clock", *(f"{way}, ms/step" for way in WAYS)]
+    header += ["on state by state (target ≥ 10×)", "on padded batch (target ≥ 20×)"]
+    by_samples = [
+        [clock]
+        + [
+            f"{1000 * samples[clock]['seconds'][name]:.0f} ms ({samples[clock]['cost'][name]:.2f}×)"
+            for name in samples[clock]["cost"]
+        ]
+        for clock in CLOCKS
+    ]
+    columns = ["clock", *samples["cpu"]["cost"]]
+    columns[-1] += " (target ≤ 3×)"
+    return common.table(header, by_steps) + "\n\n" + common.table(columns, by_samples)
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     common.add_shape_options(parser)
-    parser.add_argument("--sweep", type=int, nargs="*", metavar="T", help="5 10 20 40 if empty")
+    parser.add_argument("--sweep", type=int, nargs="*", metavar="T", help=f"{SWEEP} if empty")
+    parser.add_argument("--slow-steps", type=int, default=20, metavar="T")
     options = parser.parse_args()
     where = common.environment()
     model = common.llama(options).eval()
-    sweep = {options.steps, *(options.sweep or ([5, 10, 20, 40] if options.sweep == [] else []))}
+    sweep = {options.steps, *((options.sweep or SWEEP) if options.sweep is not None else ())}
     points = [compare(model, options, steps) for steps in sorted(sweep)]
-    rows = [
-        [
-            point["steps"],
-            clock,
-            *(cell(point[clock]["ms_per_step"], way) for way in WAYS),
-            *(cell(point[clock]["speedup"], way, "×") for way in WAYS[1:]),
-        ]
-        for point in points
-        for clock in ("wall", "cpu")
-    ]
-    header = ["T", "clock", *(f"{way}, ms/step" for way in WAYS)]
-    text = common.table([*header, "on state by state (target ≥ 8×)", "on padded batch"], rows)
-    result = {"benchmark": "inspection", "shape": common.shape(options, model), "points": points}
+    samples = draw_samples(model, options)
+    shape = common.shape(options, model)
+    result = {"benchmark": "inspection", "shape": shape, "points": points, "samples": samples}
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        plot(points, options.json.with_suffix(".png"))
     title = f"Inspection: {common.described(options, model)}"
-    common.report(title, __doc__ or "", text, result, options.json, where)
+    common.report(title, __doc__ or "", tables(points, samples), result, options.json, where)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_models import END, VOCAB, generate, random_trunks, tiny_model
 
-from stepagent.decoding import SlotCache, sample_tokens, uniforms
+from stepagent import inspection
+from stepagent.decoding import SlotCache, make_truncations, sample_tokens, uniforms
 from stepagent.encoding import Trunk
 from stepagent.inspection import Branch, end_tokens, inspect
 from stepagent.models import score_trees
@@ -45,31 +46,34 @@ def tokens(branches: list[list[list[Branch]]]) -> list[list[int]]:
     return [branch.token_ids.tolist() for branch in flat(branches)]
 
 
-@pytest.mark.parametrize("max_batch_tokens", [8192, 150, 1])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gemma3_text"])
-def test_greedy_branches_are_what_generate_writes_state_by_state(name, max_batch_tokens, trunks):
+def test_greedy_branches_are_what_generate_writes_state_by_state(name, trunks):
     model = tiny_model(name)
-    branches = inspect(
-        model,
-        trunks,
-        max_new_tokens=NEW,
-        temperature=0.0,
-        eos_token_id=ENDS,
-        max_batch_tokens=max_batch_tokens,
-    )
+    trunks = [*trunks, *random_trunks(np.random.default_rng(4), count=2)[0]]
+
+    def greedy(trunks, **options):
+        options |= {"max_new_tokens": NEW, "temperature": 0.0, "eos_token_id": ENDS}
+        return tokens(inspect(model, trunks, **options))
+
     expected = [
         generate(model, trunk.input_ids[:start], NEW, ENDS)
         for trunk in trunks
         for start in trunk.action_spans[:, 0]
     ]
-    assert tokens(branches) == expected
+    assert greedy(trunks) == expected  # eight in one batch
+    assert greedy(trunks, max_batch_tokens=150) == expected  # a few in a batch
+    assert greedy(trunks, max_batch_tokens=20) == expected  # in pieces
+    assert [ids for trunk in trunks for ids in greedy([trunk])] == expected
     lengths = {len(action) for action in expected}
     assert {1, NEW} < lengths  # some end at once, some are cut
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3_text"])
-@pytest.mark.parametrize("max_batch_tokens", [8192, 1])
-def test_logps_are_those_of_the_same_branches_scored_on_a_tree(name, max_batch_tokens, trunks):
+@pytest.mark.parametrize("max_batch_tokens", [8192, 20])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05}])
+def test_logps_are_those_of_the_same_branches_scored_on_a_tree(
+    name, max_batch_tokens, truncation, trunks
+):
     model = tiny_model(name)
     branches = inspect(
         model,
@@ -79,6 +83,7 @@ def test_logps_are_those_of_the_same_branches_scored_on_a_tree(name, max_batch_t
         temperature=0.7,
         eos_token_id=ENDS,
         max_batch_tokens=max_batch_tokens,
+        **truncation,
     )
     trees = pack_step_pairs(trunks, branches)  # as it is
     tried = np.concatenate([np.repeat(t.step_branch, np.diff(t.step_offsets)) for t in trees]) > 0
@@ -142,16 +147,18 @@ def test_dropout_is_off(trunks):
 # ------------------------------------------------------------------ sampling
 
 
-def test_samples_depend_on_seed_and_place_and_not_on_the_batch(trunks):
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}])
+def test_samples_depend_on_seed_and_place_and_not_on_the_batch(truncation, trunks):
     model = tiny_model("llama")
 
     def sampled(trunks=trunks, **options):
         options = {"samples": 3, "max_new_tokens": NEW, "eos_token_id": ENDS, "seed": 5} | options
-        return inspect(model, trunks, **options)
+        return inspect(model, trunks, **options, **truncation)
 
     first = sampled()
     assert tokens(sampled()) == tokens(first)
-    assert tokens(sampled(max_batch_tokens=1)) == tokens(first)
+    for budget in (300, 40):
+        assert tokens(sampled(max_batch_tokens=budget)) == tokens(first)
     # Fewer trunks and fewer samples: those that stay are the same.
     assert tokens(sampled(trunks[:2])) == tokens(first[:2])
     fewer = [[step[:2] for step in steps] for steps in first]
@@ -173,6 +180,75 @@ def test_sampled_frequencies_are_the_softmax(temperature):
     assert_drawn_from(counts, torch.softmax(logits.double() / temperature, 0).numpy())
     with pytest.raises(AssertionError):  # the test tells another temperature from this one
         assert_drawn_from(counts, torch.softmax(logits.double() / temperature / 1.1, 0).numpy())
+
+
+TRUNCATIONS = [
+    {"top_k": 4},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"top_k": 6, "top_p": 0.9, "min_p": 0.25},
+]
+
+
+def truncated(probabilities, top_k=None, top_p=None, min_p=None):
+    """The distribution that is left, by the words of the definition, one token at a time."""
+    p = np.array(probabilities)
+    if top_k is not None:
+        p[np.argsort(-p)[top_k:]] = 0
+        p /= p.sum()
+    if top_p is not None:
+        before = 0.0  # probability of the likelier tokens: enough of it, and the rest goes
+        for token in np.argsort(-p):
+            mass, p[token] = p[token], p[token] if before < top_p else 0
+            before += mass
+        p /= p.sum()
+    if min_p is not None:
+        p[p < min_p * p.max()] = 0
+        p /= p.sum()
+    return p
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_truncated_frequencies_are_those_of_the_tokens_left(truncation):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
+    whole = torch.softmax(logits.double() / 1.3, 0).numpy()
+    expected = truncated(whole, **truncation)
+    options = [truncation.get(name) for name in ("top_k", "top_p", "min_p")]
+    draws = 20_000
+    numbers = uniforms(8, np.arange(draws), 3, 1)
+    picked = sample_tokens(logits.expand(draws, -1), 1.3, numbers, make_truncations(*options))
+    counts = np.bincount(picked.numpy(), minlength=12)
+    left = expected > 0
+    assert 2 <= left.sum() < 12
+    assert counts[~left].sum() == 0
+    assert_drawn_from(counts[left], expected[left])
+    with pytest.raises(AssertionError):  # the test tells the whole distribution from this one
+        assert_drawn_from(counts, whole)
+
+
+def test_truncation_comes_in_the_order_of_generate():
+    """top_p = 0.6 keeps one token of the best three renormalised, and three of all."""
+    logits = torch.tensor([[0.4, 0.15, 0.11, 0.1, 0.09, 0.08, 0.07]]).log().expand(1000, -1)
+    picked = sample_tokens(
+        logits, 1.0, uniforms(0, np.arange(1000)), make_truncations(3, 0.6, None)
+    )
+    assert set(picked.tolist()) == {0}
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_truncation_leaves_greedy_actions_alone(truncation, trunks):
+    options = {"max_new_tokens": NEW, "temperature": 0.0, "eos_token_id": ENDS}
+    model = tiny_model("llama")
+    plain = inspect(model, trunks, **options)
+    assert tokens(inspect(model, trunks, **options, **truncation)) == tokens(plain)
+
+
+def test_one_token_left_is_the_greedy_one(trunks):
+    options = {"max_new_tokens": NEW, "eos_token_id": ENDS}
+    model = tiny_model("llama")
+    greedy = tokens(inspect(model, trunks, temperature=0.0, **options))
+    for truncation in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert tokens(inspect(model, trunks, temperature=2.0, **truncation, **options)) == greedy
 
 
 def test_sampling_never_picks_a_token_of_probability_zero():
@@ -209,6 +285,67 @@ def test_uniforms_are_uniform_and_keyed():
     assert uniforms(0, 5, 7, 2) == numbers[5, 7, 2]
 
 
+# ------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("budget", [300, 90, 40, 7])
+def test_a_budget_bounds_the_cache_and_the_forward_and_changes_nothing(name, budget, monkeypatch):
+    model = tiny_model(name)
+    ids = np.random.default_rng(5).integers(3, VOCAB, 84)
+    trunk = Trunk(ids, [(start, start + 4) for start in (9, 20, 31, 45, 60, 80)])
+    caches, forwards = [], []
+
+    class Recorded(SlotCache):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            caches.append(self._cache)
+
+    def sampled(budget):
+        return inspect(
+            model,
+            [trunk],
+            samples=3,
+            max_new_tokens=NEW,
+            eos_token_id=ENDS,
+            max_batch_tokens=budget,
+        )
+
+    whole = sampled(8192)
+    monkeypatch.setattr(inspection, "SlotCache", Recorded)
+    hook = model.register_forward_pre_hook(
+        lambda _model, _args, inputs: forwards.append(inputs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    parts = sampled(budget)
+    hook.remove()
+    assert tokens(parts) == tokens(whole)
+    for part, one in zip(flat(parts), flat(whole), strict=True):
+        np.testing.assert_allclose(part.logps, one.logps, rtol=0, atol=1e-5)
+
+    states, branches, branch = 80, 18, NEW - 1  # the last token of an action is never encoded
+    (cache,) = caches
+    slots = {
+        layer.keys.untyped_storage().nbytes() // layer.keys[:, :, 0].nbytes
+        for layer in cache.layers
+    }
+    assert len(slots) == 1
+    bound = max(budget, states + max(budget // 2, branch))
+    assert states + branch <= slots.pop() <= min(bound, states + branches * branch)
+    assert max(forwards) == min(budget, states)
+
+
+def test_logits_exist_for_a_few_rows_at_a_time(trunks, monkeypatch):
+    options = {"samples": 3, "max_new_tokens": NEW, "eos_token_id": ENDS}
+    model = tiny_model("llama")
+    whole = inspect(model, trunks, **options)
+    monkeypatch.setattr(inspection, "_LOGITS", 2 * VOCAB)
+    parts = inspect(model, trunks, **options)
+    assert tokens(parts) == tokens(whole)
+    for part, one in zip(flat(parts), flat(whole), strict=True):
+        np.testing.assert_allclose(part.logps, one.logps, rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------ the cache
 
 
@@ -241,6 +378,19 @@ def test_a_cache_keeps_only_the_rows_asked_for():
     torch.testing.assert_close(rest, whole[rows, 4:], rtol=0, atol=1e-5)
 
 
+def test_a_cache_filled_in_pieces_and_cut_back_gives_the_states_of_one_forward():
+    model = tiny_model("gemma3_text")
+    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = SlotCache(model, 2).prefill(ids)
+        cache = SlotCache(model, 2, slots=12)  # it must grow
+        pieces = [cache.prefill(ids[:, a:b]) for a, b in [(0, 5), (5, 6), (6, 20)]]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
+        cache.truncate(8)
+        assert cache.slots == 8
+        torch.testing.assert_close(cache.prefill(ids[:, 8:]), whole[:, 8:], rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -254,6 +404,14 @@ def test_a_cache_keeps_only_the_rows_asked_for():
         ({"temperature": float("inf")}, "temperature must be finite and >= 0, got inf"),
         ({"temperature": -1.0}, r"temperature must be finite and >= 0, got -1\.0"),
         ({"max_new_tokens": 200}, r"trunks\[0\] with max_new_tokens=200 needs .*embeddings=128"),
+        ({"top_k": 0}, "top_k must be a whole number >= 1, got 0"),
+        ({"top_k": 2.5}, r"top_k must be a whole number >= 1, got 2\.5"),
+        ({"top_p": 0.0}, r"top_p must be > 0 and <= 1, got 0\.0"),
+        ({"top_p": 1.1}, r"top_p must be > 0 and <= 1, got 1\.1"),
+        ({"top_p": float("nan")}, "top_p must be > 0 and <= 1, got nan"),
+        ({"min_p": -0.1}, r"min_p must be >= 0 and <= 1, got -0\.1"),
+        ({"min_p": 1.5}, r"min_p must be >= 0 and <= 1, got 1\.5"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens must be a whole number >= 1, got 0"),
         ({"eos_token_id": []}, "no token ends an action"),
     ],
 )

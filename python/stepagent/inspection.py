@@ -4,9 +4,12 @@ StepAgent (arXiv 2411.03817), section "Inspection": the agent acts at each state
 trajectory. Branch decoding: one prefill of the trunk gives the state at all T steps; then the
 branches of all steps grow in lock-step, each seeing its own prefix of the trunk and itself.
 
-    slots   u o1 a1 o2 a2 | x1 x2 | y1 y2 | …      x, y: first, second tokens of the branches at
-    x2 sees u o1 a1 o2      x2                     steps 1 and 2; a branch that ended asks no more
-    y1 sees u o1            x1      y1
+    slots   u o1 a1 o2 | x1 x2 | y1 y2 | …      x, y: first, second tokens of the branches at
+    x2 sees u o1 a1 o2      x2                  steps 1 and 2; a branch that ended asks no more
+    y1 sees u o1         x1      y1
+
+Key: B trunks of a batch, N their branches, G branches that grow together, W slots of a trunk,
+S slots, Q new tokens of a row, H hidden, P tokens of an action.
 """
 
 from __future__ import annotations
@@ -24,16 +27,20 @@ from .decoding import (
     SlotCache,
     check_count,
     check_temperature,
+    make_truncations,
     sample_tokens,
     uniforms,
 )
 from .encoding import Trunk
-from .models import check_fits, check_tree_support, evaluation_mode, lm_head
+from .models import LMHead, check_fits, check_tree_support, evaluation_mode, lm_head
 from .ops import token_logprobs
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from transformers import PreTrainedModel
+    from numpy.typing import ArrayLike, NDArray
+    from transformers import LogitsProcessor, PreTrainedModel
+
+# Logits that exist at once when tokens are sampled: 128 MiB for each of a few float64 arrays.
+_LOGITS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,9 @@ def inspect(
     samples: int = 1,
     max_new_tokens: int,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
     max_batch_tokens: int = 8192,
@@ -62,32 +72,38 @@ def inspect(
 
     :param samples: actions per state. At ``temperature=0`` they are all the greedy one.
     :param max_new_tokens: an action longer than this is cut, without an end token.
+    :param top_k: sample among the ``top_k`` likeliest tokens only; ``top_p``: among the fewest of
+        this probability together; ``min_p``: among those of this share of the likeliest's
+        probability. transformers' own, after the temperature and in this order, as in ``generate``.
     :param eos_token_id: what ends an action; None: as ``model.generation_config`` says.
     :param seed: the tokens of (trunk, step, sample) depend on it, on the trunk's place in
         ``trunks``, and on nothing else in the batch beyond rounding.
-    :param max_batch_tokens: bounds the slots (trunks × tokens) of one batch; a single trunk may
-        exceed it.
+    :param max_batch_tokens: bounds the slots (trunks × tokens) of one batch and the tokens of one
+        forward. A trunk that needs more is read in chunks, and its branches grow in turns: it takes
+        at most its own length and half of this, or one branch.
     :raises ValueError: for an option out of range, no end token, or a model that a tree would
         make wrong (:func:`stepagent.models.check_tree_support`).
     :raises FloatingPointError: when the model's logits are not finite.
     """
     check_count("samples", samples)
     check_count("max_new_tokens", max_new_tokens)
+    check_count("max_batch_tokens", max_batch_tokens)
     check_temperature(temperature)
+    truncations = make_truncations(top_k, top_p, min_p)
     ends = end_tokens(model, eos_token_id)
     check_tree_support(model)
     for i, trunk in enumerate(trunks):
         deepest = max(len(trunk.input_ids), int(trunk.action_spans[-1, 0]) + max_new_tokens)
         what = f"trunks[{i}] with max_new_tokens={max_new_tokens}"
         check_fits(model, what, trunk.input_ids, deepest)
+    sampler = _Sampler(lm_head(model), temperature, truncations, seed)
     branches: list[list[list[Branch]]] = [[] for _ in trunks]
     bar = tqdm(total=len(trunks), desc="inspect", disable=not progress)
     with evaluation_mode(model), bar:
-        for batch in _batches(trunks, samples * max_new_tokens, max_batch_tokens):
-            grower = _Branches(model, [trunks[i] for i in batch], samples)
-            keys = np.asarray(batch)[grower.trunk], grower.step, grower.sample
-            grower.grow(ends, max_new_tokens, temperature, seed, keys)
-            for i, steps in zip(batch, grower.collect(), strict=True):
+        for batch in _batches(trunks, samples * (max_new_tokens - 1), max_batch_tokens):
+            forest = _Forest([trunks[i] for i in batch], batch, samples, max_new_tokens)
+            forest.grow(model, sampler, ends, max_batch_tokens)
+            for i, steps in zip(batch, forest.collect(), strict=True):
                 branches[i] = steps
             bar.update(len(batch))
     return branches
@@ -109,7 +125,7 @@ def end_tokens(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None)
 
 def _batches(trunks: Sequence[Trunk], per_step: int, budget: int) -> list[list[int]]:
     """Indices of trunks, of similar length together, whose padded slots stay under ``budget``."""
-    slots = [len(t.input_ids) + t.num_steps * per_step for t in trunks]
+    slots = [int(t.action_spans[-1, 0]) + t.num_steps * per_step for t in trunks]
     batches: list[list[int]] = []
     for i in sorted(range(len(trunks)), key=slots.__getitem__):
         if batches and (len(batches[-1]) + 1) * slots[i] <= budget:
@@ -119,99 +135,145 @@ def _batches(trunks: Sequence[Trunk], per_step: int, budget: int) -> list[list[i
     return batches
 
 
-class _Branches:
-    """All branches of a batch of trunks; branch n grows at ``step[n]`` of row ``trunk[n]``."""
+@dataclass(frozen=True)
+class _Sampler:
+    """From hidden rows to tokens and their log-probs."""
 
-    def __init__(self, model: PreTrainedModel, trunks: Sequence[Trunk], samples: int) -> None:
-        self.samples = samples
+    head: LMHead
+    temperature: float
+    truncations: list[LogitsProcessor]
+    seed: int
+
+    def __call__(
+        self, hidden_RH: Tensor, *keys_R: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The next token of each row, drawn by its keys, and its log-prob under the policy."""
+        draws_R = uniforms(self.seed, *keys_R)
+        rows = max(1, _LOGITS // self.head.weight_VH.shape[0])
+        slices = [slice(a, a + rows) for a in range(0, len(draws_R), rows)]
+        tokens, logps = zip(*(self._sample(hidden_RH[s], draws_R[s]) for s in slices), strict=True)
+        return torch.cat(tokens).cpu().numpy(), torch.cat(logps).float().cpu().numpy()
+
+    def _sample(self, hidden_RH: Tensor, draws_R: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        logits = self.head.logits(hidden_RH)
+        tokens = sample_tokens(logits, self.temperature, draws_R, self.truncations)
+        return tokens, token_logprobs(logits, tokens)
+
+
+class _Forest:
+    """The branches of a batch of trunks; branch n grows at step ``step[n]`` of row ``row[n]``."""
+
+    def __init__(
+        self, trunks: Sequence[Trunk], places: Sequence[int], samples: int, max_new_tokens: int
+    ) -> None:
         steps = np.array([trunk.num_steps for trunk in trunks])
-        self.trunk = np.repeat(np.arange(len(trunks)), steps * samples)
+        self.row = np.repeat(np.arange(len(trunks)), steps * samples)
         self.step = np.concatenate([np.repeat(np.arange(n), samples) for n in steps])
         self.sample = np.tile(np.arange(samples), int(steps.sum()))
         self.start = np.concatenate([np.repeat(t.action_spans[:, 0], samples) for t in trunks])
-        self.tokens: list[list[int]] = [[] for _ in self.trunk]
-        self.logps: list[list[float]] = [[] for _ in self.trunk]
-        self._steps_of = steps
-        self._head = lm_head(model)
-        self._cache = SlotCache(model, len(trunks))
-        self._prefill(trunks)
-
-    def _prefill(self, trunks: Sequence[Trunk]) -> None:
-        width = max(len(trunk.input_ids) for trunk in trunks)
-        device = self._head.weight_VH.device
-        tokens_BL = np.stack(
-            [np.pad(t.input_ids, (0, width - len(t.input_ids))) for t in trunks]
-        ).astype(np.int64)
-        # A padding token lies behind all tokens of its row: causal attention hides it from them.
-        hidden_BLH = self._cache.prefill(torch.from_numpy(tokens_BL).to(device))
-        self._trunk_width = width
-        self._owner_BS = torch.empty((len(trunks), 0), dtype=torch.long, device=device)
-        self._hidden = hidden_BLH[self._on_device(self.trunk), self._on_device(self.start - 1)]
-
-    def _on_device(self, array: NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self._head.weight_VH.device)
+        self._trunks, self._steps, self._samples = trunks, steps, samples
+        self._keys = np.asarray(places)[self.row], self.step, self.sample
+        shape = len(self.row), max_new_tokens
+        self._tokens_NP, self._logps_NP = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        self._lengths_N = np.zeros(len(self.row), np.int64)
 
     def grow(
-        self,
-        ends: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        keys: tuple[NDArray[np.integer], ...],
+        self, model: PreTrainedModel, sampler: _Sampler, ends: Sequence[int], budget: int
     ) -> None:
-        """Decode all branches, one token of each per turn, until each has ended."""
-        active = np.arange(len(self.trunk))
-        for position in range(max_new_tokens):
-            logits = self._head.logits(self._hidden)
-            draws = uniforms(seed, *(key[active] for key in keys), position)
-            sampled = sample_tokens(logits, temperature, draws)
-            logps = token_logprobs(logits, sampled).cpu().numpy()
-            tokens = sampled.cpu().numpy()
-            for n, token, logp in zip(active, tokens, logps, strict=True):
-                self.tokens[n].append(int(token))
-                self.logps[n].append(float(logp))
+        """Read the trunks, then decode the branches, as many at once as ``budget`` has room for."""
+        self._device = sampler.head.weight_VH.device
+        budget //= len(self._trunks)
+        width, per_branch = int(self.start.max()), self._tokens_NP.shape[1] - 1
+        places = _places(self.row)
+        most = int(places.max()) + 1
+        room = max(budget - width, budget // 2)
+        together = min(most, max(1, room // per_branch)) if per_branch else most
+        self._room = width + together * per_branch
+        self._cache = SlotCache(model, len(self._trunks), self._room)
+        roots_NH = self._prefill(width, budget)
+        for first in range(0, most, together):
+            group = np.flatnonzero((first <= places) & (places < first + together))
+            self._cache.truncate(width)
+            self._grow(group, roots_NH[self._on_device(group)], sampler, ends)
+
+    def _prefill(self, width: int, chunk: int) -> Tensor:
+        """Read the trunks up to their last states; the hidden rows (N, H) that branches start from.
+
+        Only a lone trunk can be too long for one chunk, and its branches are in order of depth.
+        """
+        # A padding token lies behind all tokens of its row: causal attention hides it from them.
+        ids = [trunk.input_ids[:width] for trunk in self._trunks]
+        tokens_BW = self._on_device(np.stack([np.pad(t, (0, width - len(t))) for t in ids]))
+        roots = []
+        for tokens_BQ in torch.split(tokens_BW, chunk, dim=1):
+            column = self.start - 1 - self._cache.slots
+            inside = np.flatnonzero((column >= 0) & (column < tokens_BQ.shape[1]))
+            hidden_BQH = self._cache.prefill(tokens_BQ)
+            rows_2N = self._on_device(np.stack([self.row[inside], column[inside]]))
+            roots.append(hidden_BQH[rows_2N[0], rows_2N[1]])
+        return torch.cat(roots)
+
+    def _grow(
+        self,
+        group: NDArray[np.int64],
+        hidden_GH: Tensor,
+        sampler: _Sampler,
+        ends: Sequence[int],
+    ) -> None:
+        """Decode the branches of ``group``, a token of each per turn, until each has ended."""
+        visible_GS = self._visible_trunk(group)
+        living = np.arange(len(group))
+        for position in range(self._tokens_NP.shape[1]):
+            n = group[living]
+            tokens, logps = sampler(hidden_GH, *(key[n] for key in self._keys), position)
+            self._tokens_NP[n, position], self._logps_NP[n, position] = tokens, logps
+            self._lengths_N[n] = position + 1
             going = ~np.isin(tokens, ends)
-            active = active[going]
-            if position + 1 == max_new_tokens or not len(active):
+            living = living[going]
+            if position + 1 == self._tokens_NP.shape[1] or not len(living):
                 return
-            self._hidden = self._extend(active, tokens[going], self.start[active] + position)
+            hidden_GH = self._extend(group[living], tokens[going], position, visible_GS, living)
+
+    def _visible_trunk(self, group: NDArray[np.int64]) -> Tensor:
+        """What each branch sees of its row: the trunk before it; its own slots are yet to come."""
+        visible_GS = torch.zeros((len(group), self._room), dtype=torch.bool, device=self._device)
+        depths = torch.arange(self._cache.slots, device=self._device)
+        visible_GS[:, : self._cache.slots] = depths < self._on_device(self.start[group, None])
+        return visible_GS
 
     def _extend(
-        self, active: NDArray[np.int64], tokens: NDArray[np.int64], depths: NDArray[np.int64]
+        self,
+        n: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        position: int,
+        visible_GS: Tensor,
+        living: NDArray[np.int64],
     ) -> Tensor:
-        """Encode the newest token of each active branch; its hidden row (active, H)."""
-        rows = self.trunk[active]
-        # Column of each branch in its row of the batch: branches of a row are neighbours.
-        columns = np.arange(len(active)) - np.searchsorted(rows, rows)
-        shape = (len(self._steps_of), int(columns.max()) + 1)
+        """Encode the newest token of the branches ``n``; their hidden rows."""
+        places = _places(self.row[n])
+        index = np.stack([self.row[n], places, living, tokens, self.start[n] + position])
+        rows, columns, living_n, *new = self._on_device(index)
+        filled, queries = self._cache.slots, int(places.max()) + 1
+        slots = filled + queries
+        visible_GS[living_n, filled + columns] = True
+        shape = len(self._trunks), queries
+        tokens_BQ, depths_BQ = (rows.new_zeros(shape).index_put_((rows, columns), v) for v in new)
+        visible_BQS = visible_GS.new_zeros((*shape, slots))
+        visible_BQS[:, :, 0] = True  # for filler tokens: attention over nothing would be NaN
+        visible_BQS[rows, columns] = visible_GS[living_n, :slots]
+        hidden_BQH = self._cache.extend(tokens_BQ, depths_BQ, visible_BQS)
+        return hidden_BQH[rows, columns]
 
-        def scatter(values: NDArray[np.integer], fill: int) -> Tensor:
-            grid = np.full(shape, fill, dtype=np.int64)
-            grid[rows, columns] = values
-            return self._on_device(grid)
-
-        owner_BQ = scatter(active, -1)
-        # A filler token sees the trunk's first token: attention over nothing would be NaN.
-        start_BQ = scatter(self.start[active], 1)
-        self._owner_BS = torch.cat([self._owner_BS, owner_BQ], dim=1)
-        trunk_slots = torch.arange(self._trunk_width, device=start_BQ.device)
-        visible = torch.cat(
-            [
-                trunk_slots < start_BQ.unsqueeze(2),
-                (self._owner_BS.unsqueeze(1) == owner_BQ.unsqueeze(2))
-                & (owner_BQ >= 0).unsqueeze(2),
-            ],
-            dim=2,
-        )
-        hidden = self._cache.extend(scatter(tokens, 0), scatter(depths, 0), visible)
-        return hidden[self._on_device(rows), self._on_device(columns)]
+    def _on_device(self, array: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self._device)
 
     def collect(self) -> list[list[list[Branch]]]:
         """``[trunk][step][sample]``."""
-        flat = iter(
-            Branch(np.array(t, dtype=np.int32), np.array(p, dtype=np.float32))
-            for t, p in zip(self.tokens, self.logps, strict=True)
-        )
-        return [
-            [[next(flat) for _ in range(self.samples)] for _ in range(n)] for n in self._steps_of
-        ]
+        columns = zip(self._tokens_NP, self._logps_NP, self._lengths_N, strict=True)
+        flat = iter([Branch(tokens[:n].copy(), logps[:n].copy()) for tokens, logps, n in columns])
+        return [[[next(flat) for _ in range(self._samples)] for _ in range(n)] for n in self._steps]
+
+
+def _places(rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each branch among those of its row; branches of a row are neighbours."""
+    return np.arange(len(rows_N)) - np.searchsorted(rows_N, rows_N)

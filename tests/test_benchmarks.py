@@ -99,11 +99,14 @@ def test_inspection_reports_identical_tokens_for_every_length(tmp_path: Path) ->
     result = run("inspection", *TINY, "--sweep", "2", f"--json={tmp_path / 'r.json'}")
     assert [point["steps"] for point in result["points"]] == [2, 3]
     for point in result["points"]:
-        assert point["tokens_identical"]
-        ways = {"inspect", "state by state"} | ({"padded batch"} if point["steps"] == 3 else set())
+        rivals = {"state by state"} | ({"padded batch"} if point["steps"] == 3 else set())
+        assert set(point["same_tokens_as_inspect"]) == rivals
+        ways = {"inspect", "one forward"} | rivals
         for clock in ("wall", "cpu"):
             assert set(point[clock]["seconds"]) == ways
             assert point[clock]["speedup"]["inspect"] == 1
+    assert set(result["samples"]["cpu"]["cost"]) == {"k = 1", "k = 2", "k = 4", "k = 8"}
+    assert (tmp_path / "r.png").stat().st_size > 0
 
 
 def test_inspection_refuses_other_tokens(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SlotLayer(DynamicLayer):
+class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Appends in place to buffers with room to spare.
 
     transformers' own layer concatenates, which copies the whole cache at every token. ``keys`` and
@@ -18,7 +18,7 @@ class SlotLayer(DynamicLayer):
     """
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
 
     def update(

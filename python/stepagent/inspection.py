@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .decoding import (
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
+    from .engines import Engine
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -47,7 +49,7 @@ class Branch:
 
 @torch.no_grad()
 def inspect(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Engine,
     trunks: Sequence[Trunk],
     *,
     samples: int = 1,
@@ -55,22 +57,36 @@ def inspect(
     temperature: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
+    first_trunk: int = 0,
     max_batch_tokens: int = 8192,
     progress: bool = False,
 ) -> list[list[list[Branch]]]:
     """The agent's actions at every state of ``trunks``: ``branches[i][t][k]``.
 
+    :param model: a model, or an engine of :mod:`stepagent.engines`, which does the same elsewhere.
     :param samples: actions per state. At ``temperature=0`` they are all the greedy one.
     :param max_new_tokens: an action longer than this is cut, without an end token.
     :param eos_token_id: what ends an action; None: as ``model.generation_config`` says.
     :param seed: the tokens of (trunk, step, sample) depend on it, on the trunk's place in
         ``trunks``, and on nothing else in the batch beyond rounding.
+    :param first_trunk: the place of ``trunks[0]``, where ``trunks`` are a part of more.
     :param max_batch_tokens: bounds the slots (trunks × tokens) of one batch; a single trunk may
         exceed it.
     :raises ValueError: for an option out of range, no end token, or a model that a tree would
         make wrong (:func:`stepagent.models.check_tree_support`).
     :raises FloatingPointError: when the model's logits are not finite.
     """
+    if not isinstance(model, nn.Module):
+        return model.inspect(
+            trunks,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            first_trunk=first_trunk,
+            progress=progress,
+        )
     check_count("samples", samples)
     check_count("max_new_tokens", max_new_tokens)
     check_temperature(temperature)
@@ -85,7 +101,7 @@ def inspect(
     with evaluation_mode(model), bar:
         for batch in _batches(trunks, samples * max_new_tokens, max_batch_tokens):
             grower = _Branches(model, [trunks[i] for i in batch], samples)
-            keys = np.asarray(batch)[grower.trunk], grower.step, grower.sample
+            keys = first_trunk + np.asarray(batch)[grower.trunk], grower.step, grower.sample
             grower.grow(ends, max_new_tokens, temperature, seed, keys)
             for i, steps in zip(batch, grower.collect(), strict=True):
                 branches[i] = steps

@@ -30,7 +30,7 @@ from stepagent import (
     pack_step_pairs,
     save_trajectories,
 )
-from stepagent.branches import Inspection, Shard
+from stepagent.branches import Inspection, Shard, fingerprint
 from stepagent.cli import main
 
 TRAJECTORIES = 10
@@ -432,6 +432,7 @@ def test_a_server_gives_the_branches_that_the_local_model_gives(
     assert path.read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_run_on_a_server_at_once_and_it_goes_on(folder, server, tmp_path):
     path = tmp_path / "steps.jsonl"
     server.faults = [None] * 10 + [hang] * 100
@@ -470,6 +471,41 @@ def test_a_wrong_option_is_named(folder, undisturbed, options, exit_code, messag
     assert result.exit_code == exit_code, result.output
     assert message in result.stderr.splitlines()[-1]
     assert path.read_bytes() == undisturbed
+
+
+def test_a_model_trained_further_is_another_run(folder, undisturbed, tmp_path):
+    output = tmp_path / "steps.jsonl"
+    output.write_bytes(undisturbed)
+    moved = shutil.copytree(folder / "model", tmp_path / "model")
+    assert report(command(folder, output, "--model", moved))["trajectories"] == 36
+    model = tiny_agent()
+    with torch.no_grad():
+        model.lm_head.weight += 0.01
+    model.save_pretrained(moved)
+    result = CliRunner().invoke(main, command(folder, output, "--model", moved))
+    assert result.exit_code == 1
+    assert "is of another run: it has fingerprint" in result.stderr
+    assert output.read_bytes() == undisturbed
+
+
+def test_a_fingerprint_sees_any_byte_of_a_small_file_and_the_size_of_a_large_one(tmp_path):
+    small, large = tmp_path / "config.json", tmp_path / "model.safetensors"
+    rng = np.random.default_rng(0)
+    small.write_bytes(b"a" * 200_000)
+    large.write_bytes(rng.bytes(3_000_000))
+    seen = {fingerprint(tmp_path)}
+    for place in rng.integers(200_000, size=20):
+        content = bytearray(b"a" * 200_000)
+        content[place] = 98
+        small.write_bytes(content)
+        seen.add(fingerprint(tmp_path))
+    large.write_bytes(large.read_bytes()[:-1])
+    seen.add(fingerprint(tmp_path))
+    large.write_bytes(rng.bytes(2_999_999))
+    seen.add(fingerprint(tmp_path))
+    assert len(seen) == 23
+    (tmp_path / "notes.txt").touch()
+    assert fingerprint(tmp_path) in seen
 
 
 def test_an_engines_failure_is_one_line(folder, server, tmp_path):

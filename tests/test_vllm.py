@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,18 @@ def engine(
     # What a model ships must change neither the distribution nor the end of an action.
     model.generation_config.update(top_k=2, do_sample=True, eos_token_id=[END, 30])
     model.save_pretrained(folder)
-    if request.param == "server":
-        yield from served(folder)
-        return
+    with served(folder) if request.param == "server" else in_process(folder) as engine:
+        yield engine
+
+
+@contextmanager
+def in_process(folder: Path) -> Iterator[VLLMEngine]:
     import vllm
 
-    llm = vllm.LLM(model=str(folder), generation_config="auto", **LLM, **LIMITS)
-    yield VLLMEngine(llm)
+    yield VLLMEngine(vllm.LLM(model=str(folder), **LLM, **LIMITS))
 
 
+@contextmanager
 def served(folder: Path) -> Iterator[CompletionsEngine]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))

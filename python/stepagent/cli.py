@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from . import envs
 from .bench.problems import OPS, SUITES
 from .bench.providers import PROVIDERS
-from .branches import Inspection, Shard, iterate_branches
+from .branches import Inspection, Shard, fingerprint, iterate_branches
 from .doctor import describe, diagnose, require
 from .encoding import Trunk, encode
 from .engines import EngineError
@@ -505,7 +505,13 @@ def inspect_command(
         trunks,
         lambda part, first: inspect(agent, part, first_trunk=first, **sampling),
         functools.partial(_decoded, tokenizer=tokenizer, ends=ends),
-        run={"model": str(model), "engine": where, "chunk": chunk, **sampling},
+        run={
+            "model": model.resolve().name,
+            "fingerprint": fingerprint(model),
+            "engine": where,
+            "chunk": chunk,
+            **sampling,
+        },
     )
     chunks = shard.chunks(len(trunks), chunk)
     try:

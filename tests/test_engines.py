@@ -79,6 +79,7 @@ def test_a_state_is_asked_as_token_ids_under_a_seed_of_its_own(server, trunks):
             "ignore_eos": True,
             "logprobs": 0,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
             # A model's generation_config.json must not change the distribution.
             "top_p": 1.0,
             "top_k": 0,

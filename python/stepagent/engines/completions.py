@@ -157,6 +157,7 @@ def _request(state: State, sampling: Sampling) -> dict[str, Any]:
         "ignore_eos": True,  # the end tokens are the caller's to say
         "logprobs": 0,  # of the sampled token alone
         "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # the server need not write them as text
         **_WHOLE_SOFTMAX,
     }
 

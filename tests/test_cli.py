@@ -299,17 +299,19 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
     options = ("--data", folder / "expert.jsonl", "--output", path, "--samples", 2)
     inspected = report("inspect", "--model", output, *options)
     trajectories = load_trajectories(folder / "expert.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert inspected["steps"] == len(lines) == sum(t.num_steps for t in trajectories)
-    assert lines[0]["expert"] == trajectories[0].messages[1]["content"]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert inspected["steps"] == sum(t.num_steps for t in trajectories)
     agreed = []
-    for line in lines:
-        assert line["id"] == trajectories[line["trajectory"]].id
-        assert len(line["samples"]) == 2
-        for sample in line["samples"]:
-            assert len(sample["logps"]) == len(sample["token_ids"])
-            ended = sample["token_ids"][-1] == 4
-            agreed.append(ended and sample["text"] == line["expert"])
+    for index, (record, trajectory) in enumerate(zip(records, trajectories, strict=True)):
+        assert (record["index"], record["id"]) == (index, trajectory.id)
+        experts = [m["content"] for m in trajectory.messages if m["role"] == "assistant"]
+        for step, expert in zip(record["steps"], experts, strict=True):
+            assert step["expert"] == expert
+            assert len(step["samples"]) == 2
+            for sample in step["samples"]:
+                assert len(sample["logps"]) == len(sample["token_ids"])
+                ended = sample["token_ids"][-1] == 4
+                agreed.append(ended and sample["text"] == expert)
     assert inspected["agreement"] == pytest.approx(sum(agreed) / len(agreed))
 
 

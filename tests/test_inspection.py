@@ -164,6 +164,9 @@ def test_samples_depend_on_seed_and_place_and_not_on_the_batch(truncation, trunk
     fewer = [[step[:2] for step in steps] for steps in first]
     assert tokens(sampled(samples=2)) == tokens(fewer)
     assert tokens(sampled(seed=6)) != tokens(first)
+    # A part of the trunks, told its place, is that part of the whole.
+    assert tokens(sampled(trunks[2:], first_trunk=2)) == tokens(first[2:])
+    assert tokens(sampled(trunks[2:])) != tokens(first[2:])
     # One state asked twice is two draws.
     twice = sampled([trunks[0], trunks[0]])
     assert tokens(twice[:1]) != tokens(twice[1:])

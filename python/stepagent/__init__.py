@@ -5,7 +5,7 @@ Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`, :func:`pack_
 :func:`edit_distance`. Ops: :func:`linear_logprobs`, :func:`linear_logprob_diff`,
 :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objectives:
 :func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages: :func:`step_gae`. Inspection:
-:func:`inspect`, :func:`rollout_and_query`. Training:
+:func:`inspect`, :func:`load_branches`, :func:`rollout_and_query`. Training:
 ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
@@ -23,6 +23,7 @@ from .alignment import (
     edit_distance,
     token_spans,
 )
+from .branches import load_branches
 from .encoding import Trunk, encode
 from .exports import tree_kwargs, trl_row
 from .inspection import Branch, inspect
@@ -64,6 +65,7 @@ __all__ = [
     "inspect",
     "linear_logprob_diff",
     "linear_logprobs",
+    "load_branches",
     "load_trajectories",
     "logprob_diff",
     "pack_bins",

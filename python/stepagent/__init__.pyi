@@ -6,6 +6,7 @@ from .alignment import align_tokens as align_tokens
 from .alignment import char_spans as char_spans
 from .alignment import edit_distance as edit_distance
 from .alignment import token_spans as token_spans
+from .branches import load_branches as load_branches
 from .config import StepAgentConfig as StepAgentConfig
 from .encoding import Trunk as Trunk
 from .encoding import encode as encode

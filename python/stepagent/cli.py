@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -26,23 +26,34 @@ from tqdm.auto import tqdm
 from . import envs
 from .bench.problems import OPS, SUITES
 from .bench.providers import PROVIDERS
+from .branches import Inspection, Shard, fingerprint, iterate_branches
 from .doctor import describe, diagnose, require
 from .encoding import Trunk, encode
+from .engines import EngineError
 from .envs import ExpertUnavailable
 from .evaluation import agreement, bootstrap, success_rate
-from .inspection import Branch, inspect
+from .inspection import inspect
 from .policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
 from .rollout import Episode, action_tokens, run_episodes
-from .trajectory import Trajectory, load_trajectories, save_trajectories
+from .trajectory import load_trajectories, save_trajectories
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import StepAgentConfig
+    from .engines import Engine
 
 # What a user can cause and mend: one line instead of a traceback.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ExpertUnavailable, FloatingPointError)
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    ExpertUnavailable,
+    FloatingPointError,
+    EngineError,
+)
 _TRAINING_ARGUMENTS = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 )
@@ -413,79 +424,149 @@ def _evaluation_text(report: dict[str, Any]) -> str:
 # ------------------------------------------------------------------ inspect
 
 
+def _check_engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value not in ("local", "vllm") and not value.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{value!r} is neither 'local' nor 'vllm' nor a server's URL")
+    return value
+
+
+def _check_shard(ctx: click.Context, param: click.Parameter, value: str) -> Shard:
+    try:
+        return Shard.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _launched_shard() -> str:
+    """As ``accelerate launch`` and ``torchrun`` say; without them a single part."""
+    return f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+
+
 @main.command("inspect")
 @click.option("--model", type=_FOLDER, required=True, help="Folder of a model and its tokenizer.")
 @click.option("--data", type=_FILE, required=True, help="Expert trajectories.")
-@click.option("--output", type=_NEW_FILE, required=True, help="JSONL, one line a step.")
+@click.option(
+    "--output",
+    type=_NEW_FILE,
+    required=True,
+    help="JSONL, or .parquet, a record a trajectory. A run that was stopped goes on in it.",
+)
 @click.option("--samples", type=_POSITIVE, default=1, show_default=True, help="Actions a state.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True)
 @click.option("--max-new-tokens", type=_POSITIVE, help="[default: the longest expert action]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--engine",
+    metavar="local|vllm|URL",
+    callback=_check_engine,
+    default="local",
+    show_default=True,
+    help="Who decodes; URL is that of a server such as `vllm serve`, which has the model.",
+)
+@click.option("--served-model", metavar="NAME", help="Of several on the server.")
+@click.option(
+    "--chunk",
+    type=_POSITIVE,
+    default=32,
+    show_default=True,
+    help="Trajectories sampled and written together.",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    callback=_check_shard,
+    default=_launched_shard,
+    help="Do part I of N, from 0.  [default: as accelerate launch says]",
+)
 @_reports
 def inspect_command(
     model: Path,
     data: Path,
     output: Path,
-    samples: int,
-    temperature: float,
+    engine: str,
+    served_model: str | None,
+    chunk: int,
+    shard: Shard,
     max_new_tokens: int | None,
-    seed: int,
+    **sampling: Any,
 ) -> tuple[dict[str, Any], str]:
     """Let an agent act at every state of an expert."""
+    output = shard.path(output)
     _make_parent(output)
     trajectories = load_trajectories(data)
-    agent, tokenizer = _load_model(model, _device())
+    agent, tokenizer = _agent(engine, model, served_model)
     trunks = [encode(trajectory, tokenizer) for trajectory in tqdm(trajectories, desc="encode")]
-    longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
     ends = _end_tokens(trunks)
-    branches = inspect(
-        agent,
+    longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
+    sampling |= {"max_new_tokens": max_new_tokens or longest, "eos_token_id": ends}
+    where = engine if engine in ("local", "vllm") else "server"
+    inspection = Inspection(
+        trajectories,
         trunks,
-        samples=samples,
-        max_new_tokens=max_new_tokens or longest,
-        temperature=temperature,
-        eos_token_id=ends,
-        seed=seed,
-        progress=True,
+        lambda part, first: inspect(agent, part, first_trunk=first, **sampling),
+        functools.partial(_decoded, tokenizer=tokenizer, ends=ends),
+        run={
+            "model": model.resolve().name,
+            "fingerprint": fingerprint(model),
+            "engine": where,
+            "chunk": chunk,
+            **sampling,
+        },
     )
-    decode = functools.partial(_decoded, tokenizer=tokenizer, ends=ends)
-    _write_lines(output, _inspected_steps(trajectories, branches, decode))
-    agreed = agreement(trunks, branches)
-    steps = sum(trunk.num_steps for trunk in trunks)
-    report = {
-        "output": str(output),
-        "trajectories": len(trunks),
+    chunks = shard.chunks(len(trunks), chunk)
+    try:
+        inspection.write(output, chunks)
+    except KeyboardInterrupt as interrupt:
+        raise _Interrupted("the same command goes on where it stopped") from interrupt
+    report = {"output": str(output), "samples": sampling["samples"], **_inspected(output)}
+    text = f"Wrote {report['trajectories']} trajectories to {output}"
+    if report["steps"]:
+        actions = report["steps"] * report["samples"]
+        agreed = f"agreement with the expert: {report['agreement']:.1%} of {actions} actions"
+        text = f"{agreed}\n{text}"
+    return report, text
+
+
+def _agent(
+    engine: str, folder: Path, served_model: str | None
+) -> tuple[PreTrainedModel | Engine, PreTrainedTokenizerBase]:
+    if served_model is not None and engine in ("local", "vllm"):
+        raise click.UsageError(f"--served-model is of no use with --engine {engine}")
+    if engine == "local":
+        return _load_model(folder, _device())
+    tokenizer = _load_tokenizer(folder)
+    if engine == "vllm":
+        require("--engine vllm", "vllm")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        from vllm import LLM
+
+        from .engines import VLLMEngine
+
+        return VLLMEngine(LLM(model=str(folder), enable_prefix_caching=True)), tokenizer
+    from .engines import CompletionsEngine
+
+    return CompletionsEngine(engine, model=served_model), tokenizer
+
+
+def _inspected(output: Path) -> dict[str, Any]:
+    """What the whole file holds; a part may hold nothing."""
+    trajectories, steps, agreed = 0, 0, 0.0
+    for trunk, branches in iterate_branches(output):
+        trajectories += 1
+        steps += trunk.num_steps
+        agreed += agreement([trunk], [branches]) * trunk.num_steps
+    return {
+        "trajectories": trajectories,
         "steps": steps,
-        "samples": samples,
-        "agreement": agreed,
+        "agreement": agreed / steps if steps else None,
     }
-    text = f"agreement with the expert: {agreed:.1%} of {steps * samples} actions"
-    return report, f"{text}\nWrote {steps} steps to {output}"
-
-
-def _inspected_steps(
-    trajectories: Sequence[Trajectory],
-    branches: Sequence[Sequence[Sequence[Branch]]],
-    decode: Callable[[Branch], dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
-    for index, (trajectory, steps) in enumerate(zip(trajectories, branches, strict=True)):
-        experts = [m["content"] for m in trajectory.messages if m["role"] == "assistant"]
-        for step, (expert, tried) in enumerate(zip(experts, steps, strict=True)):
-            yield {
-                "id": trajectory.id,
-                "trajectory": index,
-                "step": step,
-                "expert": expert,
-                "samples": [decode(branch) for branch in tried],
-            }
 
 
 def _decoded(
-    branch: Branch, *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
-) -> dict[str, Any]:
-    ids = branch.token_ids.tolist()
-    text = tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)
-    return {"text": str(text).strip(), "token_ids": ids, "logps": branch.logps.tolist()}
+    token_ids: list[int], *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+) -> str:
+    ended = token_ids[-1] in ends
+    return str(tokenizer.decode(token_ids[:-1] if ended else token_ids)).strip()
 
 
 # ------------------------------------------------------------------ bench
@@ -518,7 +599,9 @@ def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[s
     from .bench.output import describe as describe_bench
     from .bench.runner import run_bench
 
-    report = run_bench(suite or ("gpu" if _device() == "cuda" else "cpu"), plots=plots, **options)
+    report = run_bench(
+        suite or ("gpu" if torch.cuda.is_available() else "cpu"), plots=plots, **options
+    )
     return report, describe_bench(report)
 
 
@@ -624,24 +707,41 @@ def _some_action(name: str) -> str:
 def _load_model(
     path: str | Path, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, which must know how to write a chat."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """A causal language model and its tokenizer."""
+    from transformers import AutoModelForCausalLM
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = _load_tokenizer(path)
+    with _loading(path):
         model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, device_map=device)
+    return model, tokenizer
+
+
+def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer, which must know how to write a chat."""
+    from transformers import AutoTokenizer
+
+    with _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {str(path)!r} must have a chat template, it has none")
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:  # which may not name what was asked for
         raise ValueError(
             f"{str(path)!r} must be a folder with a model and its tokenizer, "
             f"or a name on the Hugging Face Hub: {error}"
         ) from error
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {str(path)!r} must have a chat template, it has none")
-    return model, tokenizer
 
 
 def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # that of accelerate launch and torchrun
 
 
 def _end_tokens(trunks: Sequence[Trunk]) -> list[int]:
@@ -652,13 +752,3 @@ def _end_tokens(trunks: Sequence[Trunk]) -> list[int]:
 def _make_parent(output: Path) -> None:
     """At once, so that no work is lost to a folder that cannot be made."""
     output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _write_lines(output: Path, records: Iterator[dict[str, Any]]) -> None:
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .decoding import (
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from transformers import LogitsProcessor, PreTrainedModel
 
+    from .engines import Engine
+
 # Logits that exist at once when tokens are sampled: 128 MiB for each of a few float64 arrays.
 _LOGITS = 2**24
 
@@ -54,7 +56,7 @@ class Branch:
 
 @torch.no_grad()
 def inspect(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Engine,
     trunks: Sequence[Trunk],
     *,
     samples: int = 1,
@@ -65,11 +67,13 @@ def inspect(
     min_p: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
+    first_trunk: int = 0,
     max_batch_tokens: int = 8192,
     progress: bool = False,
 ) -> list[list[list[Branch]]]:
     """The agent's actions at every state of ``trunks``: ``branches[i][t][k]``.
 
+    :param model: a model, or an engine of :mod:`stepagent.engines`, which does the same elsewhere.
     :param samples: actions per state. At ``temperature=0`` they are all the greedy one.
     :param max_new_tokens: an action longer than this is cut, without an end token.
     :param top_k: sample among the ``top_k`` likeliest tokens only; ``top_p``: among the fewest of
@@ -78,6 +82,7 @@ def inspect(
     :param eos_token_id: what ends an action; None: as ``model.generation_config`` says.
     :param seed: the tokens of (trunk, step, sample) depend on it, on the trunk's place in
         ``trunks``, and on nothing else in the batch beyond rounding.
+    :param first_trunk: the place of ``trunks[0]``, where ``trunks`` are a part of more.
     :param max_batch_tokens: bounds the slots (trunks × tokens) of one batch and the tokens of one
         forward. A trunk that needs more is read in chunks, and its branches grow in turns: it takes
         at most its own length and half of this, or one branch.
@@ -85,6 +90,20 @@ def inspect(
         make wrong (:func:`stepagent.models.check_tree_support`).
     :raises FloatingPointError: when the model's logits are not finite.
     """
+    if not isinstance(model, nn.Module):
+        for name, value in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
+            if value is not None:
+                raise ValueError(f"{name} is {value}, but an engine samples from all tokens")
+        return model.inspect(
+            trunks,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            first_trunk=first_trunk,
+            progress=progress,
+        )
     check_count("samples", samples)
     check_count("max_new_tokens", max_new_tokens)
     check_count("max_batch_tokens", max_batch_tokens)
@@ -101,7 +120,8 @@ def inspect(
     bar = tqdm(total=len(trunks), desc="inspect", disable=not progress)
     with evaluation_mode(model), bar:
         for batch in _batches(trunks, samples * (max_new_tokens - 1), max_batch_tokens):
-            forest = _Forest([trunks[i] for i in batch], batch, samples, max_new_tokens)
+            places = [first_trunk + i for i in batch]
+            forest = _Forest([trunks[i] for i in batch], places, samples, max_new_tokens)
             forest.grow(model, sampler, ends, max_batch_tokens)
             for i, steps in zip(batch, forest.collect(), strict=True):
                 branches[i] = steps

@@ -1,0 +1,10 @@
+"""Engines: inspection by an inference engine, in this process or behind a server.
+
+``sa.inspect(engine, trunks, …)`` takes one in place of a model and gives the same branches.
+"""
+
+from .base import Engine, EngineError, Sampling, State
+from .completions import CompletionsEngine
+from .vllm import VLLMEngine
+
+__all__ = ["CompletionsEngine", "Engine", "EngineError", "Sampling", "State", "VLLMEngine"]

@@ -1,0 +1,132 @@
+"""What an engine is: states in, actions out, token ids both ways, nothing taken on trust."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..decoding import check_count, check_temperature, uniforms
+from ..encoding import Trunk
+from ..inspection import Branch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+_ROUNDING = 1e-3  # a log-prob above it is none: a logit, perhaps
+
+
+class EngineError(RuntimeError):
+    """An engine cannot be reached, refuses, or answers what was not asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where an action is asked for: all tokens before it, int32, and the seed of its samples."""
+
+    name: str
+    token_ids: NDArray[np.int32]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How actions are drawn: ``samples`` of them at a state, from the whole vocabulary."""
+
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    end_tokens: tuple[int, ...]
+
+
+class Engine(ABC):
+    """Decodes actions with weights of its own. Prefix caching is how it shares a trunk.
+
+    Log-probs are those the engine reports, in its precision; ``score_trees`` gives the exact ones.
+    """
+
+    @abstractmethod
+    def sample(
+        self, states: Sequence[State], sampling: Sampling, progress: bool
+    ) -> list[list[Branch]]:
+        """``sampling.samples`` branches for each state, those of one state drawn independently.
+
+        An action ends with one of ``end_tokens``, which its tokens include, and with nothing else,
+        or is cut at ``max_new_tokens``.
+        """
+
+    def inspect(
+        self,
+        trunks: Sequence[Trunk],
+        *,
+        samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        eos_token_id: int | Sequence[int] | None,
+        seed: int,
+        first_trunk: int,
+        progress: bool,
+    ) -> list[list[list[Branch]]]:
+        """As :func:`stepagent.inspect`, whose options these are.
+
+        :raises ValueError: for an option out of range, or no ``eos_token_id``.
+        :raises EngineError: where the engine fails, or a branch breaks a rule of :meth:`sample`.
+        """
+        check_count("samples", samples)
+        check_count("max_new_tokens", max_new_tokens)
+        check_temperature(temperature)
+        ends = () if eos_token_id is None else tuple(map(int, np.atleast_1d(eos_token_id)))
+        if not ends:
+            raise ValueError("an engine needs eos_token_id: the ids of the tokens that end a turn")
+        # The greedy action is one, however many are asked for; engines refuse to repeat it.
+        drawn = samples if temperature > 0 else 1
+        sampling = Sampling(drawn, max_new_tokens, float(temperature), ends)
+        states = [
+            State(
+                f"trunks[{i}] at step {t}", trunk.input_ids[:start], _seed(seed, first_trunk + i, t)
+            )
+            for i, trunk in enumerate(trunks)
+            for t, start in enumerate(trunk.action_spans[:, 0].tolist())
+        ]
+        sampled = iter(
+            _checked(state, branches, sampling) * (samples // drawn)
+            for state, branches in zip(states, self.sample(states, sampling, progress), strict=True)
+        )
+        return [[next(sampled) for _ in range(trunk.num_steps)] for trunk in trunks]
+
+
+def _seed(seed: int, trunk: int, step: int) -> int:
+    """One of 2⁵³ seeds, which every JSON reader keeps exactly."""
+    return int(uniforms(seed, trunk, step) * 2**53)
+
+
+def _checked(state: State, branches: list[Branch], sampling: Sampling) -> list[Branch]:
+    if len(branches) != sampling.samples:
+        raise EngineError(f"{state.name}: {len(branches)} samples came for {sampling.samples}")
+    for branch in branches:
+        broken = _broken_rule(branch, sampling)
+        if broken:
+            raise EngineError(f"{state.name}: {broken}; the tokens are {branch.token_ids.tolist()}")
+    return branches
+
+
+def _broken_rule(branch: Branch, sampling: Sampling) -> str | None:
+    length, limit = len(branch.token_ids), sampling.max_new_tokens
+    ended = np.isin(branch.token_ids, sampling.end_tokens)
+    if not 1 <= length <= limit:
+        return f"{length} tokens came for 1 to {limit}"
+    if (branch.token_ids < 0).any():
+        return "a token id is negative"
+    if ended[:-1].any():
+        return "tokens come after one that ends an action"
+    if not ended[-1] and length < limit:
+        return f"the action stops after {length} of {limit} tokens without an end token"
+    if len(branch.logps) != length:
+        return f"{len(branch.logps)} log-probs came for {length} tokens"
+    if not (np.isfinite(branch.logps) & (branch.logps < _ROUNDING)).all():
+        return f"log-probs must be finite and at most 0, got {branch.logps.tolist()}"
+    return None

@@ -1,0 +1,59 @@
+"""Inspection by vLLM in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..inspection import Branch
+from .base import Engine, EngineError, Sampling, State
+
+
+class VLLMEngine(Engine):
+    """A ``vllm.LLM`` as it was built: parallelism, precision and memory are its options.
+
+    :raises ValueError: unless its log-probs are those of the raw logits, vLLM's default: the
+        others follow the temperature of sampling.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        mode = llm.llm_engine.model_config.logprobs_mode
+        if mode != "raw_logprobs":
+            raise ValueError(f"logprobs_mode must be 'raw_logprobs', the llm has {mode!r}")
+        self._llm = llm
+
+    def sample(
+        self, states: Sequence[State], sampling: Sampling, progress: bool
+    ) -> list[list[Branch]]:
+        """As :meth:`Engine.sample`."""
+        from vllm import SamplingParams, TokensPrompt
+
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=state.token_ids.tolist()) for state in states],
+            [
+                SamplingParams(
+                    n=sampling.samples,  # vLLM seeds sample k with seed + k
+                    seed=state.seed,
+                    temperature=sampling.temperature,
+                    max_tokens=sampling.max_new_tokens,
+                    stop_token_ids=list(sampling.end_tokens),
+                    ignore_eos=True,  # the end tokens are the caller's to say
+                    logprobs=0,  # of the sampled token alone
+                    detokenize=False,
+                )
+                for state in states
+            ],
+            use_tqdm=progress,
+        )
+        for state, output in zip(states, outputs, strict=True):
+            if list(output.prompt_token_ids) != state.token_ids.tolist():
+                raise EngineError(f"{state.name}: vLLM read other tokens than were given")
+        return [[_branch(choice) for choice in output.outputs] for output in outputs]
+
+
+def _branch(choice: Any) -> Branch:
+    ids = list(choice.token_ids)
+    logps = [table[token].logprob for token, table in zip(ids, choice.logprobs, strict=True)]
+    return Branch(np.array(ids, dtype=np.int32), np.array(logps, dtype=np.float32))

@@ -139,7 +139,8 @@ class StepAgentTrainer(Trainer):
             self._begin_cycle(cycle)
         data = cast(_CycleData, self.train_dataset)
         order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self._comparisons))
-        data.items = [self._comparisons[i] for i in order[: len(data)]]
+        # Fewer than the rollouts where some crashed: then the first ones come twice.
+        data.items = [self._comparisons[i] for i in np.resize(order, len(data))]
 
     def _begin_cycle(self, cycle: int) -> None:
         self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end

@@ -64,7 +64,7 @@ class Steered(BabyAITextEnv):
 
 
 class Restless(BabyAITextEnv):
-    """Its first observation differs every time; the episode of seed 0 dies at its third step."""
+    """Its first observation differs every time; the episode of seed 8 dies at its third step."""
 
     def __init__(self) -> None:
         super().__init__(level_id("GoToLocalS6N2"))
@@ -76,7 +76,7 @@ class Restless(BabyAITextEnv):
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._taken += 1
-        if self._seed == 0 and self._taken == 3:
+        if self._seed == 8 and self._taken == 3:
             os._exit(3)
         return super().step(action)
 

@@ -25,6 +25,7 @@ from stepagent.policies import ExpertPolicy, ModelPolicy, RandomPolicy
 from stepagent.rollout import Episode, rollout_and_query, run_episodes
 
 SEEDS = [3, 1, 4, 15, 9]
+LONG = [8, 5, 27, 15, 28]  # the expert needs five steps or more
 NEW = 4
 
 
@@ -104,13 +105,13 @@ DEEDS = {
     "deed", [pytest.param(d, marks=[pytest.mark.slow] * (d == "hangs")) for d in DEEDS]
 )
 def test_a_crash_marks_its_episode_and_changes_no_other(deed, workers):
-    whole = run_episodes(LEVEL, ExpertPolicy(), SEEDS)
-    with pytest.warns(RuntimeWarning, match=r"1 of 5 episodes crashed.*seed 4: step"):
+    whole = run_episodes(LEVEL, ExpertPolicy(), LONG)
+    with pytest.warns(RuntimeWarning, match=r"1 of 5 episodes crashed.*seed 27: step"):
         episodes = run_episodes(
-            hostile(deed, 4), ExpertPolicy(), SEEDS, workers=workers, timeout=10.0
+            hostile(deed, 27), ExpertPolicy(), LONG, workers=workers, timeout=10.0
         )
     for episode, unharmed in zip(episodes, whole, strict=True):
-        if episode.seed != 4:
+        if episode.seed != 27:
             assert plain(episode) == plain(unharmed)
             continue
         assert episode.crashed == DEEDS[deed]
@@ -148,22 +149,22 @@ def test_a_crash_in_reset_leaves_an_episode_without_steps(workers):
 def test_a_crash_while_the_expert_is_asked_is_the_environments():
     with pytest.warns(RuntimeWarning, match="1 of 5"):
         asked = run_episodes(
-            hostile("dies when asked", 1),
+            hostile("dies when asked", 5),
             RandomPolicy(),
-            SEEDS,
+            LONG,
             expert=lambda env: env.expert_action(),
             workers=2,
             max_steps=6,
         )
     with pytest.warns(RuntimeWarning, match="1 of 5"):
-        obeyed = run_episodes(hostile("dies when asked", 1), ExpertPolicy(), SEEDS, workers=2)
+        obeyed = run_episodes(hostile("dies when asked", 5), ExpertPolicy(), LONG, workers=2)
     for episodes, length in ((asked, 6), (obeyed, 99)):
         assert episodes[1].crashed == "expert_action ended its process (exit code 3)"
         assert len(episodes[1].actions) == 2
-        whole = [e for e in episodes if e.seed != 1]
+        whole = [e for e in episodes if e.seed != 5]
         assert all(e.crashed is None and 2 <= len(e.actions) <= length for e in whole)
     assert [len(e.expert_actions) for e in asked] == [len(e.actions) for e in asked]
-    assert all(e.success for e in obeyed if e.seed != 1)
+    assert all(e.success for e in obeyed if e.seed != 5)
 
 
 def test_an_expert_without_an_answer_in_a_worker_is_recorded_as_none():
@@ -191,7 +192,7 @@ def test_other_errors_of_an_expert_come_back_from_a_worker():
 
 def test_a_neighbour_that_cannot_be_replayed_is_marked_too():
     with pytest.warns(RuntimeWarning, match="2 of 2"):
-        first, second = run_episodes(Restless, ExpertPolicy(), [0, 3], workers=1)
+        first, second = run_episodes(Restless, ExpertPolicy(), [8, 27], workers=1)
     assert first.crashed == "step ended its process (exit code 3)"
     assert second.crashed.startswith("was lost with the process of another one")
 
@@ -199,9 +200,10 @@ def test_a_neighbour_that_cannot_be_replayed_is_marked_too():
 def test_many_crashes_in_a_row_are_an_error():
     seeds = list(range(12))
     with pytest.raises(RuntimeError, match=r"10 episodes in a row crashed, the last with seed 9"):
-        run_episodes(hostile("raises", *seeds), ExpertPolicy(), seeds, batch_size=5)
+        run_episodes(hostile("raises", *seeds, at=1), ExpertPolicy(), seeds, batch_size=5)
+    bad = [seed for seed in seeds if seed != 5]
     with pytest.warns(RuntimeWarning, match="11 of 12 episodes crashed"):
-        run_episodes(hostile("raises", *seeds[:5], *seeds[6:]), ExpertPolicy(), seeds, batch_size=1)
+        run_episodes(hostile("raises", *bad, at=1), ExpertPolicy(), seeds, batch_size=1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -325,9 +327,9 @@ def test_a_rate_needs_an_episode_that_ended():
 # ------------------------------------------------------------------ the pools themselves
 
 
-def random_rounds(pool: LocalPool | WorkerPool, places: int, seed: int) -> list[Any]:
+def random_rounds(pool: LocalPool | WorkerPool, places: int) -> list[Any]:
     """Rounds of calls to some places at a time, episodes begun and ended as they come."""
-    rng, over, heard = np.random.default_rng(seed), [True] * places, []
+    rng, over, heard = np.random.default_rng(0), [True] * places, []
     for _ in range(25):
         calls: list[Any] = []
         for place in rng.permutation(places)[: rng.integers(1, places + 1)].tolist():
@@ -346,11 +348,10 @@ def random_rounds(pool: LocalPool | WorkerPool, places: int, seed: int) -> list[
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_pool_of_workers_is_the_pool_in_this_process(workers, deed):
     """Whatever crashes beside it, an environment answers as it would alone."""
-    for seed in range(2):
-        here = random_rounds(LocalPool(hostile("raises", 2, at=1)), 5, seed)
-        with open_pool(hostile(deed, 2, at=1), workers, 60.0) as pool:
-            assert random_rounds(pool, 5, seed) == here
-        assert 2 < sum(answer == "crash" for _, answer in here) < len(here) / 2
+    here = random_rounds(LocalPool(hostile("raises", 1, 2, at=1)), 5)
+    with open_pool(hostile(deed, 1, 2, at=1), workers, 60.0) as pool:
+        assert random_rounds(pool, 5) == here
+    assert 2 < sum(answer == "crash" for _, answer in here) < len(here) / 2
 
 
 # ------------------------------------------------------------------ continuations
@@ -378,7 +379,9 @@ def test_values_are_means_of_final_rewards_with_their_standard_errors():
     np.testing.assert_allclose(one.values, rewards.mean(axis=1))
     squares = ((rewards - rewards.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
     np.testing.assert_allclose(one.standard_errors, (squares / 5 / 6) ** 0.5)
-    assert one.values[-1] == trajectory.reward, "the environment's own at the last step"
+    assert one.values[-1] == pytest.approx(trajectory.reward), (
+        "the environment's own at the last step"
+    )
 
 
 def test_continuations_are_the_same_for_any_workers_and_batch_and_differ_by_sample():
@@ -401,7 +404,7 @@ def test_continuations_are_the_same_for_any_workers_and_batch_and_differ_by_samp
 def test_greedy_continuations_are_what_generate_writes_after_the_trajectory(name):
     """In every architecture: the shared prefill of the trajectory changes no token."""
     model, tokenizer = tiny_agent(name, seed=1), babyai_tokenizer()
-    trajectories = demonstrations([3, 4])
+    trajectories = demonstrations([15, 27])
     policy = model_policy(model, temperature=0.0)
     found = sa.continue_rollouts(policy, Steered, trajectories, samples=1, batch_size=4)
     checked = 0
@@ -467,13 +470,18 @@ def test_a_crashed_continuation_has_no_part_in_the_value():
 
 
 class SometimesRaises(hostile_envs.BabyAITextEnv):
-    """Breaks when the agent drops what it does not hold."""
+    """Breaks when the fifth action is to drop what the agent does not hold."""
 
     def __init__(self) -> None:
         super().__init__(hostile_envs.level_id("GoToLocalS6N2"))
 
+    def reset(self, seed: int) -> Any:
+        self._taken = 0
+        return super().reset(seed)
+
     def step(self, action: str) -> Any:
-        if action == "drop":
+        self._taken += 1
+        if action == "drop" and self._taken == 5:
             raise OSError("nothing to drop")
         return super().step(action)
 
@@ -485,11 +493,11 @@ def edited(trajectory: sa.Trajectory, index: int, content: str) -> sa.Trajectory
 
 
 def test_a_replay_that_takes_another_course_is_named():
-    trajectories = demonstrations([3, 1])
+    trajectories = demonstrations([3, 8])
     wrong = edited(trajectories[1], 4, "nothing")
     with pytest.raises(
         ValueError,
-        match=rf"trajectories\[1\] \('{LEVEL}/1'\), step 2: replayed with seed 1, the environment "
+        match=rf"trajectories\[1\] \('{LEVEL}/8'\), step 2: replayed with seed 8, the environment "
         r"shows '.*', but the trajectory has 'nothing'",
     ):
         sa.continue_rollouts(ExpertPolicy(), LEVEL, [trajectories[0], wrong], samples=1)

@@ -275,7 +275,10 @@ class _Lockstep:
             if self._options.expert is not None:
                 self._query(self._options.expert)
                 self._settle()
-            self._step(zip(self._active, self._act(), strict=True))
+            actions = (
+                self._act()
+            )  # first: a crash of an expert that is asked changes what is active
+            self._step(zip(self._active, actions, strict=True))
             self._settle()
         return self._episodes
 

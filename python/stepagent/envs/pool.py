@@ -36,6 +36,8 @@ EnvFactory = Callable[[], TextEnv]
 Call = tuple[int, str, tuple[Any, ...]]  # the environment's place, a method, its arguments
 
 _STEPS = ("reset", "step")  # an exception in one of these is the environment's, a crash
+# What every worker would import again; what is not installed is passed over.
+_PRELOADED = ["__main__", __name__, "stepagent.envs.babyai"]
 _GRACE = 2.0  # seconds in which an idle worker closes its environments before it is killed
 
 
@@ -324,7 +326,7 @@ class _Worker:
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # has no effect once the server runs
+    context.set_forkserver_preload(_PRELOADED)  # has no effect once the server runs
     return context
 
 

@@ -26,7 +26,6 @@ import torch
 
 from stepagent.policies import ExpertPolicy, ModelPolicy
 from stepagent.rollout import Episode, run_episodes
-from stepagent.scratch import small_llama, word_tokenizer
 
 Roll = Callable[[], list[Episode]]
 
@@ -53,6 +52,9 @@ def ways(policy: ModelPolicy, options: argparse.Namespace) -> dict[str, Roll]:
 
 def model_policy(options: argparse.Namespace) -> ModelPolicy:
     """An untrained Llama with the words of the level, learnt from the expert's episodes."""
+    # Not above: every worker imports this script, as multiprocessing does, but needs no model.
+    from stepagent.scratch import small_llama, word_tokenizer
+
     torch.set_num_threads(options.threads)
     expert = run_episodes(options.env, ExpertPolicy(), range(options.episodes))
     tokenizer = word_tokenizer([episode.trajectory() for episode in expert])
@@ -112,7 +114,7 @@ def main() -> None:
     parser.add_argument("--env", default="babyai:GoToLocalS6N2")
     parser.add_argument("--environments", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--episodes", type=int, default=32)
+    parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--action-tokens", type=int, default=3)
     parser.add_argument("--layers", type=int, default=4)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -207,7 +208,7 @@ class _Options:
         check_count("batch_size", self.batch_size)
         if self.max_steps is not None:
             check_count("max_steps", self.max_steps)
-        if not isinstance(self.workers, int) or self.workers < 0:
+        if not isinstance(self.workers, Integral) or self.workers < 0:
             raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")

@@ -34,12 +34,13 @@ from .cycle import (
     unique_tokens,
 )
 from .encoding import Trunk, encode
+from .envs.pool import EnvFactory
 from .evaluation import agreement
 from .inspection import inspect
 from .losses import implicit_step_loss
 from .models import check_fits, check_tree_support, evaluation_mode, score_trees
 from .ops import step_rewards
-from .rollout import EnvFactory, Expert, rollout_and_query
+from .rollout import Expert, rollout_and_query
 from .trajectory import Trajectory
 from .tree import TokenTree
 

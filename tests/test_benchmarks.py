@@ -125,6 +125,37 @@ def test_inspection_refuses_other_tokens(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_rollouts_reports_ratios_after_its_check(tmp_path: Path) -> None:
+    shape = ["--environments=3", "--episodes=4", "--steps=2", "--layers=1", "--hidden=32"]
+    result = run("rollouts", *shape, "--repeats=1", f"--json={tmp_path / 'r.json'}")
+    assert result["check"]["episodes_identical"]
+    assert result["steps"] == 8
+    assert set(result["ratio"]) == {"one", "batch", "workers"}
+    assert result["ratio"]["one"] == 1
+
+
+def test_rollouts_refuses_other_episodes(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark("rollouts")
+    options = argparse.Namespace(
+        env="babyai:GoToLocalS6N2", environments=2, workers=0, episodes=2, steps=2,
+        action_tokens=2, layers=1, hidden=32, threads=1, repeats=1,
+    )  # fmt: skip
+    rolls = module.ways(module.model_policy(options), options)
+    monkeypatch.setattr(module, "ways", lambda *_: rolls | {"batch": other})
+
+    def other() -> Any:
+        episodes = rolls["one"]()
+        episodes[1].rewards[0] += 1
+        return episodes
+
+    with pytest.raises(SystemExit, match="batch: other episodes than one at a time"):
+        module.compare(options)
+    assert capsys.readouterr().out == ""
+
+
 HAS_TRL = importlib.util.find_spec("trl") is not None
 NEEDS_TRL = pytest.mark.skipif(not HAS_TRL, reason="compares with TRL, which is installed by hand")
 

@@ -351,3 +351,8 @@ def test_a_trunk_takes_every_integer_array_and_keeps_read_only_copies(kind):
 def test_a_broken_trunk_is_refused_by_name(ids, spans, error, match):
     with pytest.raises(error, match=match):
         Trunk(ids, spans)
+
+
+def test_the_action_mask_is_true_inside_the_spans_only():
+    trunk = Trunk([5, 6, 7, 8, 9, 10], [[1, 2], [3, 5]])
+    assert trunk.action_mask.tolist() == [False, True, False, True, True, False]

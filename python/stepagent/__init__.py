@@ -5,7 +5,7 @@ Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`, :func:`pack_
 :func:`edit_distance`. Ops: :func:`linear_logprobs`, :func:`linear_logprob_diff`,
 :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objectives:
 :func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages: :func:`step_gae`. Inspection:
-:func:`inspect`, :func:`load_branches`, :func:`rollout_and_query`. Training:
+:func:`inspect`, :func:`load_branches`, :func:`rollout_and_query`, :func:`continue_rollouts`. Training:
 ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
@@ -39,7 +39,7 @@ from .ops import (
     token_logprobs,
 )
 from .packing import balance, pack_bins, train_flops
-from .rollout import rollout_and_query
+from .rollout import Continuations, continue_rollouts, rollout_and_query
 from .trajectory import Trajectory, load_trajectories, save_trajectories
 from .tree import TokenTree, pack_sequences, pack_step_pairs
 
@@ -47,6 +47,7 @@ __version__ = _version("stepagent")
 
 __all__ = [
     "Branch",
+    "Continuations",
     "StepAgentConfig",
     "StepAgentTrainer",
     "StepAlignment",
@@ -59,6 +60,7 @@ __all__ = [
     "balance",
     "char_spans",
     "check_tree_support",
+    "continue_rollouts",
     "edit_distance",
     "encode",
     "implicit_step_loss",

@@ -60,6 +60,14 @@ class Trunk:
         """T, the number of actions."""
         return len(self.action_spans)
 
+    @property
+    def action_mask(self) -> NDArray[np.bool_]:
+        """(L,), True for the tokens of actions, as :func:`stepagent.pack_sequences` takes it."""
+        mask = np.zeros(len(self.input_ids), dtype=bool)
+        for start, end in self.action_spans:
+            mask[start:end] = True
+        return mask
+
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     try:

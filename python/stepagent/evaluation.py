@@ -30,10 +30,13 @@ class Interval:
 
 
 def success_rate(episodes: Sequence[Episode]) -> float:
-    """The share of episodes that succeeded; ValueError for none."""
+    """The share of episodes that succeeded, of those that did not crash; ValueError for none."""
     if not episodes:
         raise ValueError("episodes is empty; a rate needs at least one")
-    return float(np.mean([episode.success for episode in episodes]))
+    ended = [episode.success for episode in episodes if episode.crashed is None]
+    if not ended:
+        raise ValueError(f"all {len(episodes)} episodes crashed; a rate needs one that ended")
+    return float(np.mean(ended))
 
 
 def bootstrap(values: ArrayLike, *, seed: int = 0) -> Interval:

@@ -17,9 +17,10 @@ from .decoding import (
     sample_tokens,
     uniforms,
 )
-from .encoding import Trunk
+from .encoding import Trunk, encode
 from .inspection import end_tokens
 from .models import check_fits, check_tree_support, evaluation_mode, lm_head
+from .trajectory import Trajectory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +35,12 @@ class Policy(Protocol):
     """Acts in a batch of episodes that run in lock-step; finished ones leave the batch."""
 
     def begin(self, seeds: Sequence[int]) -> None:
-        """Start one episode per seed."""
+        """Start one episode per seed, which all its random numbers depend on."""
+
+    def resume(
+        self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
+    ) -> None:
+        """The same, after the first ``steps[k]`` ≥ 1 actions of ``trajectories[k]`` were taken."""
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str]:
         """One action per running episode, given its newest observation."""
@@ -47,6 +53,11 @@ class ExpertPolicy:
     """The environment's own expert."""
 
     def begin(self, seeds: Sequence[int]) -> None:
+        """Nothing to remember."""
+
+    def resume(
+        self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
+    ) -> None:
         """Nothing to remember."""
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str]:
@@ -67,6 +78,12 @@ class RandomPolicy:
         """One generator per episode, so that an episode does not depend on its batch."""
         self._generators = [np.random.default_rng((self._seed, seed)) for seed in seeds]
 
+    def resume(
+        self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
+    ) -> None:
+        """Chance remembers nothing."""
+        self.begin(seeds)
+
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str]:
         """A uniform draw from each environment's actions."""
         for env in envs:
@@ -85,8 +102,9 @@ class _Dialogue:
     """One episode as the model sees it: its messages, and the token ids as they were decoded."""
 
     seed: int
+    name: str  # in errors
     messages: list[dict[str, str]] = field(default_factory=list)
-    prompt: str = ""
+    prompt: str = ""  # what stands before its newest action
     token_ids: list[int] = field(default_factory=list)
     action_spans: list[tuple[int, int]] = field(default_factory=list)
     encoded: int = 0  # how many of token_ids are in the cache
@@ -119,9 +137,59 @@ class ModelPolicy:
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed on an empty cache."""
-        self._dialogues = [_Dialogue(seed) for seed in seeds]
+        self._dialogues = [_Dialogue(seed, f"the episode of seed {seed}") for seed in seeds]
         self._cache = SlotCache(self._model, len(seeds))
         self._filled_BS = np.zeros((len(seeds), 0), dtype=bool)
+
+    @torch.no_grad()
+    def resume(
+        self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
+    ) -> None:
+        """Each trajectory is encoded once, however many dialogues go on from it."""
+        distinct = list({id(trajectory): trajectory for trajectory in trajectories}.values())
+        trunks = [self._encode(trajectory) for trajectory in distinct]
+        place = {id(trajectory): i for i, trajectory in enumerate(distinct)}
+        origin_B = np.array([place[id(trajectory)] for trajectory in trajectories])
+        self._dialogues = [
+            self._taken(seed, trajectory, trunks[i], step)
+            for seed, trajectory, i, step in zip(seeds, trajectories, origin_B, steps, strict=True)
+        ]
+        lengths_B = np.array([dialogue.encoded for dialogue in self._dialogues])
+        width = int(lengths_B.max())
+        tokens_TQ = np.stack([np.resize(trunk.input_ids, width) for trunk in trunks])
+        with evaluation_mode(self._model):
+            self._cache = SlotCache(self._model, len(trunks))
+            self._cache.prefill(self._on_device(tokens_TQ))
+            self._cache.keep_rows(self._on_device(origin_B))
+        # What follows in the row, of the trajectory or to fill it up, is never seen.
+        self._filled_BS = np.arange(width) < lengths_B[:, None]
+
+    def _encode(self, trajectory: Trajectory) -> Trunk:
+        trunk = encode(trajectory, self._tokenizer)
+        name = f"trajectory {trajectory.id!r}"
+        check_fits(self._model, name, trunk.input_ids, len(trunk.input_ids))
+        end = int(trunk.input_ids[trunk.action_spans[0, 1] - 1])
+        if end not in self._ends:
+            raise ValueError(
+                f"{name}: the chat template ends a turn by token {end}, which does not end an "
+                f"action of this policy: eos_token_id is {self._ends}"
+            )
+        return trunk
+
+    def _taken(self, seed: int, trajectory: Trajectory, trunk: Trunk, step: int) -> _Dialogue:
+        """The dialogue after this many actions of a trajectory."""
+        messages = trajectory.messages[: 2 * step]
+        spans = trunk.action_spans[:step].tolist()
+        stop = spans[-1][1]
+        return _Dialogue(
+            seed,
+            f"a continuation of trajectory {trajectory.id!r} after {step} actions",
+            messages=list(messages),
+            prompt=self._render(messages[:-1]),
+            token_ids=trunk.input_ids[:stop].tolist(),
+            action_spans=[(start, stop) for start, stop in spans],
+            encoded=stop,
+        )
 
     def trunk(self, row: int) -> Trunk:
         """The episode of a running row: its token ids and the spans of the agent's actions."""
@@ -186,8 +254,8 @@ class ModelPolicy:
     def _decode(self) -> list[str]:
         for dialogue in self._dialogues:
             start = len(dialogue.token_ids)
-            what = f"the episode of seed {dialogue.seed}"
-            check_fits(self._model, what, dialogue.token_ids, start + self._max_new_tokens)
+            positions = start + self._max_new_tokens
+            check_fits(self._model, dialogue.name, dialogue.token_ids, positions)
             dialogue.action_spans.append((start, start))
         active = np.arange(len(self._dialogues))
         for position in range(self._max_new_tokens):

@@ -1,10 +1,17 @@
-"""Episodes: a policy in an environment, and the expert's answers at the policy's own states."""
+"""Episodes: a policy in an environment, the expert's answers at the policy's own states, and what a
+policy makes of the states of a given trajectory (Monte-Carlo continuations).
+
+All run in lock-step: one batch of model forwards and one round of environment calls per step. An
+environment that crashes ends its own episode, which says so and has no outcome: it is neither a
+failure nor a reward of 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +21,7 @@ from . import envs as environments
 from .decoding import check_count
 from .encoding import Trunk, encode
 from .envs.base import ExpertUnavailable, TextEnv
+from .envs.pool import Call, EnvCrash, EnvFactory, EnvPool, open_pool
 from .policies import ModelPolicy, Policy
 from .trajectory import Trajectory
 
@@ -21,13 +29,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EnvFactory = Callable[[], TextEnv]
 Expert = Callable[[TextEnv], str]
+
+CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
 
 
 @dataclass
 class Episode:
-    """What happened in one episode, step by step."""
+    """What happened in one episode, step by step; of one that crashed, the steps before."""
 
     environment: str
     seed: int
@@ -38,19 +47,25 @@ class Episode:
     progress: list[float] = field(default_factory=list)
     expert_actions: list[str | None] = field(default_factory=list)  # empty unless queried
     success: bool = False
-    trunk: Trunk | None = None  # of a model's episode: its token ids as sampled
+    trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
+    crashed: str | None = None  # what happened to its environment
 
     def trajectory(self) -> Trajectory:
-        """The episode as chat messages; the last observation, after the last action, is dropped."""
+        """The episode as chat messages; the last observation, after the last action, is dropped.
+
+        One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
+        where it took no step.
+        """
         messages = []
         for observation, action in zip(self.observations, self.actions, strict=True):
             messages.append({"role": "user", "content": observation})
             messages.append({"role": "assistant", "content": action})
+        meta = {"environment": self.environment, "seed": self.seed, "success": self.success}
         return Trajectory(
             messages=messages,
-            reward=sum(self.rewards),
+            reward=sum(self.rewards) if self.crashed is None else None,
             id=f"{self.environment}/{self.seed}",
-            meta={"environment": self.environment, "seed": self.seed, "success": self.success},
+            meta=meta if self.crashed is None else meta | {"crashed": self.crashed},
         )
 
 
@@ -62,6 +77,8 @@ def run_episodes(
     expert: Expert | None = None,
     max_steps: int | None = None,
     batch_size: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
     progress: str | None = None,
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
@@ -69,66 +86,324 @@ def run_episodes(
     :param env: a name for :func:`stepagent.envs.make`, or a function that makes an environment.
     :param expert: asked at every state for its action, which is recorded and not taken.
     :param max_steps: ends an episode sooner than the environment would.
+    :param workers: processes that run the environments; 0: this one does. Episodes are the same.
+    :param timeout: seconds after which an environment's call in a worker counts as hung.
     :param progress: the label of a progress bar on stderr; None: no bar.
+    :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """
-    check_count("batch_size", batch_size)
-    if max_steps is not None:
-        check_count("max_steps", max_steps)
-    episodes: list[Episode] = []
-    with tqdm(total=len(seeds), desc=progress, disable=progress is None) as bar:
-        for first in range(0, len(seeds), batch_size):
-            batch = seeds[first : first + batch_size]
-            episodes += _run_batch(env, policy, batch, expert, max_steps, bar)
-    return episodes
+    options = _Options(expert, max_steps, batch_size, workers, timeout)
+    starts = [_Start(seed, seed) for seed in seeds]
+    return _roll_out(env, policy, starts, options, progress)
 
 
-def _run_batch(
+@dataclass(frozen=True)
+class Continuations:
+    """What a policy made of each of the T steps of a trajectory, N times.
+
+    episodes: ``[t][n]``, each from the first observation to its end: the trajectory's actions up to
+    and including step t, then the policy's. Their trunks begin with the trajectory's own tokens.
+    """
+
+    episodes: list[list[Episode]]
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(T,), the mean of the final rewards R of those that did not crash, nan for none.
+
+        IPR (arXiv 2406.11176): r(s_t, a_t) = 1/N Σ R, exact where the trajectory ended with a_t.
+        """
+        return np.array([np.mean(R) if len(R) else np.nan for R in self._returns()])
+
+    @property
+    def standard_errors(self) -> NDArray[np.float64]:
+        """(T,), of `values`: the sample's standard deviation / √N, nan for less than two."""
+        return np.array(
+            [np.std(R, ddof=1) / len(R) ** 0.5 if len(R) > 1 else np.nan for R in self._returns()]
+        )
+
+    def _returns(self) -> list[list[float]]:
+        return [[sum(e.rewards) for e in step if e.crashed is None] for step in self.episodes]
+
+
+def continue_rollouts(
+    policy: Policy,
+    env: str | EnvFactory,
+    trajectories: Sequence[Trajectory],
+    *,
+    samples: int = 5,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
+    progress: bool = False,
+) -> list[Continuations]:
+    """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
+
+    Environments are brought to a state by replay: ``reset(meta["seed"])`` and the trajectory's
+    actions, which must show the trajectory's observations. The tokens of (trajectory, step, sample)
+    depend on the policy's seed, on these three places, and on nothing else beyond rounding. As
+    sequences, ``e.trunk.input_ids`` with ``e.trunk.action_mask``, the episodes share their
+    beginnings, which :func:`stepagent.pack_sequences` packs once. Options: `run_episodes`.
+
+    :param trajectories: as `Episode.trajectory` gives them: turns of user and assistant, and the
+        environment's seed in ``meta``.
+    :raises ValueError: for another trajectory, and where a replay takes another course, naming
+        the trajectory and the step.
+    """
+    check_count("samples", samples)
+    starts = [
+        _Start(_env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
+        for i, trajectory in enumerate(trajectories)
+        for t in range(trajectory.num_steps)
+        for n in range(samples)
+    ]
+    options = _Options(None, max_steps, batch_size, workers, timeout)
+    rolled = iter(_roll_out(env, policy, starts, options, "continue" if progress else None))
+    return [
+        Continuations([[next(rolled) for _ in range(samples)] for _ in range(one.num_steps)])
+        for one in trajectories
+    ]
+
+
+def _env_seed(index: int, trajectory: Trajectory) -> int:
+    name = f"trajectories[{index}] ({trajectory.id!r})"
+    roles = [message["role"] for message in trajectory.messages]
+    if roles != ["user", "assistant"] * trajectory.num_steps:
+        raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+    seed = trajectory.meta.get("seed")
+    if not isinstance(seed, int):
+        raise ValueError(f"{name} has no seed of its environment: meta['seed'] is {seed!r}")
+    return seed
+
+
+def _key(*place: int) -> int:
+    """A seed, in [0, 2⁶³), of its own for (trajectory, step, sample)."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where an episode begins for the policy: at its first observation, or after some actions."""
+
+    seed: int  # the environment's
+    key: int  # of the policy's random numbers
+    trajectory: Trajectory | None = None
+    steps: int = 0  # actions of the trajectory to be replayed
+    name: str = ""
+
+    def content(self, message: int) -> str:
+        assert self.trajectory is not None
+        return str(self.trajectory.messages[message]["content"])
+
+
+@dataclass(frozen=True)
+class _Options:
+    expert: Expert | None
+    max_steps: int | None
+    batch_size: int
+    workers: int
+    timeout: float
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        if self.max_steps is not None:
+            check_count("max_steps", self.max_steps)
+        if not isinstance(self.workers, Integral) or self.workers < 0:
+            raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
+
+
+def _roll_out(
     env: str | EnvFactory,
     policy: Policy,
-    seeds: Sequence[int],
-    expert: Expert | None,
-    max_steps: int | None,
-    bar: Any,
+    starts: Sequence[_Start],
+    options: _Options,
+    progress: str | None,
 ) -> list[Episode]:
-    with _environments(env, len(seeds)) as running:
-        episodes = [Episode(e.name, seed) for e, seed in zip(running, seeds, strict=True)]
-        observations = [e.reset(seed)[0] for e, seed in zip(running, seeds, strict=True)]
-        policy.begin(seeds)
-        active = list(range(len(seeds)))
-        while active:
-            if expert is not None:
-                for row in active:
-                    episodes[row].expert_actions.append(_ask(expert, running[row]))
-            actions = policy.act(
-                [observations[row] for row in active], [running[r] for r in active]
-            )
-            done = [
-                _step(running[row], episodes[row], observations, row, action)
-                or len(episodes[row].actions) == max_steps
-                for row, action in zip(active, actions, strict=True)
-            ]
-            if isinstance(policy, ModelPolicy):
-                for place, row in enumerate(active):
-                    if done[place]:
-                        episodes[row].trunk = policy.trunk(place)
-            going = [place for place, ended in enumerate(done) if not ended]
-            active = [active[place] for place in going]
-            if len(going) < len(done):
-                bar.update(len(done) - len(going))
-                policy.keep(going)
+    make = environments.factory(env) if isinstance(env, str) else env
+    size = options.batch_size
+    workers = min(options.workers, size, len(starts))
+    episodes: list[Episode] = []
+    ended: list[Episode] = []
+    with (
+        tqdm(total=len(starts), desc=progress, disable=progress is None) as bar,
+        open_pool(make, workers, options.timeout) as pool,
+    ):
+        for first in range(0, len(starts), size):
+            batch = _Lockstep(pool, policy, starts[first : first + size], options, ended, bar)
+            episodes += batch.run()
+    _warn_of_crashes(episodes)
     return episodes
 
 
-def _step(env: TextEnv, episode: Episode, observations: list[str], row: int, action: str) -> bool:
-    """Take one action and record it; True when the episode has ended."""
-    episode.observations.append(observations[row])
-    episode.actions.append(action)
-    observations[row], reward, terminated, truncated, info = env.step(action)
-    episode.rewards.append(reward)
-    episode.valid.append(info["valid"])
-    episode.progress.append(info["progress"])
-    episode.success = info["success"]
-    return terminated or truncated
+def _warn_of_crashes(episodes: Sequence[Episode]) -> None:
+    crashed = [episode for episode in episodes if episode.crashed is not None]
+    if crashed:
+        warnings.warn(
+            f"{len(crashed)} of {len(episodes)} episodes crashed and have no outcome; the first, "
+            f"{crashed[0].environment} with seed {crashed[0].seed}: {crashed[0].crashed}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+class _Lockstep:
+    """A batch of episodes that go on together; each has a row, which is its environment's place."""
+
+    def __init__(
+        self,
+        pool: EnvPool,
+        policy: Policy,
+        starts: Sequence[_Start],
+        options: _Options,
+        ended: list[Episode],
+        bar: Any,
+    ) -> None:
+        self._pool, self._policy, self._options = pool, policy, options
+        self._starts, self._ended, self._bar = starts, ended, bar
+        name = pool.env(0).name
+        self._episodes = [Episode(name, start.seed) for start in starts]
+        self._observations = [""] * len(starts)
+        self._over = [False] * len(starts)
+        self._active = list(range(len(starts)))  # the policy's rows, in its order
+
+    def run(self) -> list[Episode]:
+        """The episodes, ended or crashed."""
+        self._begin()
+        self._settle()
+        while self._active:
+            if self._options.expert is not None:
+                self._query(self._options.expert)
+                self._settle()
+            actions = (
+                self._act()
+            )  # first: a crash of an expert that is asked changes what is active
+            self._step(zip(self._active, actions, strict=True))
+            self._settle()
+        return self._episodes
+
+    def _begin(self) -> None:
+        """Bring every environment, then the policy, to the start."""
+        for row, (observation, _) in self._call(
+            (row, "reset", (start.seed,)) for row, start in enumerate(self._starts)
+        ):
+            self._observations[row] = observation
+        for step in range(max(start.steps for start in self._starts)):
+            self._replay(step)
+        for row in self._active:
+            if self._episodes[row].crashed is not None:
+                self._close(row)
+        self._active = [row for row in self._active if self._episodes[row].crashed is None]
+        starts = [self._starts[row] for row in self._active]
+        keys = [start.key for start in starts]
+        trajectories = [start.trajectory for start in starts if start.trajectory is not None]
+        if trajectories:
+            self._policy.resume(keys, trajectories, [start.steps for start in starts])
+        elif starts:
+            self._policy.begin(keys)
+
+    def _replay(self, step: int) -> None:
+        going = [
+            row
+            for row, start in enumerate(self._starts)
+            if start.steps > step and self._episodes[row].crashed is None
+        ]
+        for row in going:
+            self._check_replay(row, step)
+        self._step((row, self._starts[row].content(2 * step + 1)) for row in going)
+
+    def _check_replay(self, row: int, step: int) -> None:
+        """The environment shows what the trajectory says before its action at this step."""
+        start, shown = self._starts[row], self._observations[row]
+        assert start.trajectory is not None
+        name = f"{start.name} ({start.trajectory.id!r}), step {step}"
+        if self._over[row]:
+            raise ValueError(f"{name}: replayed, the episode of seed {start.seed} is over before")
+        if shown != start.content(2 * step):
+            raise ValueError(
+                f"{name}: replayed with seed {start.seed}, the environment shows {shown!r}, but "
+                f"the trajectory has {start.content(2 * step)!r}"
+            )
+
+    def _act(self) -> list[str]:
+        while self._active:
+            try:
+                return self._policy.act(
+                    [self._observations[row] for row in self._active],
+                    [self._pool.env(row) for row in self._active],
+                )
+            except EnvCrash as crash:  # its expert was asked
+                self._mark(crash)
+                self._settle()
+        return []
+
+    def _query(self, expert: Expert) -> None:
+        for row in self._active:
+            try:
+                answer = _ask(expert, self._pool.env(row))
+            except EnvCrash as crash:
+                self._mark(crash)
+            else:
+                self._episodes[row].expert_actions.append(answer)
+
+    def _step(self, actions: Iterable[tuple[int, str]]) -> None:
+        """Take these actions and record them."""
+        taken = dict(actions)
+        for row, (observation, reward, terminated, truncated, info) in self._call(
+            (row, "step", (action,)) for row, action in taken.items()
+        ):
+            episode = self._episodes[row]
+            episode.observations.append(self._observations[row])
+            episode.actions.append(taken[row])
+            episode.rewards.append(reward)
+            episode.valid.append(info["valid"])
+            episode.progress.append(info["progress"])
+            episode.success = info["success"]
+            self._observations[row] = observation
+            self._over[row] = terminated or truncated
+
+    def _call(self, calls: Iterable[Call]) -> list[tuple[int, Any]]:
+        """What the environments answered, by row; those that crashed are marked."""
+        asked = list(calls)
+        answers = []
+        for (row, *_), answer in zip(asked, self._pool.call(asked), strict=True):
+            if isinstance(answer, EnvCrash):
+                self._mark(answer)
+            else:
+                answers.append((row, answer))
+        return answers
+
+    def _mark(self, crash: EnvCrash) -> None:
+        episode = self._episodes[crash.place]
+        episode.crashed, episode.success = crash.reason, False
+        del episode.expert_actions[len(episode.actions) :]  # its step has no outcome
+
+    def _settle(self) -> None:
+        """Let the episodes that are over leave the batch, and the policy."""
+        going = []
+        for place, row in enumerate(self._active):
+            episode = self._episodes[row]
+            long = len(episode.actions) >= (self._options.max_steps or float("inf"))
+            if episode.crashed is None and not self._over[row] and not long:
+                going.append(place)
+                continue
+            if isinstance(self._policy, ModelPolicy) and episode.crashed is None:
+                episode.trunk = self._policy.trunk(place)
+            self._close(row)
+        if len(going) < len(self._active):
+            self._active = [self._active[place] for place in going]
+            self._policy.keep(going)
+
+    def _close(self, row: int) -> None:
+        self._ended.append(self._episodes[row])
+        self._bar.update()
+        latest = [episode.crashed for episode in self._ended[-CRASHES_IN_A_ROW:]]
+        if len(latest) == CRASHES_IN_A_ROW and None not in latest:
+            raise RuntimeError(
+                f"{CRASHES_IN_A_ROW} episodes in a row crashed, the last with seed "
+                f"{self._episodes[row].seed}: {latest[-1]}"
+            )
 
 
 def _ask(expert: Expert, env: TextEnv) -> str | None:
@@ -144,18 +419,6 @@ def _ask(expert: Expert, env: TextEnv) -> str | None:
     return answer
 
 
-@contextmanager
-def _environments(env: str | EnvFactory, count: int) -> Iterator[list[TextEnv]]:
-    made: list[TextEnv] = []
-    try:
-        for _ in range(count):
-            made.append(environments.make(env) if isinstance(env, str) else env())
-        yield made
-    finally:
-        for one in made:
-            one.close()
-
-
 def rollout_and_query(
     model: PreTrainedModel,
     env: str | EnvFactory,
@@ -169,15 +432,19 @@ def rollout_and_query(
     seed: int = 0,
     max_steps: int | None = None,
     batch_size: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
     progress: bool = False,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 
     The agent's rollout is the trunk, the expert's answer the branch: ``branches[i][t]`` holds one
     action, or none where the expert has no answer. :func:`stepagent.pack_step_pairs` takes both.
+    A rollout that crashed is left out, with a warning. Further options: `run_episodes`.
 
-    :param max_steps: ends a rollout sooner than the environment would.
-    :param expert: asked for its action in an environment; None: the environment's own expert.
+    :param expert: asked for its action in an environment; None: the environment's own expert. With
+        ``workers`` it sees what a :class:`stepagent.envs.TextEnv` shows.
+    :raises RuntimeError: where all rollouts crashed.
     """
     policy = ModelPolicy(
         model,
@@ -194,16 +461,21 @@ def rollout_and_query(
         expert=expert or (lambda env: env.expert_action()),
         max_steps=max_steps,
         batch_size=batch_size,
+        workers=workers,
+        timeout=timeout,
         progress="rollout" if progress else None,
     )
+    ended = [episode for episode in episodes if episode.crashed is None]
+    if episodes and not ended:
+        raise RuntimeError(f"all {len(episodes)} rollouts crashed: {episodes[0].crashed}")
     tokens = {
         action: action_tokens(action, tokenizer)
-        for action in sorted({a for e in episodes for a in e.expert_actions if a is not None})
+        for action in sorted({a for e in ended for a in e.expert_actions if a is not None})
     }
-    trunks = [episode.trunk for episode in episodes if episode.trunk is not None]
+    trunks = [episode.trunk for episode in ended if episode.trunk is not None]
     branches = [
         [[] if action is None else [tokens[action]] for action in episode.expert_actions]
-        for episode in episodes
+        for episode in ended
     ]
     return trunks, branches
 

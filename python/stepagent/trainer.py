@@ -34,12 +34,13 @@ from .cycle import (
     unique_tokens,
 )
 from .encoding import Trunk, encode
+from .envs.pool import EnvFactory
 from .evaluation import agreement
 from .inspection import inspect
 from .losses import implicit_step_loss
 from .models import check_fits, check_tree_support, evaluation_mode, score_trees
 from .ops import step_rewards
-from .rollout import EnvFactory, Expert, rollout_and_query
+from .rollout import Expert, rollout_and_query
 from .trajectory import Trajectory
 from .tree import TokenTree
 
@@ -139,7 +140,8 @@ class StepAgentTrainer(Trainer):
             self._begin_cycle(cycle)
         data = cast(_CycleData, self.train_dataset)
         order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self._comparisons))
-        data.items = [self._comparisons[i] for i in order[: len(data)]]
+        # Fewer than the rollouts where some crashed: then the first ones come twice.
+        data.items = [self._comparisons[i] for i in np.resize(order, len(data))]
 
     def _begin_cycle(self, cycle: int) -> None:
         self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from stepagent.envs.base import ExpertUnavailable, TextEnv
 
-__all__ = ["ExpertUnavailable", "TextEnv", "make", "register"]
+__all__ = ["ExpertUnavailable", "TextEnv", "factory", "make", "register"]
 
 _factories: dict[str, Callable[[str], TextEnv]] = {}
 
@@ -26,11 +27,17 @@ def make(name: str) -> TextEnv:
     Raises ValueError for a prefix that is not registered or a task its factory does not know, and
     ImportError where the environment's own package is not installed.
     """
+    return factory(name)()
+
+
+def factory(name: str) -> Callable[[], TextEnv]:
+    """What makes the environments of this name; worker processes are sent it, so it needs no
+    registration there. Raises ValueError for a prefix that is not registered."""
     prefix, _, task = name.partition(":")
     if prefix not in _factories:
         registered = ", ".join(sorted(_factories))
         raise ValueError(f"unknown environment {name!r}: the registered ones are {registered}")
-    return _factories[prefix](task)
+    return partial(_factories[prefix], task)
 
 
 def _make_babyai(level: str) -> TextEnv:

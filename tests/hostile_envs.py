@@ -1,0 +1,132 @@
+"""Environments that misbehave, at the top of a module that worker processes import quickly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stepagent import envs
+from stepagent.envs import ExpertUnavailable
+from stepagent.envs.babyai import BabyAITextEnv, level_id
+
+LEVEL = "babyai:GoToLocalS6N2"
+
+
+class Hostile(BabyAITextEnv):
+    """A BabyAI level that does something bad at step ``at`` of the episodes of these seeds."""
+
+    def __init__(self, deed: str, seeds: tuple[int, ...], at: int = 2) -> None:
+        self._deed, self._seeds, self._at = deed, seeds, at
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self._bad, self._taken = seed in self._seeds, 0
+        self._maybe()
+        return super().reset(seed)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._taken += 1
+        self._maybe()
+        return super().step(action)
+
+    def expert_action(self) -> str:
+        if self._deed == "dies when asked" and self._bad and self._taken == self._at:
+            os._exit(3)
+        if self._deed == "does not know" and self._bad:
+            raise ExpertUnavailable("no idea")
+        return super().expert_action()
+
+    def _maybe(self) -> None:
+        if not self._bad or self._taken != self._at:
+            return
+        if self._deed == "exits":
+            os._exit(3)
+        if self._deed == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._deed == "hangs":
+            time.sleep(3600)
+        if self._deed == "raises":
+            raise KeyError("lost my map")
+
+
+class Steered(BabyAITextEnv):
+    """A level in which the expert's action is taken, whatever the policy says."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return super().step(self.expert_action())
+
+
+class Restless(BabyAITextEnv):
+    """Its first observation differs every time; the episode of seed 8 dies at its third step."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self._seed, self._taken = seed, 0
+        observation, info = super().reset(seed)
+        return f"{observation} {time.monotonic_ns()}", info
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._taken += 1
+        if self._seed == 8 and self._taken == 3:
+            os._exit(3)
+        return super().step(action)
+
+
+class Unmakeable(BabyAITextEnv):
+    def __init__(self) -> None:
+        raise FileNotFoundError("no map here")
+
+
+class Traced(BabyAITextEnv):
+    """Leaves the id of its process in a folder, and a second file when it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._trace = folder / str(os.getpid())
+        self._trace.touch()
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def close(self) -> None:
+        self._trace.with_suffix(".closed").touch()
+        super().close()
+
+
+class Sleepy(Traced):
+    """Hangs in its first step."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._trace.with_suffix(".asleep").touch()
+        time.sleep(3600)
+        raise AssertionError("unreachable")
+
+
+class Unpicklable(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Odd(BabyAITextEnv):
+    """Its expert fails with an exception that cannot be sent."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def expert_action(self) -> str:
+        raise Unpicklable("this", "that")
+
+
+def hostile(deed: str, *seeds: int, at: int = 2) -> Any:
+    """What makes them, as it can be sent to a worker."""
+    return partial(Hostile, deed, seeds, at)
+
+
+def plain() -> Any:
+    return envs.make(LEVEL)

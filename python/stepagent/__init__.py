@@ -5,8 +5,8 @@ Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`, :func:`pack_
 :func:`edit_distance`. Ops: :func:`linear_logprobs`, :func:`linear_logprob_diff`,
 :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objectives:
 :func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages: :func:`step_gae`. Inspection:
-:func:`inspect`, :func:`load_branches`, :func:`rollout_and_query`, :func:`continue_rollouts`. Training:
-``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
+:func:`inspect`, :func:`load_branches`, :func:`rollout_and_query`, :func:`continue_rollouts`.
+Training: ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
 from importlib import import_module

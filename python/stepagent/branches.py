@@ -187,8 +187,8 @@ class Inspection:
                 if record["run"].get(name) != value:
                     self._refuse(where, f"{name} {record['run'].get(name)!r}, not {value!r}")
             trunk = self.trunks[places[count]]
-            same = np.array_equal(record.get("input_ids"), trunk.input_ids)
-            if not same or not np.array_equal(record.get("action_spans"), trunk.action_spans):
+            same = np.array_equal(record.get("input_ids", []), trunk.input_ids)
+            if not same or not np.array_equal(record.get("action_spans", []), trunk.action_spans):
                 self._refuse(where, f"other data as trajectory {places[count]}")
             count += 1
         return count

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hostile_envs import Hostile
 
-from stepagent import __version__, load_trajectories
+from stepagent import __version__, envs, load_trajectories
 from stepagent.cli import main
 from stepagent.demo import Settings
 from stepagent.doctor import EXTRAS
@@ -508,3 +509,22 @@ def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
     assert stdout == b""
     assert stderr.endswith(b"Interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*crashed:RuntimeWarning")
+@pytest.mark.parametrize("bad", [(1,), (0, 1, 2)])
+def test_a_crashed_episode_is_neither_success_nor_failure(
+    bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(envs._factories, "hostile", lambda _: Hostile("raises", bad))
+    options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3)
+    if len(bad) == 3:
+        assert "all 3 episodes crashed, the first: " in error("evaluate", *options)
+        return
+    found = report("evaluate", *options, "--output", tmp_path / "episodes.jsonl")
+    assert (found["episodes"], found["crashed"], found["success_rate"]) == (2, 1, 1.0)
+    assert len(load_trajectories(tmp_path / "episodes.jsonl")) == 2
+    text = run("evaluate", *options)
+    assert "2 episodes, seeds 0 to 2; 1 more crashed" in text
+    collected = report("collect", *options, "--output", tmp_path / "expert.jsonl")
+    assert (collected["episodes"], collected["kept"]) == (3, 2)

@@ -196,7 +196,8 @@ def collect(policy: str, output: Path, **options: Any) -> tuple[dict[str, Any], 
     """
     _make_parent(output)
     episodes = _run("collect", policy, **options)
-    kept = [e for e in episodes if e.success] if policy == "expert" else episodes
+    ended = _ended(episodes)
+    kept = [e for e in ended if e.success] if policy == "expert" else ended
     if not kept:
         raise ValueError(f"none of {len(episodes)} expert episodes in {options['env']} succeeded")
     save_trajectories(output, [episode.trajectory() for episode in kept])
@@ -211,7 +212,7 @@ def collect(policy: str, output: Path, **options: Any) -> tuple[dict[str, Any], 
     dropped = len(episodes) - len(kept)
     text = f"{policy} in {options['env']}: success rate {report['success_rate']:.1%}"
     if dropped:
-        text += f"; dropped {dropped} of {len(episodes)} episodes, which failed"
+        text += f"; dropped {dropped} of {len(episodes)} episodes, which failed or crashed"
     return report, f"{text}\nWrote {len(kept)} trajectories to {output}"
 
 
@@ -379,16 +380,26 @@ def evaluate(policy: str, output: Path | None, **options: Any) -> tuple[dict[str
     if output is not None:
         _make_parent(output)
     episodes = _run("evaluate", policy, **options)
+    ended = _ended(episodes)
     report = {
         "environment": options["env"],
         "policy": policy,
         "seed_start": options["seed_start"],
-        **_summary(episodes),
+        **_summary(ended),
+        "crashed": len(episodes) - len(ended),
         "output": None if output is None else str(output),
     }
     if output is not None:
-        save_trajectories(output, [episode.trajectory() for episode in episodes])
+        save_trajectories(output, [episode.trajectory() for episode in ended])
     return report, _evaluation_text(report)
+
+
+def _ended(episodes: Sequence[Episode]) -> list[Episode]:
+    """Without those that crashed, which are neither successes nor failures of the policy."""
+    ended = [episode for episode in episodes if episode.crashed is None]
+    if not ended:
+        raise ValueError(f"all {len(episodes)} episodes crashed, the first: {episodes[0].crashed}")
+    return ended
 
 
 def _summary(episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -406,10 +417,12 @@ def _summary(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 def _evaluation_text(report: dict[str, Any]) -> str:
     low, high = report["success_rate_interval"]
-    first = report["seed_start"]
+    first, last = report["seed_start"], report["seed_start"] - 1
+    last += report["episodes"] + report["crashed"]
+    crashed = f"; {report['crashed']} more crashed" if report["crashed"] else ""
     lines = [
         f"{report['policy']} in {report['environment']}, "
-        f"{report['episodes']} episodes, seeds {first} to {first + report['episodes'] - 1}",
+        f"{report['episodes']} episodes, seeds {first} to {last}{crashed}",
         f"success rate        {report['success_rate']:.1%}  (95 %: {low:.1%} to {high:.1%})",
         f"mean reward         {report['mean_reward']:.3f}",
         f"mean progress       {report['mean_progress']:.3f}",

@@ -512,12 +512,12 @@ def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*crashed:RuntimeWarning")
-@pytest.mark.parametrize("bad", [(1,), (0, 1, 2)])
+@pytest.mark.parametrize("bad", [(6,), (5, 6, 7)])
 def test_a_crashed_episode_is_neither_success_nor_failure(
     bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(envs._factories, "hostile", lambda _: Hostile("raises", bad))
-    options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3)
+    monkeypatch.setitem(envs._factories, "hostile", lambda _: Hostile("raises", bad, 0))
+    options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3, "--seed-start", 5)
     if len(bad) == 3:
         assert "all 3 episodes crashed, the first: " in error("evaluate", *options)
         return
@@ -525,6 +525,6 @@ def test_a_crashed_episode_is_neither_success_nor_failure(
     assert (found["episodes"], found["crashed"], found["success_rate"]) == (2, 1, 1.0)
     assert len(load_trajectories(tmp_path / "episodes.jsonl")) == 2
     text = run("evaluate", *options)
-    assert "2 episodes, seeds 0 to 2; 1 more crashed" in text
+    assert "2 episodes, seeds 5 to 7; 1 more crashed" in text
     collected = report("collect", *options, "--output", tmp_path / "expert.jsonl")
     assert (collected["episodes"], collected["kept"]) == (3, 2)

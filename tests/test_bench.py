@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,15 @@ def test_a_failure_while_timing_is_named_too(monkeypatch: pytest.MonkeyPatch) ->
     assert {r["provider"] for r in result["results"]} == {"stepagent"}
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Where tests run in the background, a shell may have set Ctrl-C to be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_reports_what_there_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: signal.Signals

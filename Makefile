@@ -53,6 +53,10 @@ fuzz: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python benchmarks/step_pair_update.py
 	$(BIN)/python benchmarks/inspection.py
+	$(BIN)/python benchmarks/trees.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/alignment.py
+	$(BIN)/stepagent bench --suite cpu --op linear_logprobs
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/wheel.py

@@ -156,11 +156,6 @@ def test_rollouts_refuses_other_episodes(
     assert capsys.readouterr().out == ""
 
 
-HAS_TRL = importlib.util.find_spec("trl") is not None
-NEEDS_TRL = pytest.mark.skipif(not HAS_TRL, reason="compares with TRL, which is installed by hand")
-
-
-@NEEDS_TRL
 @pytest.mark.slow
 def test_trees_reports_ratios_after_its_checks(tmp_path: Path) -> None:
     shape = ["--steps", "2", "3", "--observation-tokens", "70", "5", "--action-tokens=3"]
@@ -177,7 +172,6 @@ def test_trees_reports_ratios_after_its_checks(tmp_path: Path) -> None:
     assert (tmp_path / "r.png").stat().st_size > 0
 
 
-@NEEDS_TRL
 def test_trees_refuses_a_tree_that_sees_too_much(benchmark: Any) -> None:
     module = benchmark("trees")
     case = module.Case(3, 5, 3)
@@ -189,7 +183,6 @@ def test_trees_refuses_a_tree_that_sees_too_much(benchmark: Any) -> None:
         module.check_tree(case, tree, "packed")
 
 
-@NEEDS_TRL
 @pytest.mark.slow
 def test_packing_reports_ratios_and_says_where_verl_is_missing(tmp_path: Path) -> None:
     shape = ["--items=32", "--parts=4", "--sequences=50", "--capacity=64", "--seeds=2"]

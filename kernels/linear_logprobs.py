@@ -21,6 +21,7 @@ from stepagent.kernels.online_softmax import (
     expm1,
     floored,
     fold,
+    grad_label,
     grad_other,
     tile_width,
 )
@@ -157,12 +158,11 @@ def _grad_slice_kernel(
     log_sum = tl.load(log_sum_ptr + token)
     logp_label = tl.load(logps_ptr + token)
     grad_logp = tl.load(grad_logps_ptr + token)
-    grad_label = -expm1(logp_label) * grad_logp
     entropy, grad_entropy = 0.0, 0.0
     if WITH_ENTROPY:
         entropy = tl.load(entropy_ptr + token)
         grad_entropy = tl.load(grad_entropy_ptr + token)
-        grad_label -= grad_entropy * tl.exp(logp_label) * (floored(logp_label) + entropy)
+    own = grad_label(logp_label, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
     row_ptr = products_ptr + token * w
     local = label - start
     for first in range(0, w, BLOCK):
@@ -171,7 +171,7 @@ def _grad_slice_kernel(
             row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED
         )
         grad = grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
-        grad = tl.where(column == local, grad_label, grad) * slope
+        grad = tl.where(column == local, own, grad) * slope
         grad = tl.where(label == IGNORE, 0.0, grad)
         tl.store(grad_ptr + token * w + column, grad, mask=column < w)
 

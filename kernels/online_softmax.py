@@ -106,6 +106,15 @@ def grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTRO
 
 
 @triton.jit
+def grad_label(logp, entropy, grad_logp, grad_entropy, WITH_ENTROPY: tl.constexpr):
+    """g (1 − p) − g_H p (log p + H): that of the label's, whose 1 − p keeps its digits."""
+    grad = -expm1(logp) * grad_logp
+    if WITH_ENTROPY:
+        grad -= grad_entropy * tl.exp(logp) * (floored(logp) + entropy)
+    return grad
+
+
+@triton.jit
 def entropy_of(d, logp, sum_others, moment_others):
     """H = −p log p + q (log s − t / s − log q), with p the label's probability and q = 1 − p."""
     logq = -softplus(-d)

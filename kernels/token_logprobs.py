@@ -26,9 +26,8 @@ from torch import Tensor
 from stepagent.kernels.online_softmax import (
     IGNORE,
     entropy_of,
-    expm1,
-    floored,
     fold,
+    grad_label,
     grad_other,
     join_label,
     load_label,
@@ -119,12 +118,11 @@ def _token_logprobs_backward_kernel(
     log_sum = tl.load(log_sum_ptr + row)
     logp_label = tl.load(logps_ptr + row)
     grad_logp = tl.load(grad_logps_ptr + row)
-    grad_label = -expm1(logp_label) * grad_logp
     entropy, grad_entropy = 0.0, 0.0
     if WITH_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
         grad_entropy = tl.load(grad_entropy_ptr + row)
-        grad_label -= grad_entropy * tl.exp(logp_label) * (floored(logp_label) + entropy)
+    own = grad_label(logp_label, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
 
     row_ptr = logits_ptr + row * logits_stride_n
     grad_row_ptr = grad_logits_ptr + row * grad_logits_stride_n
@@ -136,7 +134,7 @@ def _token_logprobs_backward_kernel(
         x = tl.load(row_ptr + offset * logits_stride_v, mask=column < length, other=0.0)
         z = x.to(tl.float32) / temperature
         grad = grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
-        grad = tl.where(column == label, grad_label, grad) / temperature
+        grad = tl.where(column == label, own, grad) / temperature
         grad = tl.where(ignored, 0.0, grad)
         tl.store(grad_row_ptr + offset * grad_logits_stride_v, grad, mask=column < V)
 

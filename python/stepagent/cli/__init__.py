@@ -1,0 +1,27 @@
+"""The command line: ``stepagent demo | collect | train | … | bench | warmup | doctor``.
+
+A command's report goes to stdout, as text or with ``--json`` as one JSON object; progress and logs
+go to stderr. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C. What is heavy or
+optional is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .base import Commands
+from .demo import demo
+from .episodes import collect, evaluate
+from .inspect import inspect_command
+from .kernels import bench, doctor, warmup
+from .train import train
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="stepagent")
+def main() -> None:
+    """Step-wise rewards for LLM agents: from expert trajectories to a better agent."""
+
+
+for _command in (demo, collect, train, evaluate, inspect_command, bench, warmup, doctor):
+    main.add_command(_command)

@@ -1,0 +1,33 @@
+"""``stepagent demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..doctor import require
+from .base import NEW_FOLDER, Interrupted, reports
+
+
+@click.command()
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--output", type=NEW_FOLDER, default="runs/demo", show_default=True)
+@reports
+def demo(seed: int, output: Path) -> tuple[dict[str, Any], str]:
+    """Train an agent on a real environment, in minutes."""
+    require("stepagent demo", "demo")
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..demo import Settings, run_demo
+    from ..report import closing_table
+
+    # Of reading and writing weights; ours and the trainer's stay.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        metrics = run_demo(output, Settings(seed=seed))
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("the same command goes on where it stopped") from interrupt
+    files = "metrics.json, report.html, the trajectories and the models"
+    return metrics, f"{closing_table(metrics)}\nWrote {files} to {output}"

@@ -1,0 +1,172 @@
+"""``stepagent inspect``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..branches import Inspection, Shard, fingerprint, iterate_branches
+from ..doctor import require
+from ..encoding import encode
+from ..evaluation import agreement
+from ..inspection import inspect
+from ..trajectory import load_trajectories
+from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
+from .loading import device, end_tokens, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..engines import Engine
+
+
+def _check_engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value not in ("local", "vllm") and not value.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{value!r} is neither 'local' nor 'vllm' nor a server's URL")
+    return value
+
+
+def _check_shard(ctx: click.Context, param: click.Parameter, value: str) -> Shard:
+    try:
+        return Shard.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _launched_shard() -> str:
+    """As ``accelerate launch`` and ``torchrun`` say; without them a single part."""
+    return f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+
+
+@click.command("inspect")
+@click.option("--model", type=FOLDER, required=True, help="Folder of a model and its tokenizer.")
+@click.option("--data", type=FILE, required=True, help="Expert trajectories.")
+@click.option(
+    "--output",
+    type=NEW_FILE,
+    required=True,
+    help="JSONL, or .parquet, a record a trajectory. A run that was stopped goes on in it.",
+)
+@click.option("--samples", type=POSITIVE, default=1, show_default=True, help="Actions a state.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True)
+@click.option("--max-new-tokens", type=POSITIVE, help="[default: the longest expert action]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--engine",
+    metavar="local|vllm|URL",
+    callback=_check_engine,
+    default="local",
+    show_default=True,
+    help="Who decodes; URL is that of a server such as `vllm serve`, which has the model.",
+)
+@click.option("--served-model", metavar="NAME", help="Of several on the server.")
+@click.option(
+    "--chunk",
+    type=POSITIVE,
+    default=32,
+    show_default=True,
+    help="Trajectories sampled and written together.",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    callback=_check_shard,
+    default=_launched_shard,
+    help="Do part I of N, from 0.  [default: as accelerate launch says]",
+)
+@reports
+def inspect_command(
+    model: Path,
+    data: Path,
+    output: Path,
+    engine: str,
+    served_model: str | None,
+    chunk: int,
+    shard: Shard,
+    max_new_tokens: int | None,
+    **sampling: Any,
+) -> tuple[dict[str, Any], str]:
+    """Let an agent act at every state of an expert."""
+    output = shard.path(output)
+    make_parent(output)
+    trajectories = load_trajectories(data)
+    agent, tokenizer = _agent(engine, model, served_model)
+    trunks = [encode(trajectory, tokenizer) for trajectory in tqdm(trajectories, desc="encode")]
+    ends = end_tokens(trunks)
+    longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
+    sampling |= {"max_new_tokens": max_new_tokens or longest, "eos_token_id": ends}
+    where = engine if engine in ("local", "vllm") else "server"
+    inspection = Inspection(
+        trajectories,
+        trunks,
+        lambda part, first: inspect(agent, part, first_trunk=first, **sampling),
+        functools.partial(_decoded, tokenizer=tokenizer, ends=ends),
+        run={
+            "model": model.resolve().name,
+            "fingerprint": fingerprint(model),
+            "engine": where,
+            "chunk": chunk,
+            **sampling,
+        },
+    )
+    chunks = shard.chunks(len(trunks), chunk)
+    try:
+        inspection.write(output, chunks)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("the same command goes on where it stopped") from interrupt
+    report = {"output": str(output), "samples": sampling["samples"], **_inspected(output)}
+    text = f"Wrote {report['trajectories']} trajectories to {output}"
+    if report["steps"]:
+        actions = report["steps"] * report["samples"]
+        agreed = f"agreement with the expert: {report['agreement']:.1%} of {actions} actions"
+        text = f"{agreed}\n{text}"
+    return report, text
+
+
+def _agent(
+    engine: str, folder: Path, served_model: str | None
+) -> tuple[PreTrainedModel | Engine, PreTrainedTokenizerBase]:
+    if served_model is not None and engine in ("local", "vllm"):
+        raise click.UsageError(f"--served-model is of no use with --engine {engine}")
+    if engine == "local":
+        return load_model(folder, device())
+    tokenizer = load_tokenizer(folder)
+    if engine == "vllm":
+        require("--engine vllm", "vllm")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        from vllm import LLM
+
+        from ..engines import VLLMEngine
+
+        return VLLMEngine(LLM(model=str(folder), enable_prefix_caching=True)), tokenizer
+    from ..engines import CompletionsEngine
+
+    return CompletionsEngine(engine, model=served_model), tokenizer
+
+
+def _inspected(output: Path) -> dict[str, Any]:
+    """What the whole file holds; a part may hold nothing."""
+    trajectories, steps, agreed = 0, 0, 0.0
+    for trunk, branches in iterate_branches(output):
+        trajectories += 1
+        steps += trunk.num_steps
+        agreed += agreement([trunk], [branches]) * trunk.num_steps
+    return {
+        "trajectories": trajectories,
+        "steps": steps,
+        "agreement": agreed / steps if steps else None,
+    }
+
+
+def _decoded(
+    token_ids: list[int], *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+) -> str:
+    ended = token_ids[-1] in ends
+    return str(tokenizer.decode(token_ids[:-1] if ended else token_ids)).strip()

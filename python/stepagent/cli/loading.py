@@ -1,0 +1,61 @@
+"""Models, tokenizers and what ends an action, as the commands load them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from ..encoding import Trunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    path: str | Path, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(path)
+    with _loading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, device_map=device)
+    return model, tokenizer
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer, which must know how to write a chat."""
+    from transformers import AutoTokenizer
+
+    with _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {str(path)!r} must have a chat template, it has none")
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # which may not name what was asked for
+        raise ValueError(
+            f"{str(path)!r} must be a folder with a model and its tokenizer, "
+            f"or a name on the Hugging Face Hub: {error}"
+        ) from error
+
+
+def device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # that of accelerate launch and torchrun
+
+
+def end_tokens(trunks: Sequence[Trunk]) -> list[int]:
+    """The ids that end the actions of these trunks."""
+    return sorted({int(t.input_ids[stop - 1]) for t in trunks for _, stop in t.action_spans})

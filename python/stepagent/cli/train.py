@@ -1,0 +1,183 @@
+"""``stepagent train``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import click
+
+from ..doctor import require
+from ..encoding import encode
+from ..trajectory import load_trajectories
+from .base import FILE, POSITIVE, Interrupted, reports
+from .loading import end_tokens, load_model
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import HfArgumentParser
+
+    from ..config import StepAgentConfig
+
+_TRAINING_ARGUMENTS = (
+    "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
+)
+# A run from the command line can be resumed, and reports to nobody unless asked to.
+_TRAINING_DEFAULTS = {
+    "output_dir": "runs/train",
+    "report_to": "none",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "dataloader_pin_memory": False,  # a batch is a few small arrays
+}
+
+
+class _TrainCommand(click.Command):
+    """Its help lists StepAgent's own options; the hundred of TrainingArguments are documented."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        from transformers import TrainingArguments
+
+        from ..config import StepAgentConfig
+
+        inherited = {field.name for field in fields(TrainingArguments)}
+        own = [field for field in fields(StepAgentConfig) if field.name not in inherited]
+        with formatter.section("Training options, as --name value"):
+            formatter.write_dl([(f"--{field.name}", _field_help(field)) for field in own])
+        with formatter.section("Every option of transformers.TrainingArguments"):
+            formatter.write(f"  {_TRAINING_ARGUMENTS}\n")  # unwrapped, to be clicked on
+            changed = ", ".join(f"{name} {value}" for name, value in _TRAINING_DEFAULTS.items())
+            formatter.write_text(f"Defaults of this command: {changed}")
+
+
+def _field_help(field: Field[Any]) -> str:
+    text = str(field.metadata["help"])
+    return text if field.default is None else f"{text}  [default: {field.default}]"
+
+
+@click.command(cls=_TrainCommand, context_settings={"ignore_unknown_options": True})
+@click.option("--model", required=True, metavar="NAME_OR_PATH", help="Model, with its tokenizer.")
+@click.option("--data", type=FILE, required=True, help="Expert trajectories.")
+@click.option("--env", help="Environment of --states agent.")
+@click.option(
+    "--lora-rank",
+    "--lora_rank",
+    type=POSITIVE,
+    help="Train a LoRA adapter of this rank on all linear layers.",
+)
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
+@reports
+def train(
+    model: str,
+    data: Path,
+    env: str | None,
+    lora_rank: int | None,
+    resume: bool,
+    options: tuple[str, ...],
+) -> tuple[dict[str, Any], str]:
+    """Train an agent towards an expert's trajectories."""
+    config = _training_config(options)
+    if env is not None and config.states != "agent":
+        raise click.UsageError(f"--env is of no use with --states {config.states}")
+    checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
+    trajectories = load_trajectories(data)
+    adapter = None if lora_rank is None else _lora(lora_rank)
+    agent, tokenizer = load_model(model)
+    # Whoever loads the trained model is told by it what ends an action.
+    agent.generation_config.eos_token_id = end_tokens([encode(trajectories[0], tokenizer)])
+    from ..trainer import StepAgentTrainer
+
+    trainer = StepAgentTrainer(agent, config, trajectories, tokenizer, peft_config=adapter, env=env)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_how_to_resume(config)) from interrupt
+    report = {
+        "output_dir": config.output_dir,
+        "method": config.method,
+        "cycles": [entry for entry in trainer.state.log_history if "cycle" in entry],
+        "train_loss": result.training_loss,
+        "steps": result.global_step,
+    }
+    return report, _training_text(report)
+
+
+def _training_config(options: Sequence[str]) -> StepAgentConfig:
+    from ..config import StepAgentConfig
+
+    parser = _training_parser(StepAgentConfig)
+    values, unknown = parser.parse_known_args(list(options))
+    for name in unknown:
+        if not name.startswith("-"):
+            raise click.UsageError(f"Got unexpected extra argument {name!r}")
+        name = name.partition("=")[0]
+        near = difflib.get_close_matches(name, parser._option_string_actions)
+        raise click.NoSuchOption(name, possibilities=near)
+    return StepAgentConfig(**vars(values))
+
+
+def _training_parser(config: type[StepAgentConfig]) -> HfArgumentParser:
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise click.UsageError(message)
+
+    parser = Parser(cast("Any", config), add_help=False, allow_abbrev=False)
+    parser.set_defaults(**_TRAINING_DEFAULTS)
+    return parser
+
+
+def _checkpoint(config: StepAgentConfig, resume: bool) -> str | None:
+    """The checkpoint to resume from. Two runs are never mixed in one folder."""
+    last = _last_checkpoint(config)
+    if resume and last is None:
+        raise ValueError(f"--resume: there is no checkpoint in {config.output_dir}")
+    if last is not None and not resume:
+        raise ValueError(
+            f"{last} is of an earlier run: add --resume to continue it, "
+            "or choose another --output_dir"
+        )
+    return last
+
+
+def _last_checkpoint(config: StepAgentConfig) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    assert config.output_dir is not None  # a default of this command
+    if not Path(config.output_dir).is_dir():
+        return None
+    last: str | None = get_last_checkpoint(config.output_dir)  # type: ignore[no-untyped-call]
+    return last
+
+
+def _how_to_resume(config: StepAgentConfig) -> str:
+    last = _last_checkpoint(config)
+    if last is None:
+        return "no checkpoint was written yet"
+    return f"the same command with --resume continues from {last}"
+
+
+def _lora(rank: int) -> PeftConfig:
+    require("--lora-rank", "train", "peft")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _training_text(report: dict[str, Any]) -> str:
+    lines = [
+        f"cycle {cycle['cycle']}: agreement {cycle['agreement']:.1%}, loss {cycle['mean_loss']:.4f}"
+        for cycle in report["cycles"]
+    ]
+    lines.append(f"{report['steps']} updates, mean loss {report['train_loss']:.4f}")
+    lines.append(f"Wrote the model and its tokenizer to {report['output_dir']}")
+    return "\n".join(lines)

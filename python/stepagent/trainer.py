@@ -465,6 +465,11 @@ def _check_reference(
     ref_model: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
 ) -> None:
     if ref_model is None:
+        if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
+            raise ValueError(
+                "kl_in='reward' needs a ref_model: to the policy at the cycle's start, which acted, "
+                "the divergence is 0"
+            )
         return
     if args.method == "sft":
         raise ValueError("ref_model is given, but method='sft' has no reference")

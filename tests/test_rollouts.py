@@ -45,8 +45,9 @@ def talker(**options: Any) -> Any:
 
 
 def plain(episode: Episode) -> dict[str, Any]:
-    fields = dict(vars(episode))
-    trunk = fields.pop("trunk")
+    """All but the log-probs, which are rounded as the batch has it."""
+    fields = {n: value for n, value in vars(episode).items() if n not in ("trunk", "logps")}
+    trunk = episode.trunk
     return fields | ({} if trunk is None else {"ids": trunk.input_ids.tolist()})
 
 

@@ -20,6 +20,7 @@ from .decoding import (
 from .encoding import Trunk, encode
 from .inspection import end_tokens
 from .models import check_fits, check_tree_support, evaluation_mode, lm_head
+from .ops import token_logprobs
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _SENTINEL = "stepagentsentinelaction"
 
 class Policy(Protocol):
     """Acts in a batch of episodes that run in lock-step; finished ones leave the batch."""
+
+    name: str  # in the records of its episodes
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one episode per seed, which all its random numbers depend on."""
@@ -52,6 +55,8 @@ class Policy(Protocol):
 class ExpertPolicy:
     """The environment's own expert."""
 
+    name = "expert"
+
     def begin(self, seeds: Sequence[int]) -> None:
         """Nothing to remember."""
 
@@ -70,6 +75,8 @@ class ExpertPolicy:
 
 class RandomPolicy:
     """Uniform over the environment's actions: the floor. The same seed gives the same actions."""
+
+    name = "random"
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
@@ -107,6 +114,7 @@ class _Dialogue:
     prompt: str = ""  # what stands before its newest action
     token_ids: list[int] = field(default_factory=list)
     action_spans: list[tuple[int, int]] = field(default_factory=list)
+    logps: list[list[float]] = field(default_factory=list)  # of the tokens of each action
     encoded: int = 0  # how many of token_ids are in the cache
 
 
@@ -114,7 +122,7 @@ class ModelPolicy:
     """A language model in the chat format of its tokenizer, all episodes in one KV cache.
 
     Token ids are kept as they were sampled and never re-tokenized, so that
-    :meth:`trunk` holds exactly what the model saw and did.
+    :meth:`record` holds exactly what the model saw and did. Its name is that of the model's folder.
     """
 
     def __init__(
@@ -130,6 +138,7 @@ class ModelPolicy:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
         check_tree_support(model)
+        self.name = str(model.name_or_path) or type(model).__name__
         self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._ends = end_tokens(model, eos_token_id)
@@ -188,13 +197,16 @@ class ModelPolicy:
             prompt=self._render(messages[:-1]),
             token_ids=trunk.input_ids[:stop].tolist(),
             action_spans=[(start, stop) for start, stop in spans],
+            logps=[[] for _ in spans],
             encoded=stop,
         )
 
-    def trunk(self, row: int) -> Trunk:
-        """The episode of a running row: its token ids and the spans of the agent's actions."""
+    def record(self, row: int) -> tuple[Trunk, list[NDArray[np.float32]]]:
+        """The episode of a running row: its tokens with the spans of the agent's actions, and per
+        action the log-probs of its tokens (fp32, at temperature 1; none where it was replayed)."""
         dialogue = self._dialogues[row]
-        return Trunk(np.array(dialogue.token_ids), np.array(dialogue.action_spans))
+        trunk = Trunk(np.array(dialogue.token_ids), np.array(dialogue.action_spans))
+        return trunk, [np.array(logps, dtype=np.float32) for logps in dialogue.logps]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the cache rows of the episodes that ended."""
@@ -257,15 +269,19 @@ class ModelPolicy:
             positions = start + self._max_new_tokens
             check_fits(self._model, dialogue.name, dialogue.token_ids, positions)
             dialogue.action_spans.append((start, start))
+            dialogue.logps.append([])
         active = np.arange(len(self._dialogues))
         for position in range(self._max_new_tokens):
             logits = self._head.logits(self._encode_new(active))
             seeds = [self._dialogues[row].seed for row in active]
             turns = [len(self._dialogues[row].action_spans) for row in active]
             draws = uniforms(self._seed, seeds, turns, position)
-            tokens = sample_tokens(logits, self._temperature, draws).cpu().numpy()
-            for row, token in zip(active, tokens, strict=True):
+            drawn = sample_tokens(logits, self._temperature, draws)
+            logps = token_logprobs(logits, drawn).float().tolist()
+            tokens = drawn.cpu().numpy()
+            for row, token, logp in zip(active, tokens, logps, strict=True):
                 self._dialogues[row].token_ids.append(int(token))
+                self._dialogues[row].logps[-1].append(logp)
             active = active[~np.isin(tokens, self._ends)]
             if not len(active):
                 break

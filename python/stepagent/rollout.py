@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .decoding import check_count
 from .encoding import Trunk, encode
 from .envs.base import ExpertUnavailable, TextEnv
 from .envs.pool import Call, EnvCrash, EnvFactory, EnvPool, open_pool
+from .episodes import Episode as Episode  # where callers look for it
 from .policies import ModelPolicy, Policy
 from .trajectory import Trajectory
 
@@ -32,41 +33,6 @@ if TYPE_CHECKING:
 Expert = Callable[[TextEnv], str]
 
 CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
-
-
-@dataclass
-class Episode:
-    """What happened in one episode, step by step; of one that crashed, the steps before."""
-
-    environment: str
-    seed: int
-    observations: list[str] = field(default_factory=list)
-    actions: list[str] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    valid: list[bool] = field(default_factory=list)
-    progress: list[float] = field(default_factory=list)
-    expert_actions: list[str | None] = field(default_factory=list)  # empty unless queried
-    success: bool = False
-    trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
-    crashed: str | None = None  # what happened to its environment
-
-    def trajectory(self) -> Trajectory:
-        """The episode as chat messages; the last observation, after the last action, is dropped.
-
-        One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
-        where it took no step.
-        """
-        messages = []
-        for observation, action in zip(self.observations, self.actions, strict=True):
-            messages.append({"role": "user", "content": observation})
-            messages.append({"role": "assistant", "content": action})
-        meta = {"environment": self.environment, "seed": self.seed, "success": self.success}
-        return Trajectory(
-            messages=messages,
-            reward=sum(self.rewards) if self.crashed is None else None,
-            id=f"{self.environment}/{self.seed}",
-            meta=meta if self.crashed is None else meta | {"crashed": self.crashed},
-        )
 
 
 def run_episodes(
@@ -80,6 +46,7 @@ def run_episodes(
     workers: int = 0,
     timeout: float = 60.0,
     progress: str | None = None,
+    on_end: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
 
@@ -89,9 +56,10 @@ def run_episodes(
     :param workers: processes that run the environments; 0: this one does. Episodes are the same.
     :param timeout: seconds after which an environment's call in a worker counts as hung.
     :param progress: the label of a progress bar on stderr; None: no bar.
+    :param on_end: told of each episode as it ends or crashes, while others go on.
     :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """
-    options = _Options(expert, max_steps, batch_size, workers, timeout)
+    options = _Options(expert, max_steps, batch_size, workers, timeout, on_end)
     starts = [_Start(seed, seed) for seed in seeds]
     return _roll_out(env, policy, starts, options, progress)
 
@@ -203,6 +171,7 @@ class _Options:
     batch_size: int
     workers: int
     timeout: float
+    on_end: Callable[[Episode], None] | None = None
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
@@ -263,7 +232,7 @@ class _Lockstep:
         self._pool, self._policy, self._options = pool, policy, options
         self._starts, self._ended, self._bar = starts, ended, bar
         name = pool.env(0).name
-        self._episodes = [Episode(name, start.seed) for start in starts]
+        self._episodes = [Episode(name, start.seed, policy.name) for start in starts]
         self._observations = [""] * len(starts)
         self._over = [False] * len(starts)
         self._active = list(range(len(starts)))  # the policy's rows, in its order
@@ -285,10 +254,12 @@ class _Lockstep:
 
     def _begin(self) -> None:
         """Bring every environment, then the policy, to the start."""
-        for row, (observation, _) in self._call(
+        for row, (observation, info) in self._call(
             (row, "reset", (start.seed,)) for row, start in enumerate(self._starts)
         ):
             self._observations[row] = observation
+            self._episodes[row].task = info.get("task")
+            self._episodes[row].difficulty = info.get("difficulty")
         for step in range(max(start.steps for start in self._starts)):
             self._replay(step)
         for row in self._active:
@@ -356,11 +327,12 @@ class _Lockstep:
             episode = self._episodes[row]
             episode.observations.append(self._observations[row])
             episode.actions.append(taken[row])
-            episode.rewards.append(reward)
-            episode.valid.append(info["valid"])
-            episode.progress.append(info["progress"])
-            episode.success = info["success"]
-            self._observations[row] = observation
+            episode.rewards.append(float(reward))
+            episode.valid.append(bool(info["valid"]))
+            episode.invalid.append(None if info["valid"] else info.get("invalid"))
+            episode.progress.append(float(info["progress"]))
+            episode.success = bool(info["success"])
+            episode.last_observation = self._observations[row] = observation
             self._over[row] = terminated or truncated
 
     def _call(self, calls: Iterable[Call]) -> list[tuple[int, Any]]:
@@ -389,7 +361,7 @@ class _Lockstep:
                 going.append(place)
                 continue
             if isinstance(self._policy, ModelPolicy) and episode.crashed is None:
-                episode.trunk = self._policy.trunk(place)
+                episode.trunk, episode.logps = self._policy.record(place)
             self._close(row)
         if len(going) < len(self._active):
             self._active = [self._active[place] for place in going]
@@ -397,6 +369,8 @@ class _Lockstep:
 
     def _close(self, row: int) -> None:
         self._ended.append(self._episodes[row])
+        if self._options.on_end is not None:
+            self._options.on_end(self._episodes[row])
         self._bar.update()
         latest = [episode.crashed for episode in self._ended[-CRASHES_IN_A_ROW:]]
         if len(latest) == CRASHES_IN_A_ROW and None not in latest:

@@ -147,3 +147,11 @@ class Labelled(BabyAITextEnv):
         *answer, info = super().step(action)
         kind = {} if info["valid"] else {"invalid": "unknown action"}
         return *answer, info | kind  # type: ignore[return-value]
+
+
+class SlowTraced(Traced):
+    """Takes its time for a step."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        time.sleep(0.02)
+        return super().step(action)

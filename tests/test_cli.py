@@ -260,21 +260,23 @@ def test_evaluate_tells_the_expert_from_chance(tmp_path: Path) -> None:
     common = ("evaluate", "--env", ENV, "--episodes", 6)
     expert = report(*common, "--policy", "expert", "--output", path)
     chance = report(*common, "--policy", "random", "--max-steps", 6)
-    assert expert["success_rate"] == expert["mean_progress"] == expert["grounding_accuracy"] == 1
-    assert expert["success_rate_interval"] == [1, 1]
-    assert (expert["episodes"], expert["environment"]) == (6, ENV)
-    low, high = chance["success_rate_interval"]
-    assert low <= chance["success_rate"] <= high
-    assert chance["success_rate"] < 1
-    assert chance["mean_steps"] <= 6
+    certain = {"mean": 1, "low": 1, "high": 1}
+    for name in ("success", "progress_rate", "grounding_accuracy"):
+        assert expert["metrics"][name] == certain
+    assert (expert["episodes"], expert["environment"], expert["success_rate"]) == (6, ENV, 1)
+    found = chance["metrics"]["success"]
+    assert found["low"] <= found["mean"] <= found["high"]
+    assert found["mean"] == chance["success_rate"] < 1
+    assert chance["metrics"]["steps"]["mean"] <= 6
+    assert len(chance["progress_curve"]) <= 7
     assert len(load_trajectories(path)) == 6
     assert chance == report(*common, "--policy", "random", "--max-steps", 6)
 
 
 def test_evaluate_prints_its_figures_for_a_person(tmp_path: Path) -> None:
     text = run("evaluate", "--env", ENV, "--episodes", 2, "--policy", "expert")
-    assert "success rate        100.0%  (95 %: 100.0% to 100.0%)" in text
-    assert "2 episodes, seeds 0 to 1" in text
+    assert "success             100.0%  (95 %: 100.0% to 100.0%)" in text
+    assert "2 episodes, seeds 0-1\n" in text
 
 
 # ------------------------------------------------------------------ train, inspect
@@ -294,7 +296,7 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
 
     model = ("--env", ENV, "--policy", output, "--episodes", 2, "--max-steps", 2)
     evaluated = report("evaluate", *model, "--max-new-tokens", 2)
-    assert evaluated["mean_steps"] == 2
+    assert evaluated["metrics"]["steps"]["mean"] == 2
 
     path = tmp_path / "steps.jsonl"
     options = ("--data", folder / "expert.jsonl", "--output", path, "--samples", 2)
@@ -525,6 +527,6 @@ def test_a_crashed_episode_is_neither_success_nor_failure(
     assert (found["episodes"], found["crashed"], found["success_rate"]) == (2, 1, 1.0)
     assert len(load_trajectories(tmp_path / "episodes.jsonl")) == 2
     text = run("evaluate", *options)
-    assert "2 episodes, seeds 5 to 7; 1 more crashed" in text
+    assert "2 episodes, seeds 5-7; 1 more crashed" in text
     collected = report("collect", *options, "--output", tmp_path / "expert.jsonl")
     assert (collected["episodes"], collected["kept"]) == (3, 2)

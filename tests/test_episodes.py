@@ -78,6 +78,7 @@ def test_no_field_is_left_out(tmp_path):
         trunk=sa.Trunk([1, 2, 3, 4], [[1, 2], [3, 4]]),
         logps=[np.array([-0.1], np.float32), np.array([-1e-7], np.float32)],
         crashed="hung",
+        gave_up=True,
     )
     empty = Episode("chess", 7)
     default = [name for name, value in vars(empty).items() if vars(episode)[name] is value]

@@ -329,8 +329,8 @@ def test_counts_of_zero_are_named(option):
 
 def test_environments_are_closed_after_an_error():
     Fake.closed = 0
-    with pytest.raises(ExpertUnavailable):
-        run_episodes(Fake, ExpertPolicy(), [0, 1, 2])
+    with pytest.raises(ValueError, match="no finite set"):
+        run_episodes(Fake, RandomPolicy(), [0, 1, 2])
     assert Fake.closed == 3
 
 
@@ -360,6 +360,14 @@ class SaysLeft(ExpertPolicy):
 def test_an_answer_that_is_no_text_is_an_error(answer):
     with pytest.raises(TypeError, match=r"the expert answered .* in fake; .*must be a str"):
         run_episodes(Fake, SaysLeft(), [0], expert=lambda env: answer)
+
+
+def test_an_expert_policy_without_an_answer_gives_the_episode_up():
+    (episode,) = run_episodes(Fake, ExpertPolicy(), [0], expert=lambda env: env.expert_action())
+    assert (episode.actions, episode.expert_actions) == (["left"], ["left"])
+    assert (episode.gave_up, episode.success, episode.crashed) == (True, False, None)
+    (whole,) = run_episodes(LEVEL, ExpertPolicy(), [0])
+    assert not whole.gave_up
 
 
 def test_other_errors_of_an_expert_are_not_taken_for_no_answer():

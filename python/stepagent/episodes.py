@@ -59,6 +59,7 @@ class Episode:
     trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
     logps: list[NDArray[np.float32]] = field(default_factory=list)  # with a trunk
     crashed: str | None = None  # what happened to its environment
+    gave_up: bool = False  # the policy had no action, as an expert without an answer
 
     @property
     def id(self) -> str:
@@ -87,7 +88,7 @@ class Episode:
     def _meta(self) -> dict[str, Any]:
         always = ("environment", "policy", "seed", "split", "task", "difficulty", "success")
         meta = {name: getattr(self, name) for name in (*always, *_PER_STEP, "last_observation")}
-        asked = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, "crashed")}
+        asked = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, "crashed", "gave_up")}
         meta |= {name: value for name, value in asked.items() if value}
         if self.trunk is not None:
             meta["token_ids"] = self.trunk.input_ids.tolist()
@@ -116,7 +117,7 @@ class Episode:
             if not isinstance(values, list) or len(values) not in (0, T):
                 raise ValueError(f"{name} has {T} steps, but its meta has {key!r}: {values!r}")
         contents = [message["content"] for message in trajectory.messages]
-        labels = (*_REQUIRED, *_LABELS, "last_observation", "crashed")
+        labels = (*_REQUIRED, *_LABELS, "last_observation", "crashed", "gave_up")
         trunk = Trunk(meta["token_ids"], meta["action_spans"]) if "token_ids" in meta else None
         told: dict[str, Any] = {key: meta[key] for key in labels if key in meta}
         told |= {key: list(values) for key, values in lists.items()}

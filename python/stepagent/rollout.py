@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import envs as environments
 from .decoding import check_count
+from .dialogues import Dialogues
 from .encoding import Trunk, encode
 from .envs.base import ExpertUnavailable, TextEnv
 from .envs.pool import Call, EnvCrash, EnvFactory, EnvPool, open_pool
@@ -245,10 +246,12 @@ class _Lockstep:
             if self._options.expert is not None:
                 self._query(self._options.expert)
                 self._settle()
-            actions = (
-                self._act()
-            )  # first: a crash of an expert that is asked changes what is active
-            self._step(zip(self._active, actions, strict=True))
+            # First: a crash of an expert that is asked changes what is active.
+            actions = self._act()
+            decided = list(zip(self._active, actions, strict=True))
+            for row, action in decided:
+                self._give_up(row, action)
+            self._step((row, action) for row, action in decided if action is not None)
             self._settle()
         return self._episodes
 
@@ -297,7 +300,14 @@ class _Lockstep:
                 f"the trajectory has {start.content(2 * step)!r}"
             )
 
-    def _act(self) -> list[str]:
+    def _give_up(self, row: int, action: str | None) -> None:
+        """Where the policy has no action, the episode is over as it stands."""
+        if action is None:
+            episode = self._episodes[row]
+            episode.gave_up = self._over[row] = True
+            del episode.expert_actions[len(episode.actions) :]
+
+    def _act(self) -> list[str | None]:
         while self._active:
             try:
                 return self._policy.act(
@@ -360,7 +370,7 @@ class _Lockstep:
             if episode.crashed is None and not self._over[row] and not long:
                 going.append(place)
                 continue
-            if isinstance(self._policy, ModelPolicy) and episode.crashed is None:
+            if isinstance(self._policy, Dialogues) and episode.crashed is None:
                 episode.trunk, episode.logps = self._policy.record(place)
             self._close(row)
         if len(going) < len(self._active):

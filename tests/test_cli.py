@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hostile_envs import Hostile
+from hostile_envs import Hostile, Labelled
 
 from stepagent import __version__, envs, load_trajectories
 from stepagent.cli import main
@@ -279,6 +279,74 @@ def test_evaluate_prints_its_figures_for_a_person(tmp_path: Path) -> None:
     assert "2 episodes, seeds 0-1\n" in text
 
 
+def test_seeds_say_which_episodes_are_run(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    common = ("evaluate", "--env", ENV, "--policy", "random", "--max-steps", 2)
+    found = report(*common, "--seeds", "7-9,3", "--output", path)
+    assert (found["episodes"], found["seeds"]) == (4, "7-9,3")
+    assert [trajectory.meta["seed"] for trajectory in load_trajectories(path)] == [7, 8, 9, 3]
+    alike = report(*common, "--seed-start", 7, "--episodes", 3)
+    assert (alike["episodes"], alike["seeds"]) == (3, "7-9")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "1-"), "'1-' is no list such as 0-99,200"),
+        (("--seeds", "a"), "'a' is no list such as 0-99,200"),
+        (("--seeds", "-3"), "'-3' is no list such as 0-99,200"),
+        (("--seeds", "5-3"), "'5-3' must name at least one seed, and each once"),
+        (("--seeds", "1,0-2"), "'1,0-2' must name at least one seed, and each once"),
+        (("--seeds", "1", "--episodes", 3), "--seeds says which episodes; --episodes and"),
+        (("--seeds", "1", "--seed-start", 0), "--seeds says which episodes; --episodes and"),
+    ],
+)
+def test_wrong_seeds_are_named(options: tuple[object, ...], message: str) -> None:
+    result = invoke("evaluate", "--env", ENV, "--policy", "random", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_the_expert_is_asked_where_chance_acts_and_workers_change_nothing() -> None:
+    common = ("evaluate", "--env", ENV, "--policy", "random", "--episodes", 4, "--max-steps", 5)
+    found = report(*common, "--query-expert")
+    assert 0 < found["metrics"]["agreement"]["mean"] < 1
+    assert found == report(*common, "--query-expert", "--workers", 2)
+    assert "agreement" not in report(*common)["metrics"]
+
+
+def test_two_policies_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    path = tmp_path / "chance.jsonl"
+    common = ("evaluate", "--env", ENV, "--max-steps", 6)
+    chance = report(*common, "--policy", "random", "--episodes", 6, "--output", path)
+    expert = ("--policy", "expert", "--episodes", 6, "--against", path)
+    found = report(*common, *expert)
+    assert found["against"]["path"] == str(path)
+    assert (found["against"]["pairs"], found["against"]["crashed"]) == (6, 0)
+    for name, difference in found["against"]["differences"].items():
+        both = found["metrics"][name]["mean"], chance["metrics"][name]["mean"]
+        assert difference["mean"] == pytest.approx(both[0] - both[1])
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert f"less {path}, 6 pairs of episodes\nsuccess             +" in run(*common, *expert)
+    few = ("--policy", "expert", "--seeds", "4-7", "--against", path)
+    assert f"against lacks what episodes has: {ENV} seed 6, {ENV} seed 7" in error(*common, *few)
+
+
+def test_what_an_environment_says_of_its_episodes_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(envs._factories, "labelled", lambda _: Labelled())
+    common = ("evaluate", "--env", "labelled:", "--policy", "expert", "--seeds", "3-5")
+    found = report(*common)
+    assert list(found["by_task"]) == ["task 3", "task 4", "task 5"]
+    assert {name: group["episodes"] for name, group in found["by_difficulty"].items()} == {
+        "easy": 1,
+        "hard": 2,
+    }
+    assert found["by_difficulty"]["hard"]["metrics"]["success"]["mean"] == 1
+    assert "difficulty hard: success 100.0%, progress rate 100.0% over 2 episodes" in run(*common)
+
+
 # ------------------------------------------------------------------ train, inspect
 
 
@@ -492,9 +560,8 @@ def test_an_environment_without_its_package_names_the_extra() -> None:
     assert "pip install 'stepagent[demo]'" in finished.stderr
 
 
-def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "many.jsonl"
-    options = ("collect", "--env", ENV, "--episodes", "100000", "--output", str(path))
+def test_ctrl_c_ends_with_130_and_writes_nothing() -> None:
+    options = ("evaluate", "--env", ENV, "--policy", "expert", "--episodes", "100000")
     command = [sys.executable, "-m", "stepagent", *options]
     process = subprocess.Popen(
         command,
@@ -510,7 +577,6 @@ def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert stdout == b""
     assert stderr.endswith(b"Interrupted: nothing was written\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*crashed:RuntimeWarning")

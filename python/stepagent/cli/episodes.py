@@ -214,9 +214,12 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"invalid actions     {', '.join(kinds)}")
     for label in ("task", "difficulty"):
         for name, group in report[f"by_{label}"].items():
-            means = {key: group["metrics"].get(key) for key in ("success", "progress_rate")}
-            figures = ", ".join(_figure(key, v["mean"]) for key, v in means.items() if v)
-            lines.append(f"{label} {name}: {figures} over {group['episodes']} episodes")
+            means = [
+                f"{key.replace('_', ' ')} {_figure(key, group['metrics'][key]['mean'])}"
+                for key in ("success", "progress_rate")
+                if key in group["metrics"]
+            ]
+            lines.append(f"{label} {name}: {', '.join(means)} over {group['episodes']} episodes")
     if report["against"]:
         other = report["against"]
         lines.append(f"less {other['path']}, {other['pairs']} pairs of episodes")

@@ -22,7 +22,7 @@ import stepagent as sa
 from stepagent.envs.pool import EnvCrash, LocalPool, WorkerPool, open_pool
 from stepagent.evaluation import success_rate
 from stepagent.policies import ExpertPolicy, ModelPolicy, RandomPolicy
-from stepagent.rollout import Episode, rollout_and_query, run_episodes
+from stepagent.rollout import Episode, own_expert, rollout_and_query, run_episodes
 
 SEEDS = [3, 1, 4, 15, 9]
 LONG = [8, 5, 27, 15, 28]  # the expert needs five steps or more
@@ -168,16 +168,33 @@ def test_a_crash_while_the_expert_is_asked_is_the_environments():
     assert all(e.success for e in obeyed if e.seed != 5)
 
 
-def test_an_expert_without_an_answer_in_a_worker_is_recorded_as_none():
-    (episode,) = run_episodes(
-        hostile("does not know", 0),
-        RandomPolicy(),
-        [0],
-        expert=lambda env: env.expert_action(),
-        max_steps=2,
-        workers=1,
-    )
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_environments_that_crash_in_one_round_of_asking_are_all_marked(workers):
+    env = hostile("dies when asked", 5, 27, 15)
+    options = {"expert": own_expert, "max_steps": 6}
+    for policy in (RandomPolicy(), ExpertPolicy()):
+        whole = run_episodes(LEVEL, policy, LONG, **options)
+        with pytest.warns(RuntimeWarning, match="3 of 5 episodes crashed"):
+            episodes = run_episodes(env, policy, LONG, workers=workers, **options)
+        for episode, unharmed in zip(episodes, whole, strict=True):
+            if episode.seed in (8, 28):
+                assert plain(episode) == plain(unharmed)
+                continue
+            assert episode.crashed == "expert_action ended its process (exit code 3)"
+            assert episode.actions == unharmed.actions[:2]
+            assert episode.expert_actions == unharmed.expert_actions[:2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("expert", [own_expert, lambda env: env.expert_action()])
+def test_an_expert_without_an_answer_is_recorded_as_none(workers, expert):
+    env = hostile("does not know", 0)
+    options = {"max_steps": 2, "workers": workers}
+    (episode,) = run_episodes(env, RandomPolicy(), [0], expert=expert, **options)
     assert episode.expert_actions == [None, None]
+    first, second = run_episodes(env, ExpertPolicy(), [0, 3], **options)
+    assert (first.gave_up, first.actions, first.crashed) == (True, [], None)
+    assert (second.gave_up, len(second.actions)) == (False, 2)
 
 
 def test_other_errors_of_an_expert_come_back_from_a_worker():

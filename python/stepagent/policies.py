@@ -12,7 +12,7 @@ from torch import Tensor
 from .decoding import SlotCache, sample_tokens, uniforms
 from .dialogues import Dialogues
 from .encoding import Trunk
-from .envs.base import ExpertUnavailable
+from .envs.pool import expert_actions
 from .inspection import end_tokens
 from .models import check_fits, check_tree_support, evaluation_mode, lm_head
 from .ops import token_logprobs
@@ -60,17 +60,10 @@ class ExpertPolicy:
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
         """The expert's action in each environment's present state; None where it has none."""
-        return [_expert_action(env) for env in envs]
+        return expert_actions(envs)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing to forget."""
-
-
-def _expert_action(env: TextEnv) -> str | None:
-    try:
-        return env.expert_action()
-    except ExpertUnavailable:
-        return None
 
 
 class RandomPolicy:

@@ -8,6 +8,7 @@ failure nor a reward of 0.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .decoding import check_count
 from .dialogues import Dialogues
 from .encoding import Trunk, encode
 from .envs.base import ExpertUnavailable, TextEnv
-from .envs.pool import Call, EnvCrash, EnvFactory, EnvPool, open_pool
+from .envs.pool import Call, EnvCrash, EnvFactory, EnvPool, expert_actions, open_pool
 from .episodes import Episode as Episode  # where callers look for it
 from .policies import ModelPolicy, Policy
 from .trajectory import Trajectory
@@ -245,9 +246,7 @@ class _Lockstep:
         while self._active:
             if self._options.expert is not None:
                 self._query(self._options.expert)
-                self._settle()
-            # First: a crash of an expert that is asked changes what is active.
-            actions = self._act()
+            actions = self._act()  # first: a crash of an expert that is asked changes what follows
             decided = list(zip(self._active, actions, strict=True))
             for row, action in decided:
                 self._give_up(row, action)
@@ -308,25 +307,25 @@ class _Lockstep:
             del episode.expert_actions[len(episode.actions) :]
 
     def _act(self) -> list[str | None]:
+        return self._asked(
+            lambda envs: self._policy.act([self._observations[row] for row in self._active], envs)
+        )
+
+    def _query(self, expert: Expert) -> None:
+        ask = expert_actions if expert is own_expert else functools.partial(_ask, expert)
+        answers = self._asked(ask)
+        for row, answer in zip(self._active, answers, strict=True):
+            self._episodes[row].expert_actions.append(answer)
+
+    def _asked(self, ask: Callable[[list[TextEnv]], list[str | None]]) -> list[str | None]:
+        """What ``ask`` makes of the running environments; those that crash meanwhile are out."""
         while self._active:
             try:
-                return self._policy.act(
-                    [self._observations[row] for row in self._active],
-                    [self._pool.env(row) for row in self._active],
-                )
+                return ask([self._pool.env(row) for row in self._active])
             except EnvCrash as crash:  # its expert was asked
                 self._mark(crash)
                 self._settle()
         return []
-
-    def _query(self, expert: Expert) -> None:
-        for row in self._active:
-            try:
-                answer = _ask(expert, self._pool.env(row))
-            except EnvCrash as crash:
-                self._mark(crash)
-            else:
-                self._episodes[row].expert_actions.append(answer)
 
     def _step(self, actions: Iterable[tuple[int, str]]) -> None:
         """Take these actions and record them."""
@@ -390,17 +389,27 @@ class _Lockstep:
             )
 
 
-def _ask(expert: Expert, env: TextEnv) -> str | None:
-    try:
-        answer: object = expert(env)
-    except ExpertUnavailable:
-        return None  # recorded as unanswered, counted by the caller
-    if not isinstance(answer, str):
-        raise TypeError(
-            f"the expert answered {answer!r} in {env.name}; an answer must be a str, "
-            "or ExpertUnavailable where it has none"
-        )
-    return answer
+def own_expert(env: TextEnv) -> str:
+    """The environment's own expert; of those in workers, all are asked at once."""
+    return env.expert_action()
+
+
+def _ask(expert: Expert, envs: Sequence[TextEnv]) -> list[str | None]:
+    """The answers of an expert, one environment after the other; None for none."""
+    answers: list[str | None] = []
+    for env in envs:
+        try:
+            answer: object = expert(env)
+        except ExpertUnavailable:
+            answers.append(None)  # recorded as unanswered, counted by the caller
+            continue
+        if not isinstance(answer, str):
+            raise TypeError(
+                f"the expert answered {answer!r} in {env.name}; an answer must be a str, "
+                "or ExpertUnavailable where it has none"
+            )
+        answers.append(answer)
+    return answers
 
 
 def rollout_and_query(
@@ -442,7 +451,7 @@ def rollout_and_query(
         env,
         policy,
         seeds,
-        expert=expert or (lambda env: env.expert_action()),
+        expert=expert or own_expert,
         max_steps=max_steps,
         batch_size=batch_size,
         workers=workers,

@@ -16,14 +16,12 @@ from ..branches import fingerprint
 from ..episode_file import open_episodes
 from ..episodes import Episode
 from ..policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
-from ..rollout import action_tokens, run_episodes
+from ..rollout import action_tokens, own_expert, run_episodes
 from .base import Interrupted
 from .loading import device, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..envs.base import TextEnv
 
 
 def is_url(policy: str) -> bool:
@@ -89,7 +87,7 @@ class Rollout:
             self.env,
             self._actor(),
             seeds,
-            expert=_ask_expert if self.query_expert else None,
+            expert=own_expert if self.query_expert else None,
             max_steps=self.max_steps,
             batch_size=self.batch_size,
             workers=self.workers,
@@ -162,10 +160,6 @@ class Rollout:
         with closing(envs.make(self.env)) as env:
             env.reset(seed=self.seeds[0])
             return env.actions[0] if env.actions else env.expert_action()
-
-
-def _ask_expert(env: TextEnv) -> str:
-    return env.expert_action()
 
 
 def _end_of_turn(action: str, tokenizer: PreTrainedTokenizerBase) -> int:

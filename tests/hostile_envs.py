@@ -149,9 +149,14 @@ class Labelled(BabyAITextEnv):
         return *answer, info | kind  # type: ignore[return-value]
 
 
-class SlowTraced(Traced):
-    """Takes its time for a step."""
+class Mortal(BabyAITextEnv):
+    """Dies with its process at any step, by chance, for which no seed speaks."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        time.sleep(0.02)
-        return super().step(action)
+        answer = super().step(action)
+        if os.urandom(1)[0] < 256 // 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hostile_envs import Hostile, Labelled
+from hostile_envs import Labelled, hostile
 
 from stepagent import __version__, envs, load_trajectories
 from stepagent.cli import main
@@ -335,7 +335,7 @@ def test_two_policies_are_compared_pair_by_pair(tmp_path: Path) -> None:
 def test_what_an_environment_says_of_its_episodes_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(envs._factories, "labelled", lambda _: Labelled())
+    monkeypatch.setattr(envs, "factory", lambda name: Labelled)
     common = ("evaluate", "--env", "labelled:", "--policy", "expert", "--seeds", "3-5")
     found = report(*common)
     assert list(found["by_task"]) == ["task 3", "task 4", "task 5"]
@@ -584,7 +584,7 @@ def test_ctrl_c_ends_with_130_and_writes_nothing() -> None:
 def test_a_crashed_episode_is_neither_success_nor_failure(
     bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(envs._factories, "hostile", lambda _: Hostile("raises", bad, 0))
+    monkeypatch.setattr(envs, "factory", lambda name: hostile("raises", *bad, at=0))
     options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3, "--seed-start", 5)
     if len(bad) == 3:
         assert "all 3 episodes crashed, the first: " in error("evaluate", *options)

@@ -48,7 +48,7 @@ def test_an_episode_comes_back_from_disk_as_it_was(tmp_path):
     assert crashed[1].crashed is not None
     for episodes in (
         run_episodes(LEVEL, model_policy(), SEEDS, **ask),
-        run_episodes(Labelled, RandomPolicy(), SEEDS, max_steps=9),
+        run_episodes(Labelled, RandomPolicy(), SEEDS, max_steps=9, split="test"),
         run_episodes(LEVEL, ExpertPolicy(), SEEDS),
         crashed,
     ):

@@ -215,6 +215,17 @@ def test_a_neighbour_that_cannot_be_replayed_is_marked_too():
     assert second.crashed.startswith("was lost with the process of another one")
 
 
+def test_chance_draws_nothing_for_a_round_in_which_an_environment_is_lost():
+    """Seed 8 ends its process after its neighbour's step, which the next question will tell."""
+    seeds, options = [5, 27, 3, 8], {"max_steps": 8, "workers": 2}
+    with pytest.warns(RuntimeWarning, match="2 of 4"):
+        episodes = run_episodes(Restless, RandomPolicy(), seeds, **options)
+    assert [e.crashed is not None for e in episodes] == [False, True, False, True]
+    assert len(episodes[1].actions) == 3
+    whole = run_episodes(LEVEL, RandomPolicy(), seeds, **options)
+    assert [e.actions for e in episodes[::2]] == [e.actions for e in whole[::2]]
+
+
 def test_many_crashes_in_a_row_are_an_error():
     seeds = list(range(12))
     with pytest.raises(RuntimeError, match=r"10 episodes in a row crashed, the last with seed 9"):

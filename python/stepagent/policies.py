@@ -39,7 +39,11 @@ class Policy(Protocol):
         """The same, after the first ``steps[k]`` ≥ 1 actions of ``trajectories[k]`` were taken."""
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
-        """One action per running episode, given its newest observation; None gives it up."""
+        """One action per running episode, given its newest observation; None gives it up.
+
+        Where an environment that is asked meanwhile crashes, `EnvCrash` passes through and the call
+        is made again for the others: until then nothing may have been drawn or remembered.
+        """
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these of the running episodes go on."""
@@ -86,15 +90,21 @@ class RandomPolicy:
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
         """A uniform draw from each environment's actions."""
-        for env in envs:
-            if not env.actions:
-                raise ValueError(f"{env.name} has no finite set of actions to draw from")
-        pairs = zip(self._generators, envs, strict=True)
-        return [env.actions[int(rng.integers(len(env.actions)))] for rng, env in pairs]
+        # All asked before any draw: where one crashes, the others are asked again.
+        choices = [_choices(env) for env in envs]
+        pairs = zip(self._generators, choices, strict=True)
+        return [actions[int(rng.integers(len(actions)))] for rng, actions in pairs]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the generators of the episodes that ended."""
         self._generators = [self._generators[row] for row in rows]
+
+
+def _choices(env: TextEnv) -> tuple[str, ...]:
+    actions = env.actions  # once: it may be in another process
+    if not actions:
+        raise ValueError(f"{env.name} has no finite set of actions to draw from")
+    return actions
 
 
 class ModelPolicy(Dialogues):

@@ -48,6 +48,7 @@ def run_episodes(
     workers: int = 0,
     timeout: float = 60.0,
     progress: str | None = None,
+    split: str | None = None,
     on_end: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
@@ -58,10 +59,11 @@ def run_episodes(
     :param workers: processes that run the environments; 0: this one does. Episodes are the same.
     :param timeout: seconds after which an environment's call in a worker counts as hung.
     :param progress: the label of a progress bar on stderr; None: no bar.
+    :param split: the one that the environments are of, for the record.
     :param on_end: told of each episode as it ends or crashes, while others go on.
     :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """
-    options = _Options(expert, max_steps, batch_size, workers, timeout, on_end)
+    options = _Options(expert, max_steps, batch_size, workers, timeout, split, on_end)
     starts = [_Start(seed, seed) for seed in seeds]
     return _roll_out(env, policy, starts, options, progress)
 
@@ -173,6 +175,7 @@ class _Options:
     batch_size: int
     workers: int
     timeout: float
+    split: str | None = None
     on_end: Callable[[Episode], None] | None = None
 
     def __post_init__(self) -> None:
@@ -234,7 +237,7 @@ class _Lockstep:
         self._pool, self._policy, self._options = pool, policy, options
         self._starts, self._ended, self._bar = starts, ended, bar
         name = pool.env(0).name
-        self._episodes = [Episode(name, start.seed, policy.name) for start in starts]
+        self._episodes = [Episode(name, start.seed, policy.name, options.split) for start in starts]
         self._observations = [""] * len(starts)
         self._over = [False] * len(starts)
         self._active = list(range(len(starts)))  # the policy's rows, in its order

@@ -84,7 +84,7 @@ class Rollout:
         if not seeds:
             return []
         return run_episodes(
-            self.env,
+            envs.factory(self.env),
             self._actor(),
             seeds,
             expert=own_expert if self.query_expert else None,
@@ -157,7 +157,7 @@ class Rollout:
         return EnginePolicy(engine, tokenizer, eos_token_id=end, **options)
 
     def _some_action(self) -> str:
-        with closing(envs.make(self.env)) as env:
+        with closing(envs.factory(self.env)()) as env:
             env.reset(seed=self.seeds[0])
             return env.actions[0] if env.actions else env.expert_action()
 

@@ -83,10 +83,12 @@ def test_a_complete_file_is_in_the_order_of_its_seeds_and_says_its_run(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_episode_is_on_disk_when_it_has_ended(tmp_path):
+@pytest.mark.parametrize("torn", [b"", b'{"messages": [' + b" " * 100_000])
+def test_an_episode_is_on_disk_when_it_has_ended(tmp_path, torn):
     path = tmp_path / "episodes.jsonl"
+    path.write_bytes(torn)
     found = []
-    write(path, stop=lambda e: found.append(json.loads(path.read_bytes().split(b"\n")[-2])))
+    write(path, stop=lambda e: found.append(json.loads(path.read_bytes().splitlines()[-1])))
     assert sorted(record["meta"]["seed"] for record in found) == sorted(SEEDS)
 
 

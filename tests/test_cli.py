@@ -335,7 +335,7 @@ def test_two_policies_are_compared_pair_by_pair(tmp_path: Path) -> None:
 def test_what_an_environment_says_of_its_episodes_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(envs, "factory", lambda name: Labelled)
+    monkeypatch.setattr(envs, "factory", lambda *_: Labelled)
     common = ("evaluate", "--env", "labelled:", "--policy", "expert", "--seeds", "3-5")
     found = report(*common)
     assert list(found["by_task"]) == ["task 3", "task 4", "task 5"]
@@ -584,7 +584,7 @@ def test_ctrl_c_ends_with_130_and_writes_nothing() -> None:
 def test_a_crashed_episode_is_neither_success_nor_failure(
     bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(envs, "factory", lambda name: hostile("raises", *bad, at=0))
+    monkeypatch.setattr(envs, "factory", lambda *_: hostile("raises", *bad, at=0))
     options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3, "--seed-start", 5)
     if len(bad) == 3:
         assert "all 3 episodes crashed, the first: " in error("evaluate", *options)
@@ -596,3 +596,20 @@ def test_a_crashed_episode_is_neither_success_nor_failure(
     assert "2 episodes, seeds 5-7; 1 more crashed" in text
     collected = report("collect", *options, "--output", tmp_path / "expert.jsonl")
     assert (collected["episodes"], collected["kept"]) == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*crashed:RuntimeWarning")
+def test_what_a_crashed_episode_did_before_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(envs, "factory", lambda *_: hostile("raises", 7))
+    path = tmp_path / "episodes.jsonl"
+    options = ("evaluate", "--env", "hostile:x", "--policy", "expert", "--seeds", "5-7")
+    found = report(*options, "--output", path)
+    assert (found["episodes"], found["crashed"], found["written"]) == (2, 1, 3)
+    assert [t.meta.get("crashed") for t in load_trajectories(path)] == [
+        None,
+        None,
+        "step raised KeyError: 'lost my map'",
+    ]
+    assert f"Wrote 3 episodes to {path}" in run(*options, "--output", path)

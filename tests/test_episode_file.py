@@ -196,7 +196,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
 def test_what_stops_a_run_says_what_there_is(tmp_path, monkeypatch):
     path = tmp_path / "episodes.jsonl"
     broken = hostile_envs.hostile("raises", *range(2, 20), at=0)
-    monkeypatch.setattr(envs, "factory", lambda name: broken)
+    monkeypatch.setattr(envs, "factory", lambda *_: broken)
     command = ("evaluate", "--env", "hostile:", "--policy", "expert", "--episodes", 20)
     result = invoke(*command, "--batch-size", 2, "--output", path)
     assert "10 episodes in a row crashed" in str(result.exception)

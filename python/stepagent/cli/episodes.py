@@ -185,6 +185,7 @@ def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], st
         "by_difficulty": _groups("difficulty", episodes),
         "against": None,
         "output": None if rollout.output is None else str(rollout.output),
+        "written": sum(bool(e.actions) for e in episodes) if rollout.output is not None else 0,
     }
     if against is not None:
         report["against"] = {"path": str(against), **asdict(compare(episodes, others))}
@@ -225,7 +226,7 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"less {other['path']}, {other['pairs']} pairs of episodes")
         lines += _table(other["differences"], sign="+")
     if report["output"]:
-        lines.append(f"Wrote {report['episodes']} trajectories to {report['output']}")
+        lines.append(f"Wrote {report['written']} episodes to {report['output']}")
     return "\n".join(lines)
 
 

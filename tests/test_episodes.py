@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from hostile_envs import LEVEL, Labelled, hostile
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 
 import stepagent as sa
@@ -85,6 +88,43 @@ def test_no_field_is_left_out(tmp_path):
     assert default == ["environment", "seed"]
     (again,) = through_disk([episode], tmp_path / "one.jsonl")
     assert fields(again) == fields(episode)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@st.composite
+def any_episode(draw: st.DrawFn) -> Episode:
+    T = draw(st.integers(1, 4))
+
+    def each(values: st.SearchStrategy[Any], absent: bool = False) -> Any:
+        lists = st.lists(values, min_size=T, max_size=T)
+        return draw(st.just([]) | lists if absent else lists)
+
+    return Episode(
+        draw(texts),
+        draw(st.integers()),
+        **{name: draw(st.none() | texts) for name in ("policy", "split", "task", "difficulty")},
+        observations=each(texts),
+        actions=each(texts),
+        rewards=each(floats),
+        progress=each(floats),
+        valid=each(st.booleans()),
+        invalid=each(st.none() | texts),
+        expert_actions=each(st.none() | texts, absent=True),
+        step_rewards=each(st.none() | floats, absent=True),
+        last_observation=draw(st.none() | texts),
+        success=draw(st.booleans()),
+        crashed=draw(st.none() | st.just("hung")),
+        gave_up=draw(st.booleans()),
+    )
+
+
+@given(any_episode())
+def test_any_episode_comes_back_from_json_as_it_was(episode):
+    line = json.dumps(vars(episode.trajectory()))
+    assert Episode.of(sa.Trajectory(**json.loads(line))) == episode
 
 
 def test_keys_are_written_only_where_there_is_something_to_say():

@@ -125,7 +125,17 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     text = run("--help")
     commands = text.partition("Commands:")[2].split("\n")
     names = [line.split()[0] for line in commands if line.strip()]
-    assert names == ["demo", "collect", "train", "evaluate", "inspect", "bench", "warmup", "doctor"]
+    assert names == [
+        "demo",
+        "collect",
+        "train",
+        "evaluate",
+        "inspect",
+        "report",
+        "bench",
+        "warmup",
+        "doctor",
+    ]
     assert run("--version").strip().endswith(__version__)
 
 
@@ -195,7 +205,7 @@ def test_demo_reports_its_metrics_and_its_table(
         return {"output": str(output), "seed": settings.seed}
 
     monkeypatch.setattr("stepagent.demo.run_demo", run_demo)
-    monkeypatch.setattr("stepagent.report.closing_table", lambda metrics: f"table of {metrics}")
+    monkeypatch.setattr("stepagent.report.demo.closing_table", lambda found: f"table of {found}")
     demo = ("demo", "--seed", 5, "--output", tmp_path)
     metrics = {"output": str(tmp_path), "seed": 5}
     assert report(*demo) == metrics
@@ -363,8 +373,13 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
     assert trained["steps"] == 2
 
     model = ("--env", ENV, "--policy", output, "--episodes", 2, "--max-steps", 2)
-    evaluated = report("evaluate", *model, "--max-new-tokens", 2)
+    episodes = ("--max-new-tokens", 2, "--output", output / "episodes.jsonl")
+    evaluated = report("evaluate", *model, *episodes)
     assert evaluated["metrics"]["steps"]["mean"] == 2
+
+    page = tmp_path / "report.html"
+    assert report("report", output, "--output", page)["runs"] == {"agent": 2}
+    assert "Training, cycle by cycle" in page.read_text()
 
     path = tmp_path / "steps.jsonl"
     options = ("--data", folder / "expert.jsonl", "--output", path, "--samples", 2)
@@ -529,7 +544,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path: Path
 @pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [
-        ("matplotlib", ("demo",), "demo"),
+        ("minigrid", ("demo",), "demo"),
         ("peft", ("train", "--lora-rank", 2), "train"),
     ],
 )

@@ -382,7 +382,7 @@ def trainer(args):
     trajectories = [episode.trajectory() for episode in episodes[:6]]
 
     def make(**options: Any) -> StepAgentTrainer:
-        names = ("ref_model", "env", "expert", "discriminator")
+        names = ("ref_model", "env", "expert", "discriminator", "peft_config")
         mine = {name: options.pop(name) for name in names if name in options}
         config = args(critic_epochs=2, learning_rate=1e-2, **options)
         return StepAgentTrainer(tiny_agent(), config, trajectories, babyai_tokenizer(), **mine)
@@ -549,3 +549,23 @@ def test_an_expert_that_never_answers_leaves_one_side_alone(trainer):
     made = trainer(states="agent", env=LEVEL, expert=mute, rollouts=2, max_steps_per_episode=2)
     with pytest.raises(ValueError, match="cycle 0 has no step with an action of the expert"):
         made.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # PEFT, of transformers' names
+@pytest.mark.parametrize("kind", ["own", "adapter", "frozen"])
+def test_a_policy_with_an_adapter_shares_its_base_with_the_critic(args, trainer, kind):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = trainer(discriminator_body=kind, peft_config=lora)
+    policy = {id(p): p.detach().clone() for p in made.model.parameters()}
+    critic = made._inverse.critic
+    base = [p for p in critic.body.parameters() if id(p) in policy]
+    assert sum(p.numel() for p in base) >= 0.9 * sum(p.numel() for p in tiny_agent().parameters())
+    assert not any(p.requires_grad for p in base)
+    learnt = {"own": "lora_", "adapter": "lora_", "frozen": "discriminators"}[kind]
+    assert any(learnt in name for name in critic.trained())
+    made.train()
+    moved = [p for p in made.model.parameters() if not torch.equal(p, policy[id(p)])]
+    assert moved
+    assert all(p.requires_grad for p in moved)

@@ -84,6 +84,13 @@ def _make_textworld(task: str) -> TextEnv:
     return TextWorldTextEnv(task)
 
 
+def _make_agentgym(address: str) -> TextEnv:
+    from stepagent.envs.agentgym import AgentGymTextEnv
+
+    return AgentGymTextEnv(address)
+
+
+register("agentgym", _make_agentgym)
 register("babyai", _make_babyai)
 register("scienceworld", _make_scienceworld, splits=("train", "dev", "test"))
 register("textworld", _make_textworld)

@@ -1,7 +1,7 @@
-"""ScienceWorld (30 tasks of elementary science, 7,207 variations) with its gold paths as the expert.
+"""ScienceWorld, 30 tasks of elementary science, with its gold paths as the expert.
 
-The simulator is asked directly. The ``step`` of the package `scienceworld` lists every valid action
-after every move, which takes most of its time. All environments of a process share one Java process.
+The simulator is asked directly: the ``step`` of the package `scienceworld` lists every valid action
+after every move, which takes most of its time. All environments of a process share a Java process.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ScienceWorldTextEnv:
 
     The rewards of an episode sum to the final score of the simulator, which is 1 when the task is
     done, and −1 where it was failed (by a focus on the wrong object). ``info["progress"]`` is the
-    highest score so far. An ambiguous action is invalid, and the simulator asks which one was meant:
-    the next action is a number from its list, or is lost.
+    highest score so far. An ambiguous action is invalid, and the simulator asks which one was
+    meant: the next action is a number from its list, or is lost.
     """
 
     actions: tuple[str, ...] = ()  # they depend on the objects in sight
@@ -114,10 +114,15 @@ class ScienceWorldTextEnv:
         followed = _followed(path, self._taken)
         if followed is None:
             raise ExpertUnavailable(
-                f"the gold path of {self._task}, variation {self._variation}, does not lead on from "
-                f"here: the {len(self._taken)} actions taken have left it"
+                f"the gold path of {self._task}, variation {self._variation}, does not lead on "
+                f"from here: the {len(self._taken)} actions taken have left it"
             )
         return path[followed]
+
+    def admissible_actions(self) -> list[str]:
+        """Every action that would do something now; listing them takes longer than many steps."""
+        self._require_running("admissible_actions")
+        return sorted(self._simulator.engine.getValidActionObjectCombinations())
 
     def close(self) -> None:
         """Give the simulator back; the last one to be closed ends the Java process."""
@@ -187,9 +192,7 @@ class _Java:
                 return_proc=True,
             )
         except (OSError, ValueError) as error:  # it printed no port
-            raise RuntimeError(
-                f"{java} cannot run ScienceWorld ({error}); it needs Java"
-            ) from error
+            raise RuntimeError(f"{java} did not start ScienceWorld: {error}") from error
         self._parameters = GatewayParameters(
             port=port,
             auth_token=token,
@@ -197,7 +200,7 @@ class _Java:
             enable_memory_management=False,  # it would call Java from wherever Python frees memory
         )
         self.users = 0
-        self._planner = self.simulator().engine
+        self._planner = self.simulator()
         self._variations: dict[tuple[str, str], tuple[int, ...]] = {}
         self._gold_paths: dict[tuple[str, int], tuple[str, ...]] = {}
 
@@ -222,16 +225,16 @@ class _Java:
     def variations(self, task: str, split: str) -> tuple[int, ...]:
         """The numbers of a task's variations in this split."""
         if (task, split) not in self._variations:
-            self._planner.load(task, 0, "", False)
-            get = getattr(self._planner, f"getVariations{split.title()}")
+            self._planner.engine.load(task, 0, "", False)
+            get = getattr(self._planner.engine, f"getVariations{split.title()}")
             self._variations[task, split] = tuple(get())
         return self._variations[task, split]
 
     def gold_path(self, task: str, variation: int) -> tuple[str, ...]:
         """Actions that lead to the full score; finding them takes up to some seconds."""
         if (task, variation) not in self._gold_paths:
-            self._planner.load(task, variation, "", True)
-            self._gold_paths[task, variation] = tuple(self._planner.getGoldActionSequence())
+            self._planner.engine.load(task, variation, "", True)
+            self._gold_paths[task, variation] = tuple(self._planner.engine.getGoldActionSequence())
         return self._gold_paths[task, variation]
 
     def is_alive(self) -> bool:
@@ -240,6 +243,7 @@ class _Java:
 
     def end(self) -> None:
         """The process is gone, by itself or killed."""
+        self._planner.close()
         with suppress(OSError):
             self._process.stdin.close()  # which it takes for the end of its parent
         try:

@@ -57,6 +57,18 @@ def parse_size(task: str) -> dict[str, int]:
     return size
 
 
+def make_game(path: Path, size: dict[str, int], seed: int) -> str:
+    """Write the game of this size (as `parse_size` gives it) and seed; its file."""
+    options = GameOptions()
+    options.nb_rooms = size["rooms"]
+    options.nb_objects = size["objects"]
+    options.quest_length = size["quest"]
+    options.seeds = seed
+    options.path = str(path)
+    textworld.make(options)
+    return str(path)
+
+
 class TextWorldTextEnv:
     """TextWorld's games of one size as a `stepagent.envs.TextEnv`; seed s is the game of seed s.
 
@@ -79,7 +91,7 @@ class TextWorldTextEnv:
         """Start the game of this seed: its objective, and the first room."""
         if self._game is not None:
             self._game.close()
-        self._game = textworld.start(self._make(seed), request_infos=_INFOS)
+        self._game = textworld.start(self._file(seed), request_infos=_INFOS)
         self._state = self._game.reset()
         self._over, self._steps, self._score, self._progress = False, 0, 0.0, 0.0
         self._policy_length = len(self._state.policy_commands)
@@ -104,11 +116,16 @@ class TextWorldTextEnv:
         return observation, reward, terminated, truncated, self._info(valid=valid)
 
     def expert_action(self) -> str:
-        """The next command of a winning policy from here; `ExpertUnavailable` where none is left."""
+        """The next command of a winning policy; `ExpertUnavailable` where the game is lost."""
         self._require_running("expert_action")
         if not self._state.policy_commands:
             raise ExpertUnavailable(f"the game of {self.name} cannot be won from this state")
         return str(self._state.policy_commands[0])
+
+    def admissible_actions(self) -> list[str]:
+        """Every command that the game takes now."""
+        self._require_running("admissible_actions")
+        return list(self._state.admissible_commands)
 
     def close(self) -> None:
         """Close the game, and delete the files it was made of."""
@@ -118,18 +135,9 @@ class TextWorldTextEnv:
             self._game = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _make(self, seed: int) -> str:
-        """The file of a game, made where this environment has not made it before."""
+    def _file(self, seed: int) -> str:
         path = self._folder / f"{seed}.z8"
-        if not path.exists():
-            options = GameOptions()
-            options.nb_rooms = self._size["rooms"]
-            options.nb_objects = self._size["objects"]
-            options.quest_length = self._size["quest"]
-            options.seeds = seed
-            options.path = str(path)
-            textworld.make(options)
-        return str(path)
+        return str(path) if path.exists() else make_game(path, self._size, seed)
 
     def _info(self, *, valid: bool) -> dict[str, Any]:
         won = bool(self._state.won)

@@ -2,7 +2,7 @@
 
 Experts: every episode is acted by the environment's expert alone, through the interface of
 ``stepagent.envs``. ScienceWorld: the first test variation of each of the 30 tasks; BabyAI:
-``--seeds`` seeds of each level; TextWorld: ``--games`` easy and ``--hard-games`` hard ones. A miss is
+``--seeds`` seeds of each level; TextWorld: ``--games`` easy, ``--hard-games`` hard ones. A miss is
 an episode that did not succeed or in which the expert had no answer; each is replayed in the raw
 environment, without this package, by the same expert, and both outcomes are recorded.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from stepagent.envs.actions import parse_action
@@ -12,27 +11,25 @@ from stepagent.envs.base import ExpertUnavailable, TextEnv
 __all__ = ["ExpertUnavailable", "TextEnv", "factory", "make", "parse_action", "register"]
 
 
-@dataclass(frozen=True)
-class _Registered:
-    factory: Callable[..., TextEnv]
-    splits: tuple[str, ...]
-
-
-_registered: dict[str, _Registered] = {}
+_factories: dict[str, Callable[..., TextEnv]] = {}
+_splits: dict[str, tuple[str, ...]] = {}  # of those that have some
 
 
 def register(prefix: str, factory: Callable[..., TextEnv], *, splits: Sequence[str] = ()) -> None:
     """Let ``make("prefix:task")`` return ``factory("task")``; without a task it is ``""``.
 
-    :param splits: where its episodes are split: the names of the splits. The factory is then called
-        with one of them too, ``factory("task", "train")``; the first where none is asked for.
+    :param splits: the names of the parts that its episodes are split into, where they are. The
+        factory is then called with one of them too, ``factory("task", "train")``: with the first
+        where none is asked for.
     :raises ValueError: for a prefix that is empty, holds a ":" or is taken.
     """
     if not prefix or ":" in prefix:
         raise ValueError(f"prefix must be a non-empty text without ':', got {prefix!r}")
-    if prefix in _registered:
+    if prefix in _factories:
         raise ValueError(f"environment {prefix!r} is already registered")
-    _registered[prefix] = _Registered(factory, tuple(splits))
+    _factories[prefix] = factory
+    if splits:
+        _splits[prefix] = tuple(splits)
 
 
 def make(name: str, split: str | None = None) -> TextEnv:
@@ -49,18 +46,15 @@ def factory(name: str, split: str | None = None) -> Callable[[], TextEnv]:
     registration there. Raises ValueError for a prefix that is not registered, and for a split that
     it does not have."""
     prefix, _, task = name.partition(":")
-    if prefix not in _registered:
-        known = ", ".join(sorted(_registered))
-        raise ValueError(f"unknown environment {name!r}: the registered ones are {known}")
-    registered = _registered[prefix]
-    if not registered.splits:
-        if split is not None:
-            raise ValueError(f"environment {prefix!r} has no splits, so no split {split!r}")
-        return partial(registered.factory, task)
-    if split is not None and split not in registered.splits:
-        splits = ", ".join(registered.splits)
-        raise ValueError(f"environment {prefix!r} has no split {split!r}: it has {splits}")
-    return partial(registered.factory, task, split or registered.splits[0])
+    if prefix not in _factories:
+        registered = ", ".join(sorted(_factories))
+        raise ValueError(f"unknown environment {name!r}: the registered ones are {registered}")
+    splits = _splits.get(prefix, ())
+    if split is not None and split not in splits:
+        has = f"it has {', '.join(splits)}" if splits else "it has none"
+        raise ValueError(f"environment {prefix!r} has no split {split!r}: {has}")
+    chosen = [split or splits[0]] if splits else []
+    return partial(_factories[prefix], task, *chosen)
 
 
 # Each imports its environment when it is made: what it needs is in an optional extra.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def make_game(path: Path, size: dict[str, int], seed: int) -> str:
     return str(path)
 
 
+def start_game(path: str, infos: EnvInfos) -> Any:
+    """The game of this file, in TextWorld's own interpreter with a fixed seed."""
+    with warnings.catch_warnings():
+        # What jericho cannot tell of a game is not asked of it.
+        warnings.filterwarnings("ignore", "Game .* is not fully supported")
+        game = textworld.start(path, request_infos=infos)
+    game.seed(0)
+    return game
+
+
 class TextWorldTextEnv:
     """TextWorld's games of one size as a `stepagent.envs.TextEnv`; seed s is the game of seed s.
 
@@ -91,7 +102,7 @@ class TextWorldTextEnv:
         """Start the game of this seed: its objective, and the first room."""
         if self._game is not None:
             self._game.close()
-        self._game = textworld.start(self._file(seed), request_infos=_INFOS)
+        self._game = start_game(self._file(seed), _INFOS)
         self._state = self._game.reset()
         self._over, self._steps, self._score, self._progress = False, 0, 0.0, 0.0
         self._policy_length = len(self._state.policy_commands)

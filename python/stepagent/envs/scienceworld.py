@@ -182,17 +182,15 @@ class _Java:
 
     def __init__(self) -> None:
         java = find_java()
-        try:
-            port, token, self._process = launch_gateway(
-                javaopts=_JAVA_OPTIONS,
-                java_path=java,
-                die_on_exit=True,  # also where this process is killed
-                cwd=BASEPATH,
-                enable_auth=True,
-                return_proc=True,
-            )
-        except (OSError, ValueError) as error:  # it printed no port
-            raise RuntimeError(f"{java} did not start ScienceWorld: {error}") from error
+        _check_java(java)
+        port, token, self._process = launch_gateway(
+            javaopts=_JAVA_OPTIONS,
+            java_path=java,
+            die_on_exit=True,  # also where this process is killed
+            cwd=BASEPATH,
+            enable_auth=True,
+            return_proc=True,
+        )
         self._parameters = GatewayParameters(
             port=port,
             auth_token=token,
@@ -275,6 +273,14 @@ def _release(java: _Java, simulator: _Simulator) -> None:
         if java.users == 0:
             java.end()
             _shared = None if _shared is java else _shared
+
+
+def _check_java(java: str) -> None:
+    """Where it does not run, py4j says only that it printed no port."""
+    trial = subprocess.run([java, *_JAVA_OPTIONS, "-version"], capture_output=True, text=True)
+    if trial.returncode != 0:
+        reason = (trial.stderr or trial.stdout).strip()
+        raise RuntimeError(f"{java} cannot run ScienceWorld: {reason}")
 
 
 def find_java() -> str:

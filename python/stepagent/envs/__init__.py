@@ -84,7 +84,21 @@ def _make_agentgym(address: str) -> TextEnv:
     return AgentGymTextEnv(address)
 
 
+def _make_alfworld(task: str, split: str) -> TextEnv:
+    from stepagent.envs.alfworld import ALFWorldTextEnv
+
+    return ALFWorldTextEnv(task, split)
+
+
+def _make_webshop(task: str, split: str) -> TextEnv:
+    from stepagent.envs.webshop import WebShopTextEnv
+
+    return WebShopTextEnv(task, split)
+
+
 register("agentgym", _make_agentgym)
+register("alfworld", _make_alfworld, splits=("train", "valid_seen", "valid_unseen"))
 register("babyai", _make_babyai)
 register("scienceworld", _make_scienceworld, splits=("train", "dev", "test"))
 register("textworld", _make_textworld)
+register("webshop", _make_webshop, splits=("train", "dev", "test"))

@@ -11,8 +11,8 @@ Random: uniform over the environment's actions (BabyAI), or over those it lists 
 ScienceWorld, where listing is slow, for ``--random-steps`` steps.
 
 Speed: the gold actions of some tasks, taken by our ``step`` and by that of the package
-``scienceworld``, whose ``info`` lists the valid actions, in turn; the second of two passes, for
-Java compiles in the first.
+``scienceworld``, whose ``info`` lists the valid actions, in turn. Java compiles as it goes, so the
+same actions are taken in several passes: the first is reported, and the last, which counts.
 
 A run that was stopped goes on where it was: each part is kept in ``*.partial.json`` beside the
 result. ``--quick`` is a run of a minute that shows only that all parts work.
@@ -41,6 +41,7 @@ from stepagent import envs
 from stepagent.envs import ExpertUnavailable, TextEnv
 
 LEVELS = ("GoTo", "Pickup", "Open", "PutNextLocal", "PutNextS7N4", "Synth", "BossLevel")
+PASSES = 6
 TIMED_TASKS = ("boil", "find-animal", "power-component", "inclined-plane-determine-angle")
 
 Act = Callable[[TextEnv], str]
@@ -210,10 +211,11 @@ def speed_part(actions: int) -> dict[str, Any]:
 
 
 def speed(task: str, actions: int) -> dict[str, Any]:
-    """Median seconds of a step, of ours and of the package's; both are checked to see the same."""
+    """Milliseconds of a step, ours and the package's; both are checked to score the same."""
     with closing(envs.make(f"scienceworld:{task}", "test")) as env, closing(raw_simulator()) as raw:
-        for _ in range(2):
-            ours, theirs = timed_pass(env, raw, task, actions)
+        passes = [timed_pass(env, raw, task, actions) for _ in range(PASSES)]
+    first, last = ratio_of(*passes[0]), ratio_of(*passes[-1])
+    ours, theirs = passes[-1]
     ours_s, theirs_s = statistics.median(ours), statistics.median(theirs)
     return {
         "steps": len(ours),
@@ -221,8 +223,14 @@ def speed(task: str, actions: int) -> dict[str, Any]:
         "listing_ms": 1e3 * theirs_s,
         "ours_steps_per_second": len(ours) / sum(ours),
         "listing_steps_per_second": len(theirs) / sum(theirs),
-        "ratio": sum(theirs) / sum(ours),
+        "first_ratio": first,
+        "ratio": last,
     }
+
+
+def ratio_of(ours: list[float], theirs: list[float]) -> float:
+    """Of steps per second."""
+    return sum(theirs) / sum(ours)
 
 
 def timed_pass(env: TextEnv, raw: Any, task: str, actions: int) -> tuple[list[float], list[float]]:
@@ -316,13 +324,21 @@ def text_of(found: dict[str, Any]) -> str:
     timed = found["speed scienceworld"]["tasks"]
     blocks.append(
         common.table(
-            ["ScienceWorld task", "steps", "ours, ms", "listing, ms", "steps/s (target ≥ 10×)"],
+            [
+                "ScienceWorld task",
+                "steps",
+                "ours, ms",
+                "listing, ms",
+                "first",
+                "last (target ≥ 10×)",
+            ],
             [
                 [
                     task,
                     one["steps"],
                     f"{one['ours_ms']:.1f}",
                     f"{one['listing_ms']:.1f}",
+                    f"{one['first_ratio']:.1f}×",
                     f"{one['ratio']:.1f}×",
                 ]
                 for task, one in timed.items()
@@ -344,7 +360,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=100, help="of each BabyAI level")
     parser.add_argument("--games", type=int, default=100, help="of TextWorld, easy")
     parser.add_argument("--hard-games", type=int, default=20, help="and hard")
-    parser.add_argument("--timed-actions", type=int, default=60, help="of each timed task")
+    parser.add_argument("--timed-actions", type=int, default=40, help="of each timed task")
     parser.add_argument("--random-steps", type=int, default=30, help="of ScienceWorld's floor")
     parser.add_argument("--quick", action="store_true", help="a few episodes of each")
     options = parser.parse_args()

@@ -59,6 +59,7 @@ bench: $(VENV)/.built
 	$(BIN)/stepagent bench --suite cpu --op linear_logprobs
 	$(BIN)/python benchmarks/environments.py
 	$(BIN)/python benchmarks/alignment.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/wheel.py
 

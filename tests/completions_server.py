@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks vLLM's completions protocol, with recorded answers."""
+"""A real HTTP server that speaks vLLM's completions protocol, with recorded answers, and chats."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class CompletionsServer(ThreadingHTTPServer):
     """Answers a state's token ids with the branches recorded there.
 
     ``faults`` befall the first requests for completions, one each; ``change`` rewrites answers.
+    ``chat`` gives the text that follows messages.
     """
 
     daemon_threads = True
@@ -38,6 +39,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.models = ["tiny"]
         self.faults: list[Fault] = []
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
+        self.chat: Callable[[list[dict[str, str]]], str | None] = lambda messages: None
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.under_way = self.most_under_way = 0
@@ -74,6 +76,11 @@ class CompletionsServer(ThreadingHTTPServer):
         ]
         return {"object": "text_completion", "model": request["model"], "choices": choices}
 
+    def answer_chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self.chat(request["messages"])}
+        choice = {"index": 0, "message": message, "finish_reason": "length"}
+        return {"object": "chat.completion", "model": request["model"], "choices": [choice]}
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -98,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 fault(self)
             elif self.path == "/v1/completions":
                 self.reply(server.change(server.answer(request)))
+            elif self.path == "/v1/chat/completions":
+                self.reply(server.change(server.answer_chat(request)))
             else:
                 self.send(404, b"no such path")
         finally:

@@ -130,3 +130,33 @@ def hostile(deed: str, *seeds: int, at: int = 2) -> Any:
 
 def plain() -> Any:
     return envs.make(LEVEL)
+
+
+class Labelled(BabyAITextEnv):
+    """Says which task an episode is, how difficult, and what is wrong with an action."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        observation, info = super().reset(seed)
+        labels = {"task": f"task {seed}", "difficulty": "hard" if seed > 3 else "easy"}
+        return observation, info | labels
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        *answer, info = super().step(action)
+        kind = {} if info["valid"] else {"invalid": "unknown action"}
+        return *answer, info | kind  # type: ignore[return-value]
+
+
+class Mortal(BabyAITextEnv):
+    """Dies with its process at any step, by chance, for which no seed speaks."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        answer = super().step(action)
+        if os.urandom(1)[0] < 256 // 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer

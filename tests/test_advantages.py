@@ -1,5 +1,6 @@
-"""Step GAE against `stepagent.reference`: values, invariants, failures."""
+"""Advantages against `stepagent.reference`: values, invariants, failures."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepagent import reference
-from stepagent.advantages import step_gae
+import stepagent as sa
+from stepagent import advantages, reference
+from stepagent.advantages import (
+    gigpo,
+    group_relative,
+    leave_one_out,
+    mt_grpo,
+    prime,
+    step_gae,
+)
 from stepagent.operators.advantages import step_gae_op
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -189,3 +198,152 @@ def test_opcheck_and_fullgraph(bootstrap: bool) -> None:
 def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         step_gae(**{**episodes(), **change})
+
+
+# ------------------------------------------------------------------ baselines and other methods
+
+groups_and_seed = given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 999), st.booleans()
+)
+
+
+def random_rewards(count: int, seed: int, whole: bool) -> Tensor:
+    """With whole numbers, rewards of a group are often equal."""
+    g = torch.Generator().manual_seed(seed)
+    if whole:
+        return torch.randint(0, 2, (count,), generator=g).double()
+    return torch.randn(count, generator=g, dtype=torch.float64)
+
+
+@settings(max_examples=60)
+@groups_and_seed
+def test_group_relative_equals_the_reference(groups: list[int], seed: int, whole: bool) -> None:
+    rewards_S, groups_S = random_rewards(len(groups), seed, whole), torch.tensor(groups)
+    for scale in (True, False):
+        actual_S = group_relative(rewards_S, groups_S, scale=scale)
+        expected_S = reference.group_relative(rewards_S, groups_S, scale=scale)
+        torch.testing.assert_close(actual_S, expected_S, **EXACT)
+        for group in set(groups):
+            assert float(actual_S[groups_S == group].sum()) == pytest.approx(0, abs=1e-9)
+
+
+@settings(max_examples=60)
+@groups_and_seed
+def test_leave_one_out_equals_the_reference(groups: list[int], seed: int, whole: bool) -> None:
+    groups = [*groups, *groups]  # none is alone
+    rewards_S, groups_S = random_rewards(len(groups), seed, whole), torch.tensor(groups)
+    actual_S = leave_one_out(rewards_S, groups_S)
+    torch.testing.assert_close(actual_S, reference.leave_one_out(rewards_S, groups_S), **EXACT)
+    for group in set(groups):
+        of_group = groups_S == group
+        n = int(of_group.sum())
+        centred = rewards_S[of_group] - rewards_S[of_group].mean()
+        torch.testing.assert_close(actual_S[of_group], n / (n - 1) * centred, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_rewards_have_no_advantage_whatever_rounding_does(dtype: torch.dtype) -> None:
+    """0.1 has no exact mean in binary; divided by its own rounding it would be of size 1."""
+    rewards_S, groups_S = torch.full((7,), 0.1, dtype=dtype), torch.zeros(7, dtype=torch.long)
+    assert group_relative(rewards_S, groups_S).tolist() == [0.0] * 7
+    assert leave_one_out(rewards_S, groups_S).tolist() == [0.0] * 7
+
+
+def test_a_group_of_one_is_zero_for_group_relative_and_an_error_for_leave_one_out() -> None:
+    rewards_S, groups_S = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([4, 4, -9])
+    assert float(group_relative(rewards_S, groups_S)[2]) == 0.0
+    with pytest.raises(ValueError, match="step 2 is the only one of its group"):
+        leave_one_out(rewards_S, groups_S)
+
+
+@pytest.mark.parametrize("function", [leave_one_out, group_relative])
+def test_baselines_refuse_nan_and_other_shapes(function: Any) -> None:
+    with pytest.raises(ValueError, match=r"rewards_S\[1\] = nan, but it must be finite"):
+        function(torch.tensor([1.0, math.nan]), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="groups_S has 3 entries but must have 2"):
+        function(torch.zeros(2), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(TypeError, match="groups_S must be an int32 or int64"):
+        function(torch.zeros(2), torch.zeros(2))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, Any]:
+    """Trajectories of one to four steps, of tasks that have two trajectories or more."""
+    tasks = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3))
+    tasks = [*tasks, *tasks]
+    lengths = draw(st.lists(st.integers(1, 4), min_size=len(tasks), max_size=len(tasks)))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    S = sum(lengths)
+    return {
+        "rewards_S": torch.randn(S, generator=g, dtype=torch.float64),
+        "outcomes_B": torch.randint(0, 2, (len(tasks),), generator=g).double(),
+        "turns_B": torch.randn(len(tasks), generator=g, dtype=torch.float64),
+        "offsets": torch.tensor([0, *lengths]).cumsum(0),
+        "tasks_B": torch.tensor(tasks),
+        "states_S": torch.randint(0, 3, (S,), generator=g),
+        "tools_B": torch.tensor([int(torch.randint(0, n, (), generator=g)) for n in lengths]),
+    }
+
+
+@settings(max_examples=40)
+@given(batches(), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+def test_other_methods_advantages_equal_the_reference(
+    batch: dict[str, Any], weight: float, scale: bool
+) -> None:
+    rewards_S, offsets, tasks_B = batch["rewards_S"], batch["offsets"], batch["tasks_B"]
+    outcomes_B = batch["outcomes_B"]
+    states_S, turns_B, tools_B = batch["states_S"], batch["turns_B"], batch["tools_B"]
+    cases: list[tuple[str, tuple[Tensor, ...], dict[str, Any]]] = [
+        ("gigpo", (rewards_S, offsets, tasks_B, states_S), {"omega": weight, "scale": scale}),
+        ("istar", (outcomes_B, rewards_S, offsets, tasks_B), {"omega": weight}),
+        ("prime", (outcomes_B, rewards_S, offsets, tasks_B), {"gamma": weight}),
+        ("mt_grpo", (turns_B, outcomes_B, offsets, tasks_B, tools_B), {"lam": weight}),
+    ]
+    for name, arguments, options in cases:
+        actual_S = getattr(advantages, name)(*arguments, **options)
+        expected_S = getattr(reference, name)(*arguments, **options)
+        torch.testing.assert_close(actual_S, expected_S, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@settings(max_examples=30)
+@given(batches())
+def test_gigpo_without_steps_is_grpo_and_each_anchor_group_sums_to_zero(
+    batch: dict[str, Any],
+) -> None:
+    rewards_S, offsets, tasks_B = batch["rewards_S"], batch["offsets"], batch["tasks_B"]
+    of = (rewards_S, offsets, tasks_B, batch["states_S"])
+    episode_S = gigpo(*of, omega=0.0, scale=True)
+    grpo_B = group_relative(sa.step_sums(rewards_S, offsets), tasks_B)
+    torch.testing.assert_close(episode_S, grpo_B.repeat_interleave(offsets.diff()), **EXACT)
+    steps_S = gigpo(*of, omega=1.0, scale=True) - episode_S
+    for state in range(3):
+        at = batch["states_S"] == state
+        assert float(steps_S[at].sum()) == pytest.approx(0, abs=1e-8)
+        if int(at.sum()) == 1:
+            assert float(steps_S[at]) == pytest.approx(0, abs=1e-12)
+
+
+def test_mt_grpo_pays_the_tool_until_it_was_called() -> None:
+    one = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])
+    advantages_S = mt_grpo(
+        *one, torch.tensor([0, 3, 5]), torch.tensor([7, 7]), torch.tensor([1, 0])
+    )
+    half = 0.5**0.5
+    torch.testing.assert_close(advantages_S, torch.tensor([half, half, 0.0, -half, 0.0]))
+    with pytest.raises(ValueError, match=r"tool_steps_B\[1\] is 2: that trajectory has 2 steps"):
+        mt_grpo(*one, torch.tensor([0, 3, 5]), torch.tensor([7, 7]), torch.tensor([1, 2]))
+
+
+def test_prime_refuses_a_trajectory_without_tokens() -> None:
+    with pytest.raises(ValueError, match="trajectory 1 has no tokens"):
+        prime(torch.zeros(2), torch.zeros(3), torch.tensor([0, 3, 3]), torch.tensor([0, 0]))
+
+
+def test_nan_stays_in_its_own_trajectory() -> None:
+    """What step_gae makes of NaN: it reaches the steps before it, and no other trajectory."""
+    rewards_S = torch.tensor([1.0, math.nan, 1.0, 2.0, 3.0])
+    advantages_S, _ = step_gae(
+        rewards_S, torch.zeros(5), torch.tensor([0, 3, 5]), gamma=1.0, lam=1.0
+    )
+    assert advantages_S.isnan().tolist() == [True, True, False, False, False]
+    assert advantages_S[2:].tolist() == [1.0, 5.0, 3.0]

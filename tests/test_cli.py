@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hostile_envs import Hostile
+from hostile_envs import Labelled, hostile
 
 from stepagent import __version__, envs, load_trajectories
 from stepagent.cli import main
@@ -125,7 +125,17 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     text = run("--help")
     commands = text.partition("Commands:")[2].split("\n")
     names = [line.split()[0] for line in commands if line.strip()]
-    assert names == ["demo", "collect", "train", "evaluate", "inspect", "bench", "warmup", "doctor"]
+    assert names == [
+        "demo",
+        "collect",
+        "train",
+        "evaluate",
+        "inspect",
+        "report",
+        "bench",
+        "warmup",
+        "doctor",
+    ]
     assert run("--version").strip().endswith(__version__)
 
 
@@ -195,7 +205,7 @@ def test_demo_reports_its_metrics_and_its_table(
         return {"output": str(output), "seed": settings.seed}
 
     monkeypatch.setattr("stepagent.demo.run_demo", run_demo)
-    monkeypatch.setattr("stepagent.report.closing_table", lambda metrics: f"table of {metrics}")
+    monkeypatch.setattr("stepagent.report.demo.closing_table", lambda found: f"table of {found}")
     demo = ("demo", "--seed", 5, "--output", tmp_path)
     metrics = {"output": str(tmp_path), "seed": 5}
     assert report(*demo) == metrics
@@ -260,21 +270,91 @@ def test_evaluate_tells_the_expert_from_chance(tmp_path: Path) -> None:
     common = ("evaluate", "--env", ENV, "--episodes", 6)
     expert = report(*common, "--policy", "expert", "--output", path)
     chance = report(*common, "--policy", "random", "--max-steps", 6)
-    assert expert["success_rate"] == expert["mean_progress"] == expert["grounding_accuracy"] == 1
-    assert expert["success_rate_interval"] == [1, 1]
-    assert (expert["episodes"], expert["environment"]) == (6, ENV)
-    low, high = chance["success_rate_interval"]
-    assert low <= chance["success_rate"] <= high
-    assert chance["success_rate"] < 1
-    assert chance["mean_steps"] <= 6
+    certain = {"mean": 1, "low": 1, "high": 1}
+    for name in ("success", "progress_rate", "grounding_accuracy"):
+        assert expert["metrics"][name] == certain
+    assert (expert["episodes"], expert["environment"], expert["success_rate"]) == (6, ENV, 1)
+    found = chance["metrics"]["success"]
+    assert found["low"] <= found["mean"] <= found["high"]
+    assert found["mean"] == chance["success_rate"] < 1
+    assert chance["metrics"]["steps"]["mean"] <= 6
+    assert len(chance["progress_curve"]) <= 7
     assert len(load_trajectories(path)) == 6
     assert chance == report(*common, "--policy", "random", "--max-steps", 6)
 
 
 def test_evaluate_prints_its_figures_for_a_person(tmp_path: Path) -> None:
     text = run("evaluate", "--env", ENV, "--episodes", 2, "--policy", "expert")
-    assert "success rate        100.0%  (95 %: 100.0% to 100.0%)" in text
-    assert "2 episodes, seeds 0 to 1" in text
+    assert "success             100.0%  (95 %: 100.0% to 100.0%)" in text
+    assert "2 episodes, seeds 0-1\n" in text
+
+
+def test_seeds_say_which_episodes_are_run(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    common = ("evaluate", "--env", ENV, "--policy", "random", "--max-steps", 2)
+    found = report(*common, "--seeds", "7-9,3", "--output", path)
+    assert (found["episodes"], found["seeds"]) == (4, "7-9,3")
+    assert [trajectory.meta["seed"] for trajectory in load_trajectories(path)] == [7, 8, 9, 3]
+    alike = report(*common, "--seed-start", 7, "--episodes", 3)
+    assert (alike["episodes"], alike["seeds"]) == (3, "7-9")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "1-"), "'1-' is no list such as 0-99,200"),
+        (("--seeds", "a"), "'a' is no list such as 0-99,200"),
+        (("--seeds", "-3"), "'-3' is no list such as 0-99,200"),
+        (("--seeds", "5-3"), "'5-3' must name at least one seed, and each once"),
+        (("--seeds", "1,0-2"), "'1,0-2' must name at least one seed, and each once"),
+        (("--seeds", "1", "--episodes", 3), "--seeds says which episodes; --episodes and"),
+        (("--seeds", "1", "--seed-start", 0), "--seeds says which episodes; --episodes and"),
+    ],
+)
+def test_wrong_seeds_are_named(options: tuple[object, ...], message: str) -> None:
+    result = invoke("evaluate", "--env", ENV, "--policy", "random", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_the_expert_is_asked_where_chance_acts_and_workers_change_nothing() -> None:
+    common = ("evaluate", "--env", ENV, "--policy", "random", "--episodes", 4, "--max-steps", 5)
+    found = report(*common, "--query-expert")
+    assert 0 < found["metrics"]["agreement"]["mean"] < 1
+    assert found == report(*common, "--query-expert", "--workers", 2)
+    assert "agreement" not in report(*common)["metrics"]
+
+
+def test_two_policies_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    path = tmp_path / "chance.jsonl"
+    common = ("evaluate", "--env", ENV, "--max-steps", 6)
+    chance = report(*common, "--policy", "random", "--episodes", 6, "--output", path)
+    expert = ("--policy", "expert", "--episodes", 6, "--against", path)
+    found = report(*common, *expert)
+    assert found["against"]["path"] == str(path)
+    assert (found["against"]["pairs"], found["against"]["crashed"]) == (6, 0)
+    for name, difference in found["against"]["differences"].items():
+        both = found["metrics"][name]["mean"], chance["metrics"][name]["mean"]
+        assert difference["mean"] == pytest.approx(both[0] - both[1])
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert f"less {path}, 6 pairs of episodes\nsuccess             +" in run(*common, *expert)
+    few = ("--policy", "expert", "--seeds", "4-7", "--against", path)
+    assert f"against lacks what episodes has: {ENV} seed 6, {ENV} seed 7" in error(*common, *few)
+
+
+def test_what_an_environment_says_of_its_episodes_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(envs, "factory", lambda *_: Labelled)
+    common = ("evaluate", "--env", "labelled:", "--policy", "expert", "--seeds", "3-5")
+    found = report(*common)
+    assert list(found["by_task"]) == ["task 3", "task 4", "task 5"]
+    assert {name: group["episodes"] for name, group in found["by_difficulty"].items()} == {
+        "easy": 1,
+        "hard": 2,
+    }
+    assert found["by_difficulty"]["hard"]["metrics"]["success"]["mean"] == 1
+    assert "difficulty hard: success 100.0%, progress rate 100.0% over 2 episodes" in run(*common)
 
 
 # ------------------------------------------------------------------ train, inspect
@@ -293,8 +373,13 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
     assert trained["steps"] == 2
 
     model = ("--env", ENV, "--policy", output, "--episodes", 2, "--max-steps", 2)
-    evaluated = report("evaluate", *model, "--max-new-tokens", 2)
-    assert evaluated["mean_steps"] == 2
+    episodes = ("--max-new-tokens", 2, "--output", output / "episodes.jsonl")
+    evaluated = report("evaluate", *model, *episodes)
+    assert evaluated["metrics"]["steps"]["mean"] == 2
+
+    page = tmp_path / "report.html"
+    assert report("report", output, "--output", page)["runs"] == {"agent": 2}
+    assert "Training, cycle by cycle" in page.read_text()
 
     path = tmp_path / "steps.jsonl"
     options = ("--data", folder / "expert.jsonl", "--output", path, "--samples", 2)
@@ -459,7 +544,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path: Path
 @pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [
-        ("matplotlib", ("demo",), "demo"),
+        ("minigrid", ("demo",), "demo"),
         ("peft", ("train", "--lora-rank", 2), "train"),
     ],
 )
@@ -490,9 +575,8 @@ def test_an_environment_without_its_package_names_the_extra() -> None:
     assert "pip install 'stepagent[demo]'" in finished.stderr
 
 
-def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "many.jsonl"
-    options = ("collect", "--env", ENV, "--episodes", "100000", "--output", str(path))
+def test_ctrl_c_ends_with_130_and_writes_nothing() -> None:
+    options = ("evaluate", "--env", ENV, "--policy", "expert", "--episodes", "100000")
     command = [sys.executable, "-m", "stepagent", *options]
     process = subprocess.Popen(
         command,
@@ -508,7 +592,6 @@ def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert stdout == b""
     assert stderr.endswith(b"Interrupted: nothing was written\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*crashed:RuntimeWarning")
@@ -516,7 +599,7 @@ def test_ctrl_c_ends_with_130_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_crashed_episode_is_neither_success_nor_failure(
     bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(envs._factories, "hostile", lambda _: Hostile("raises", bad, 0))
+    monkeypatch.setattr(envs, "factory", lambda *_: hostile("raises", *bad, at=0))
     options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3, "--seed-start", 5)
     if len(bad) == 3:
         assert "all 3 episodes crashed, the first: " in error("evaluate", *options)
@@ -525,6 +608,23 @@ def test_a_crashed_episode_is_neither_success_nor_failure(
     assert (found["episodes"], found["crashed"], found["success_rate"]) == (2, 1, 1.0)
     assert len(load_trajectories(tmp_path / "episodes.jsonl")) == 2
     text = run("evaluate", *options)
-    assert "2 episodes, seeds 5 to 7; 1 more crashed" in text
+    assert "2 episodes, seeds 5-7; 1 more crashed" in text
     collected = report("collect", *options, "--output", tmp_path / "expert.jsonl")
     assert (collected["episodes"], collected["kept"]) == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*crashed:RuntimeWarning")
+def test_what_a_crashed_episode_did_before_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(envs, "factory", lambda *_: hostile("raises", 7))
+    path = tmp_path / "episodes.jsonl"
+    options = ("evaluate", "--env", "hostile:x", "--policy", "expert", "--seeds", "5-7")
+    found = report(*options, "--output", path)
+    assert (found["episodes"], found["crashed"], found["written"]) == (2, 1, 3)
+    assert [t.meta.get("crashed") for t in load_trajectories(path)] == [
+        None,
+        None,
+        "step raised KeyError: 'lost my map'",
+    ]
+    assert f"Wrote 3 episodes to {path}" in run(*options, "--output", path)

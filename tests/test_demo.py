@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("minigrid")
-pytest.importorskip("matplotlib")
 
 from stepagent import demo
-from stepagent.report import closing_table
+from stepagent.report.demo import closing_table
 
 TINY = demo.Settings(
     demonstrations=6,

@@ -1,88 +1,28 @@
-"""The report: its numbers, its escaping, and that it is one whole page that loads nothing."""
+"""The report: what it reads, what it says of it, and that it is one page that loads nothing."""
 
 from __future__ import annotations
 
-import copy
+import base64
+import gzip
+import json
 import math
 import re
-import sys
-from collections import defaultdict
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from report_cases import EXPERT, HOSTILE, episode, write_run, write_runs
 
-from stepagent.report import ExampleStep, ExampleTrajectory, write_report
-
-pytest.importorskip("matplotlib")
-
-METRICS: dict[str, Any] = {
-    "environment": "babyai:GoToLocalS6N2",
-    "seed": 3,
-    "sft": {"success_rate": 0.755, "interval": [0.69, 0.81]},
-    "sft_continued": {"success_rate": 0.7475, "interval": [0.683, 0.803], "epochs": 12},
-    "stepagent": {
-        "success_rate": 0.88,
-        "interval": [0.828, 0.918],
-        "states": "agent",
-        "cycles": [
-            {
-                "cycle": cycle,
-                "loss": 0.69 - 0.05 * cycle,
-                "agreement": 0.8 + 0.02 * cycle,
-                "success_rate": rate,
-                "reward_margin": 0.4 + 0.3 * cycle,
-                "reward_accuracy": 0.9,
-                "kl": 0.01,
-            }
-            for cycle, rate in enumerate((0.79, 0.83, 0.82, 0.86, 0.88), start=1)
-        ],
-    },
-    "stepagent_expert_states": {
-        "success_rate": 0.765,
-        "states": "expert",
-        "cycles": [
-            {"cycle": cycle, "loss": 0.6, "agreement": 0.9, "success_rate": 0.75 + 0.003 * cycle}
-            for cycle in range(1, 6)
-        ],
-    },
-    "dagger": {
-        "success_rate": 0.83,
-        "interval": [0.772, 0.876],
-        "cycles": [
-            {"cycle": cycle, "success_rate": 0.755 + 0.015 * cycle} for cycle in range(1, 6)
-        ],
-    },
-    "differences": {
-        "sft": {"mean": 0.125, "low": 0.071, "high": 0.179},
-        "dagger": {"mean": 0.05, "low": -0.004, "high": 0.104},
-    },
-    "expert_agreement": {"sft": 0.912, "stepagent": 0.941},
-    "random": {"success_rate": 0.045},
-    "tokens": {"unique": 1_234_567, "naive": 14_814_804},
-    "episodes": 200,
-    "validation_seeds": [10_000, 10_099],
-    "evaluation_seeds": [20_000, 20_199],
-    "seconds": 372.4,
-    "hyperparameters": {"beta": 1.0, "sft": {"learning_rate": 1e-3}, "optim": "adamw"},
-}
-OPTIONAL = (
-    *("stepagent_expert_states", "dagger", "differences", "expert_agreement", "random"),
-    "hyperparameters",
-)
-EXAMPLE = ExampleTrajectory(
-    title="babyai:GoToLocalS6N2, seed 20004: go to the red ball",
-    steps=(
-        ExampleStep(
-            "mission : go to the red ball . red ball ahead 2 left 1 , walls ahead 3 left 2 right 1",
-            "forward", "forward", "forward", 0.12, 0.12,
-        ),
-        ExampleStep("red ball ahead 1 left 1", "forward", "left", "forward", 1.84, -2.31),
-        ExampleStep("red ball left 1 , walls ahead 1", "left", "right", "left", 0.95, -0.4),
-        ExampleStep("red ball ahead 1", "left", "left", "forward", -0.37, -0.37),
-    ),
-)  # fmt: skip
+from stepagent import Trajectory, save_trajectories
+from stepagent.cli import main
+from stepagent.report import Run, load_run, load_runs, write_report
+from stepagent.report.board import board
+from stepagent.report.charts import Line, line_chart, ticks
+from stepagent.report.parting import partings
+from stepagent.report.payload import payload
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -95,7 +35,6 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.text: list[str] = []
-        self.svg_text: list[str] = []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -112,174 +51,363 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        (self.svg_text if "svg" in self.open else self.text).append(" ".join(data.split()))
+        if not {"style", "script"} & set(self.open):
+            self.text.append(" ".join(data.split()))
 
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, name, value in self.attributes if name == attribute]
-
-
-def report(
-    tmp_path: Path, metrics: dict[str, Any] = METRICS, example: ExampleTrajectory = EXAMPLE
-) -> str:
-    path = tmp_path / "report.html"
-    write_report(path, metrics, example)
-    return path.read_text(encoding="utf-8")
+    @property
+    def words(self) -> str:
+        return " ".join(filter(None, self.text))
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return report(tmp_path_factory.mktemp("report"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    return load_runs(write_runs(tmp_path_factory.mktemp("runs")))
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time of a report."""
-    monkeypatch.setattr("stepagent.report._pictures", lambda *_: defaultdict(str))
+@pytest.fixture(scope="module")
+def html(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, runs)
+    return path.read_text(encoding="utf-8")
+
+
+def loaded(folder: Path, episodes: list[Trajectory], log: Any = None) -> Run:
+    return load_run(write_run(folder, episodes, log))
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def test_a_run_is_a_folder_or_a_file(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine", [episode(1)], [{"cycle": 0, "kl": 0.5}, {"loss": 1.0}])
+    save_trajectories(tmp_path / "bot.jsonl", [episode(1, policy="expert")])
+    mine, inside, bot = load_runs([folder, folder / "episodes.jsonl", tmp_path / "bot.jsonl"])
+    assert (mine.name, mine.expert, mine.cycles) == (str(folder), False, [{"cycle": 0, "kl": 0.5}])
+    assert (inside.name, inside.cycles) == (str(folder / "episodes.jsonl"), [])
+    assert (bot.name, bot.expert) == ("bot", True)
+    assert mine.episodes[0].actions == EXPERT
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [("{", "is not JSON"), ("{}", "must hold a list"), ('[{"cycle": "one"}]', "a cycle is 'one'")],
+)
+def test_a_log_that_is_none_is_named(tmp_path: Path, log: str, reason: str) -> None:
+    folder = write_run(tmp_path / "run", [episode(1)])
+    (folder / "log.json").write_text(log)
+    with pytest.raises(ValueError, match=re.escape(f"{folder / 'log.json'}") + f".*{reason}"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("task", 5, "task is 5; it must be str or null"),
+        ("seed", True, "seed is True; it must be int"),
+        ("success", 1, "success is 1; it must be bool"),
+        ("rewards", [0.5, "1", 0, 0], r"rewards\[1\] is '1'; it must be float or int"),
+        ("valid", [True, True, None, True], r"valid\[2\] is None; it must be bool"),
+        (
+            "step_rewards",
+            [None, {}, 0, 0],
+            r"step_rewards\[1\] is {}; it must be float or int or null",
+        ),
+        ("invalid", [None, ["<b>"], None, None], r"invalid\[1\] is"),
+        ("progress", [0.5], "has 4 steps, but its meta has 'progress'"),
+    ],
+)
+def test_a_value_of_another_type_is_named(
+    tmp_path: Path, key: str, value: Any, reason: str
+) -> None:
+    wrong = episode(2)
+    wrong.meta[key] = value
+    folder = write_run(tmp_path / "run", [episode(1), wrong])
+    with pytest.raises(ValueError, match=f"{reason}"):
+        load_run(folder)
+
+
+def test_a_folder_without_episodes_and_a_run_given_twice_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no episodes\.jsonl"):
+        load_run(tmp_path)
+    folder = write_run(tmp_path / "run", [episode(1)])
+    with pytest.raises(ValueError, match="is given 2 times"):
+        load_runs([folder, folder])
+
+
+# ---------------------------------------------------------------------------- parting and payload
+
+
+def test_where_the_two_part_is_told_by_the_experts_own_episode(runs: list[Run]) -> None:
+    random, agent, expert = runs
+    assert [found and found.step for found in partings(random, runs)] == [0] * 6 + [0]
+    for found in partings(agent, runs):
+        assert found is not None
+        assert (found.step, found.course) == (2, EXPERT)
+        assert found.pairs == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert partings(expert, runs) == [None] * 6
+
+
+def test_before_they_part_steps_are_paired_side_by_side(tmp_path: Path) -> None:
+    """An alignment of the whole would pair the expert's first with the agent's third."""
+    bot = loaded(tmp_path / "bot", [episode(1, policy="expert", actions=["right", "right"])])
+    actions = ["right", "forward", "right", "right"]
+    agent = loaded(tmp_path / "agent", [episode(1, actions=actions)])
+    (found,) = partings(agent, [agent, bot])
+    assert found is not None
+    assert found.step == 1
+    assert found.pairs[0] == (0, 0)
+
+
+def test_without_the_experts_episode_the_recorded_answers_tell(tmp_path: Path) -> None:
+    same = episode(1)
+    other = episode(2, actions=["expert does 0", "no"])
+    unknown = episode(3, expert_actions=[None, "no", *EXPERT[2:]])
+    never = episode(4, expert_actions=[None] * 4)
+    agent = loaded(tmp_path, [same, other, unknown, never, episode(5, expert_actions=None)] * 1)
+    found = partings(agent, [agent])
+    assert [one and one.step for one in found] == [None, 1, 1, None, None]
+    assert [one is None for one in found] == [False, False, False, True, True]
+
+
+def unpacked(block: str) -> Any:
+    return json.loads(gzip.decompress(base64.b64decode(block)))
+
+
+def test_the_payload_holds_every_step_and_every_text_once(runs: list[Run]) -> None:
+    index, blocks = payload(runs)
+    (block,) = map(unpacked, blocks)
+    assert index["blocks"] == [19]
+    assert len(block["texts"]) == len(set(block["texts"]))
+    step = block["episodes"][index["run"].index(1)]
+    texts = block["texts"]
+    assert [texts[i] for i in step["observations"]] == [
+        f"seed 0: you see step {t}" for t in range(4)
+    ]
+    assert texts[step["actions"][2]] == "agent does something"
+    assert texts[step["last"]] == "seed 0: the end"
+    assert step["valid"] == [1, 0, 1, 1]
+    assert step["stepRewards"] == [None, -0.5, 1.0, -1.5]
+    assert index["parts"] == [0] * 7 + [2] * 6 + [None] * 6
+    assert index["crashed"][6] == "the game died"
+    assert index["success"][6] is None
+    assert index["grounding_accuracy"][7] == 0.75
+
+
+def test_a_seed_too_large_for_a_number_of_javascript_is_kept(tmp_path: Path) -> None:
+    index, _ = payload([loaded(tmp_path, [episode(2**60 + 1), episode(7)])])
+    assert index["seed"] == ["1152921504606846977", 7]
+
+
+def test_what_a_record_does_not_tell_is_not_invented(tmp_path: Path) -> None:
+    keys = ("rewards", "progress", "valid", "invalid", "expert_actions", "step_rewards")
+    bare = episode(1, **dict.fromkeys((*keys, "task", "difficulty", "last_observation")))
+    run = loaded(tmp_path / "old", [bare])
+    index, (block,) = payload([run])
+    (step,) = unpacked(block)["episodes"]
+    assert step.keys() == {"observations", "actions"}
+    for key in ("reward", "progress_rate", "grounding_accuracy", "task", "parts"):
+        assert index[key] == [None], key
+    shown = board([run], run)
+    assert [it["title"] for it in shown["bars"]] == ["Success", "Repetition", "Steps"]
+    assert (shown["progress"], shown["splits"], shown["invalid"]) == (None, [], [])
+    write_report(tmp_path / "report.html", [run])
+
+
+# ------------------------------------------------------------------------------------------ board
+
+
+def test_the_board_tells_means_differences_and_splits(runs: list[Run]) -> None:
+    shown = board(runs, runs[0])
+    bars = {it["title"]: it["bars"] for it in shown["bars"]}
+    assert [bar.value for bar in bars["Success"]] == ["0.0%", "83.3%", "100.0%"]
+    assert [bar.value for bar in bars["Grounding"]] == ["83.3%", "75.0%", "75.0%"]
+    assert (bars["Success"][1].start, bars["Success"][1].width) == (0.0, 83.33)
+    assert bars["Success"][1].low < 83.33 <= bars["Success"][1].high
+    gains = shown["differences"]
+    assert gains["baseline"] == "random"
+    assert [(row["run"], row["pairs"]) for row in gains["rows"]] == [("agent", 6), ("expert", 6)]
+    success = gains["rows"][0]["cells"][gains["titles"].index("Success")]
+    assert (success["mean"], success["sure"]) == ("+83.3", True)
+    by_task = {table["key"]: table["rows"] for table in shown["splits"]}["task"]
+    assert [row["name"] for row in by_task] == ["boil", "melt"]
+    assert [cell["success"] for cell in by_task[0]["cells"]] == ["0%", "67%", "100%"]
+    assert shown["crashed"] == 1
+    (kind,) = shown["invalid"]
+    assert (kind["kind"], [cell["count"] for cell in kind["cells"]]) == (
+        "unknown action",
+        [6, 6, 6],
+    )
+
+
+def test_rewards_below_zero_have_bars_to_the_left(tmp_path: Path) -> None:
+    low = loaded(tmp_path / "low", [episode(s, rewards=[-1.0, 0, 0, 0]) for s in range(3)])
+    high = loaded(tmp_path / "high", [episode(s, rewards=[1.0, 0, 0, 0]) for s in range(3)])
+    bars = {it["title"]: it["bars"] for it in board([low, high], low)["bars"]}["Reward"]
+    assert [(bar.value, bar.start, bar.width) for bar in bars] == [
+        ("−1.00", 0.0, 50.0),
+        ("1.00", 50.0, 50.0),
+    ]
+
+
+def test_runs_on_other_seeds_are_not_compared(tmp_path: Path) -> None:
+    one, other = (loaded(tmp_path / str(seed), [episode(seed)]) for seed in (1, 2))
+    assert board([one, other], one)["differences"] is None
+
+
+def test_a_seed_that_a_run_has_twice_is_in_no_pair(tmp_path: Path) -> None:
+    one = loaded(tmp_path / "one", [episode(1), episode(2), episode(2, success=False)])
+    other = loaded(tmp_path / "other", [episode(1, success=False), episode(2)])
+    gains = board([one, other], one)["differences"]
+    assert [row["pairs"] for row in gains["rows"]] == [1]
+
+
+def test_a_run_that_only_crashed_is_shown_without_numbers(tmp_path: Path) -> None:
+    good = loaded(tmp_path / "good", [episode(1)])
+    bad = loaded(tmp_path / "bad", [episode(1, crashed="it died")])
+    shown = board([good, bad], good)
+    assert {it["bars"][1].value for it in shown["bars"]} == {"n/a"}
+    assert shown["differences"] is None
+    assert shown["progress"].head == ["Step", "good"]
+    write_report(tmp_path / "report.html", [bad])
+
+
+def test_the_ninth_run_has_the_first_ones_colour_in_dashes(tmp_path: Path) -> None:
+    many = [loaded(tmp_path / f"run{n}", [episode(1)]) for n in range(9)]
+    styles = [run["style"] for run in board(many, many[0])["runs"]]
+    assert (styles[0], styles[7], styles[8]) == ("run-0", "run-7", "run-0 again")
+
+
+def test_curves_of_progress_and_of_cycles(runs: list[Run]) -> None:
+    shown = board(runs, runs[0])
+    head, rows = shown["progress"].head, shown["progress"].rows
+    assert head == ["Step", "random", "agent", "expert"]
+    assert rows[0] == ["0", "0.0%", "0.0%", "0.0%"]
+    assert rows[2] == ["2", "25.0%", "45.8%", "50.0%"]  # five at a half, one at a quarter
+    assert rows[6] == ["6", "25.0%", "87.5%", "100.0%"]  # filled forward
+    titles = {picture.title: picture for picture in shown["training"]}
+    assert list(titles) == ["Success rate", "Agreement with the expert", "KL to the reference"]
+    assert titles["KL to the reference"].rows == [["1", "0.1"], ["2", "n/a"]]
+    assert titles["Success rate"].head == ["Cycle", "agent"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.49, 0.51), (-3, 700), (5, 5), (0, 0), (1e-9, 2e-9), (3e6, 9e6)]
+)
+def test_ticks_are_few_round_and_around_the_values(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low
+    assert found[-1] >= high
+    steps = {float(f"{b - a:.3g}") for a, b in pairwise(found)}
+    assert len(steps) == 1
+    assert f"{steps.pop():.0e}"[0] in "125"
+
+
+def test_a_chart_of_one_value_and_gaps_is_drawn() -> None:
+    svg = line_chart(
+        [
+            Line("a", "run-0", [1], [3.0]),
+            Line("<b>", "run-1", [1, 2, 3], [math.nan, 1.0, math.nan]),
+        ],
+        title="<t>",
+        x_label="cycle",
+    )
+    assert svg.count("<circle") == 2
+    assert "nan" not in svg
+    assert "<b>" not in svg
+    assert 'aria-label="&lt;t&gt;"' in svg
+
+
+# ------------------------------------------------------------------------------------------- page
 
 
 def test_the_numbers_stand_in_the_page(html: str) -> None:
-    joined = " ".join(Page(html).text)
-    for number in (
-        *("88.0%", "75.5%", "83.0%", "74.8%", "95% interval 82.8–91.8%"),  # success rates
-        *("+12.5", "+7.1 to +17.9", "−0.4 to +10.4"),  # differences, in points
-        *("91.2%", "94.1%"),  # agreement on held-out expert states
-        *("+1.84", "−2.31", "−0.37"),  # step rewards
-        *("1,234,567", "14,814,804", "(12.0×)", "200", "10000–10099", "20000–20199"),
-        *("6 min 12 s", "sft.learning_rate", "0.001", "adamw", "babyai:GoToLocalS6N2"),
-    ):
-        assert number in joined, number
-    assert joined.count("not the expert’s") == 3
-
-
-def test_the_pictures_hold_text_and_a_description(html: str) -> None:
-    page = Page(html)
-    assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 4
-    for text in ("88.0%", "StepAgent", "DAgger", "Agreement with the expert", "step"):
-        assert text in page.svg_text
-    labels = page.values("aria-label")
-    assert any("step 2 +1.84; step 3 +0.95" in label for label in labels)
-    assert any("cycle 1 79.0%; cycle 2 83.0%" in label for label in labels)
-    assert any("DAgger 83.0%" in label for label in labels)
+    words = Page(html).words
+    for text in ("83.3%", "+83.3", "1 episode that crashed has no outcome", "unknown action"):
+        assert text in words, text
+    for title in ("Results", "Step by step", "Splits", "Training, cycle by cycle", "Episodes"):
+        assert title in words, title
 
 
 def test_the_page_loads_nothing_and_its_ids_are_unique(html: str) -> None:
     page = Page(html)
-    for attribute in ("src", "href", "xlink:href"):
-        assert all(value.startswith("#") for value in page.values(attribute))
-    assert not re.search(r"https?://|@import|<script|<link", html)
-    ids = page.values("id")
+    links = [v for _, name, v in page.attributes if name in ("src", "href", "xlink:href")]
+    assert all(value.startswith("#") or value == "data:," for value in links)
+    assert not re.search(r"https?://|@import|url\(", html)
+    ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    references = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', html)
-    assert {a or b for a, b in references} <= set(ids)
+    for _, name, value in page.attributes:
+        if name in ("aria-labelledby", "aria-controls") or (name == "href" and value[1:]):
+            assert value.lstrip("#") in {*ids, "data:,"}, value
     assert ("html", "lang", "en") in page.attributes
 
 
-def test_colours_follow_the_page(html: str) -> None:
-    pictures = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
-    assert "var(--accent)" in pictures
-    assert not re.search(r"(?:fill|stroke): #", pictures)
+def test_the_same_runs_give_the_same_page(tmp_path: Path, html: str, runs: list[Run]) -> None:
+    write_report(tmp_path / "again.html", runs)
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
 
 
-def test_the_same_run_gives_the_same_page(tmp_path: Path, html: str) -> None:
-    assert report(tmp_path) == html
+def test_hostile_text_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
+    meta = dict.fromkeys(("environment", "task", "last_observation"), HOSTILE)
+    named = episode(1, **meta, invalid=[None, HOSTILE, None, None], actions=[HOSTILE] * 4)
+    runs = [loaded(tmp_path / "run", [named, episode(2)], [{"cycle": 0, HOSTILE: 1.0}])]
+    runs = [Run(HOSTILE, run.episodes, run.cycles) for run in runs]
+    write_report(tmp_path / "report.html", runs)
+    html = (tmp_path / "report.html").read_bytes().decode()
+    assert "<img" not in html
+    assert "\0" not in html
+    assert html.count("<script") == html.count("</script>") == 3
+    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;␀" in html
+    assert Page(html)
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_html_in_observations_actions_and_names_is_escaped(tmp_path: Path) -> None:
-    attack = "<script>alert('&')</script>"
-    step = ExampleStep(attack, attack, attack, "<b>", 0.1, 0.1)
-    metrics = METRICS | {
-        "environment": attack,
-        "hyperparameters": {attack: attack},
-        "differences": {attack: {"mean": 0.1, "low": 0.0, "high": 0.2}},
+def test_a_baseline_that_is_no_run_and_no_runs_are_refused(tmp_path: Path, runs: list[Run]) -> None:
+    with pytest.raises(
+        ValueError, match="baseline is 'x'; it must be one of random, agent, expert"
+    ):
+        write_report(tmp_path / "report.html", runs, baseline="x")
+    with pytest.raises(ValueError, match="runs is empty"):
+        write_report(tmp_path / "report.html", [])
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_the_command_writes_the_page_and_says_so(tmp_path: Path) -> None:
+    paths = [str(path) for path in write_runs(tmp_path)]
+    output = tmp_path / "new" / "board.html"
+    command = ["report", *paths, "--output", str(output), "--baseline", paths[1], "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "output": str(output),
+        "runs": {"random": 7, "agent": 6, "expert": 6},
+        "baseline": "agent",
+        "bytes": output.stat().st_size,
     }
-    html = report(tmp_path, metrics, ExampleTrajectory(attack, (step,)))
-    assert "<script" not in html
-    assert "&lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;" in html
-    assert attack in Page(html).text
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("key", OPTIONAL)
-def test_an_optional_key_may_be_missing_or_null(tmp_path: Path, key: str) -> None:
-    metrics = {k: v for k, v in METRICS.items() if k != key}
-    assert Page(report(tmp_path, metrics)).text
-    assert Page(report(tmp_path, METRICS | {key: None})).text
-
-
-def test_the_least_metrics_are_enough(tmp_path: Path) -> None:
-    required = ("cycle", "loss", "agreement", "success_rate")
-    metrics = {key: value for key, value in METRICS.items() if key not in OPTIONAL}
-    metrics |= {"sft": {"success_rate": 0.5}, "sft_continued": {"success_rate": 0.5}}
-    metrics["stepagent"] = {
-        "success_rate": 0.6,
-        "states": "expert",
-        "cycles": [{k: c[k] for k in required} for c in METRICS["stepagent"]["cycles"]],
-    }
-    page = Page(report(tmp_path, metrics))
-    assert not any("DAgger" in text or text.startswith("95% interval") for text in page.text)
-    assert not any("margin, expert" in text for text in page.svg_text)
+    assert "Difference to agent on the same seeds" in Page(output.read_text()).words
 
 
 @pytest.mark.parametrize(
-    "path",
+    ("arguments", "exit_code", "message"),
     [
-        *("environment", "seed", "sft", "sft.success_rate", "sft_continued.success_rate"),
-        *("stepagent.success_rate", "stepagent.states", "stepagent.cycles", "dagger.success_rate"),
-        *("tokens.unique", "tokens.naive", "episodes", "validation_seeds", "evaluation_seeds"),
-        "seconds",
+        ((), 2, "Missing argument 'RUN...'"),
+        (("nowhere",), 2, "'nowhere' does not exist"),
+        (("agent", "--baseline", "random"), 2, "random is none of the RUNs"),
+        (("empty",), 1, "empty holds no episodes.jsonl"),
     ],
 )
-def test_a_missing_required_key_is_named(tmp_path: Path, path: str) -> None:
-    metrics = copy.deepcopy(METRICS)
-    *parents, last = path.split(".")
-    values = metrics
-    for parent in parents:
-        values = values[parent]
-    del values[last]
-    with pytest.raises(KeyError, match=re.escape(repr(path))):
-        report(tmp_path, metrics)
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_a_missing_key_of_a_cycle_is_named(tmp_path: Path) -> None:
-    metrics = copy.deepcopy(METRICS)
-    del metrics["stepagent"]["cycles"][1]["agreement"]
-    with pytest.raises(KeyError, match=r"stepagent\.cycles\[1\]\.agreement"):
-        report(tmp_path, metrics)
-
-
-@pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
-def test_a_value_that_is_no_number_is_not_available(tmp_path: Path, nothing: Any) -> None:
-    rates = {"success_rate": nothing, "interval": [nothing, nothing]}
-    cycle = dict.fromkeys(METRICS["stepagent"]["cycles"][0], nothing) | {"cycle": 1}
-    metrics = METRICS | {
-        **dict.fromkeys(("random", "sft", "sft_continued", "dagger"), rates),
-        "stepagent": {**rates, "states": "agent", "cycles": [cycle]},
-        "differences": {"sft": dict.fromkeys(("mean", "low", "high"), nothing)},
-        "expert_agreement": {"sft": nothing, "stepagent": nothing},
-        "tokens": {"unique": nothing, "naive": nothing},
-        "hyperparameters": {"beta": nothing},
-        "seconds": nothing,
-    }
-    step = ExampleStep("o", "a", "b", "a", nothing, nothing)
-    page = Page(report(tmp_path, metrics, ExampleTrajectory("t", (step,))))
-    assert page.text.count("n/a") >= 15
-    assert "n/a" in page.svg_text
-    raw = re.compile(r"\b(nan|inf|None)\b")
-    assert not [text for text in page.text + page.svg_text if raw.search(text)]
-
-
-def test_a_long_trajectory_of_zero_rewards_is_drawn(tmp_path: Path) -> None:
-    steps = (ExampleStep("o", "a", "b", "a", 0.0, -0.0),) * 60
-    assert "+0.00" in Page(report(tmp_path, example=ExampleTrajectory("t", steps))).text
-
-
-def test_without_matplotlib_the_error_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_argument_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    exit_code: int,
+    message: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'stepagent[demo]'")):
-        report(tmp_path)
+    write_runs(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["report", *arguments])
+    assert result.exit_code == exit_code
+    assert message in result.stderr
+    assert not (tmp_path / "report.html").exists()

@@ -22,7 +22,7 @@ import stepagent as sa
 from stepagent.envs.pool import EnvCrash, LocalPool, WorkerPool, open_pool
 from stepagent.evaluation import success_rate
 from stepagent.policies import ExpertPolicy, ModelPolicy, RandomPolicy
-from stepagent.rollout import Episode, rollout_and_query, run_episodes
+from stepagent.rollout import Episode, own_expert, rollout_and_query, run_episodes
 
 SEEDS = [3, 1, 4, 15, 9]
 LONG = [8, 5, 27, 15, 28]  # the expert needs five steps or more
@@ -45,8 +45,9 @@ def talker(**options: Any) -> Any:
 
 
 def plain(episode: Episode) -> dict[str, Any]:
-    fields = dict(vars(episode))
-    trunk = fields.pop("trunk")
+    """All but the log-probs, which are rounded as the batch has it."""
+    fields = {n: value for n, value in vars(episode).items() if n not in ("trunk", "logps")}
+    trunk = episode.trunk
     return fields | ({} if trunk is None else {"ids": trunk.input_ids.tolist()})
 
 
@@ -167,16 +168,33 @@ def test_a_crash_while_the_expert_is_asked_is_the_environments():
     assert all(e.success for e in obeyed if e.seed != 5)
 
 
-def test_an_expert_without_an_answer_in_a_worker_is_recorded_as_none():
-    (episode,) = run_episodes(
-        hostile("does not know", 0),
-        RandomPolicy(),
-        [0],
-        expert=lambda env: env.expert_action(),
-        max_steps=2,
-        workers=1,
-    )
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_environments_that_crash_in_one_round_of_asking_are_all_marked(workers):
+    env = hostile("dies when asked", 5, 27, 15)
+    options = {"expert": own_expert, "max_steps": 6}
+    for policy in (RandomPolicy(), ExpertPolicy()):
+        whole = run_episodes(LEVEL, policy, LONG, **options)
+        with pytest.warns(RuntimeWarning, match="3 of 5 episodes crashed"):
+            episodes = run_episodes(env, policy, LONG, workers=workers, **options)
+        for episode, unharmed in zip(episodes, whole, strict=True):
+            if episode.seed in (8, 28):
+                assert plain(episode) == plain(unharmed)
+                continue
+            assert episode.crashed == "expert_action ended its process (exit code 3)"
+            assert episode.actions == unharmed.actions[:2]
+            assert episode.expert_actions == unharmed.expert_actions[:2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("expert", [own_expert, lambda env: env.expert_action()])
+def test_an_expert_without_an_answer_is_recorded_as_none(workers, expert):
+    env = hostile("does not know", 0)
+    options = {"max_steps": 2, "workers": workers}
+    (episode,) = run_episodes(env, RandomPolicy(), [0], expert=expert, **options)
     assert episode.expert_actions == [None, None]
+    first, second = run_episodes(env, ExpertPolicy(), [0, 3], **options)
+    assert (first.gave_up, first.actions, first.crashed) == (True, [], None)
+    assert (second.gave_up, len(second.actions)) == (False, 2)
 
 
 def test_other_errors_of_an_expert_come_back_from_a_worker():
@@ -195,6 +213,17 @@ def test_a_neighbour_that_cannot_be_replayed_is_marked_too():
         first, second = run_episodes(Restless, ExpertPolicy(), [8, 27], workers=1)
     assert first.crashed == "step ended its process (exit code 3)"
     assert second.crashed.startswith("was lost with the process of another one")
+
+
+def test_chance_draws_nothing_for_a_round_in_which_an_environment_is_lost():
+    """Seed 8 ends its process after its neighbour's step, which the next question will tell."""
+    seeds, options = [5, 27, 3, 8], {"max_steps": 8, "workers": 2}
+    with pytest.warns(RuntimeWarning, match="2 of 4"):
+        episodes = run_episodes(Restless, RandomPolicy(), seeds, **options)
+    assert [e.crashed is not None for e in episodes] == [False, True, False, True]
+    assert len(episodes[1].actions) == 3
+    whole = run_episodes(LEVEL, RandomPolicy(), seeds, **options)
+    assert [e.actions for e in episodes[::2]] == [e.actions for e in whole[::2]]
 
 
 def test_many_crashes_in_a_row_are_an_error():

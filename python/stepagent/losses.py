@@ -1,12 +1,29 @@
-"""Objectives: pure functions of tensors.
+"""Objectives and rewards: pure functions of tensors.
 
-P pairs of one expert action and one agent action at the same state.
+P pairs of one expert action and one agent action at the same state; S steps, of which each is one
+action; N tokens of these actions.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepagent.checks import check_floats, check_pair
+from stepagent.checks import (
+    Index,
+    as_offsets,
+    check_choice,
+    check_finite,
+    check_floats,
+    check_length,
+    check_nonnegative,
+    check_pair,
+    check_positive,
+)
+from stepagent.ops import step_rewards, step_sums
+
+REWARD_FORMS = ("agent", "expert", "difference")
+RATIOS = ("step", "token")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def implicit_step_loss(expert_rewards_P: Tensor, agent_rewards_P: Tensor) -> Tensor:
@@ -27,3 +44,177 @@ def implicit_step_loss(expert_rewards_P: Tensor, agent_rewards_P: Tensor) -> Ten
     check_floats(*((name, rewards_P, 1) for name, rewards_P in pair))
     check_pair(*pair[0], *pair[1])
     return -F.logsigmoid(expert_rewards_P - agent_rewards_P)
+
+
+def discriminator_loss(
+    expert_logits_P: Tensor, agent_logits_Q: Tensor, *, smoothing: float = 0.0
+) -> Tensor:
+    """Tell the agent's actions from the expert's (arXiv 2411.03817; GAIL, arXiv 1606.03476).
+
+    The logits are those of D = σ(logit) = P(agent | s, a):
+
+        L = −mean log D(agent) − mean log(1 − D(expert))
+
+    With smoothing ε each action also counts as the other's, by a share of ε: the best logit of an
+    action that only one of them takes is then ±log((1 − ε) / ε), not infinity.
+
+    Args:
+        expert_logits_P, agent_logits_Q: (P,) and (Q,), one float dtype; P and Q may differ.
+        smoothing: ε in [0, ½).
+
+    Returns:
+        L, a scalar in the dtype of the logits; 2 log 2 where D = ½ everywhere.
+
+    Raises:
+        TypeError: logits that are not float tensors of one dtype.
+        ValueError: another shape, no action on one side, a logit that is not finite (not looked
+            for on CUDA), or a smoothing outside [0, ½).
+    """
+    sides = [("expert_logits_P", expert_logits_P), ("agent_logits_Q", agent_logits_Q)]
+    check_floats(*((name, logits, 1) for name, logits in sides))
+    for name, logits in sides:
+        if not len(logits):
+            raise ValueError(f"{name} is empty: a discriminator needs actions of both sides")
+        check_finite(name, logits)
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"smoothing must be in [0, 0.5), got {smoothing}")
+    # −(1 − ε) log σ(x) − ε log σ(−x) = softplus(−x) + ε x
+    agent = (F.softplus(-agent_logits_Q) + smoothing * agent_logits_Q).mean()
+    expert = (F.softplus(expert_logits_P) - smoothing * expert_logits_P).mean()
+    return agent + expert
+
+
+def inverse_step_reward(agent_logits_S: Tensor, *, form: str = "agent") -> Tensor:
+    """The reward of an action that a discriminator takes for the expert's (arXiv 2411.03817).
+
+    ``agent``: r = −log D ≥ 0, the paper's. ``expert``: r = log(1 − D) ≤ 0, the opposite labelling
+    of GAIL. ``difference``: r = log((1 − D) / D), their sum (AIRL, arXiv 1710.11248), which is
+    log π_E − log π for the best discriminator. All rise as D falls, so all rank actions alike; the
+    first rewards long episodes and the second short ones.
+
+    Args:
+        agent_logits_S: (S,) logits of D = P(agent | s, a), any float dtype. Those of a
+            discriminator that was trained as P(expert | s, a) are its negated ones.
+
+    Returns:
+        rewards_S in the dtype of the logits, without overflow for logits of any size.
+
+    Raises:
+        TypeError: logits that are not a float tensor.
+        ValueError: another shape or form, or a logit that is not finite (not looked for on CUDA).
+    """
+    check_floats(("agent_logits_S", agent_logits_S, 1))
+    check_choice("form", form, REWARD_FORMS)
+    check_finite("agent_logits_S", agent_logits_S)
+    if form == "agent":
+        return F.softplus(-agent_logits_S)
+    return -F.softplus(agent_logits_S) if form == "expert" else -agent_logits_S
+
+
+def outcome_loss(rewards_S: Tensor, trajectory_offsets: Index, successes_B: Tensor) -> Tensor:
+    """Learn step rewards from outcomes alone (PRIME, arXiv 2502.01456).
+
+        loss_b = −y_b log σ(R_b) − (1 − y_b) log(1 − σ(R_b)),  R_b = Σ r over trajectory b
+
+    with r = β (log π_φ − log π_ref), as `step_rewards` gives them.
+
+    Args:
+        rewards_S: (S,) of the steps (or tokens) of B trajectories, any float dtype.
+        trajectory_offsets: (B + 1,) int32 or int64, ascending from 0 to S.
+        successes_B: (B,) y, a bool, or floats in [0, 1].
+
+    Returns:
+        loss_B in nats: float32, float64 for float64 rewards.
+
+    Raises:
+        TypeError, ValueError: another dtype, shape or device, or offsets as in `step_sums`.
+    """
+    sums_B = step_sums(rewards_S, trajectory_offsets)
+    check_pair("successes_B", successes_B, "the trajectories", sums_B)
+    return F.binary_cross_entropy_with_logits(
+        sums_B, successes_B.to(sums_B.dtype), reduction="none"
+    )
+
+
+def ppo_loss(
+    logps_N: Tensor,
+    old_logps_N: Tensor,
+    advantages_S: Tensor,
+    step_offsets: Index,
+    *,
+    clip: float = 0.2,
+    ratio: str = "step",
+    ref_logps_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+) -> Tensor:
+    """PPO's clipped objective (arXiv 1707.06347) with an action of the agent as one decision.
+
+        L = −mean_s min(ρ_s A_s, clip(ρ_s, 1 − ε, 1 + ε) A_s) + kl_coef · mean_s Σ_{n in s} k_n
+
+    ρ_s = exp Σ_{n in s} (log π − log π_old). With ``ratio="token"`` each token has a ratio of its
+    own and its step's advantage, and both means are over tokens. k_n estimates KL(π ‖ π_ref) from a
+    token's d = log π − log π_ref: k2 = d²/2, k3 = exp(−d) − 1 + d
+    (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        logps_N: (N,) log-probs under π, any float dtype; the gradient flows to them alone.
+        old_logps_N: (N,) under the policy that took the actions.
+        advantages_S: (S,) of each step's action.
+        step_offsets: (S + 1,) int32 or int64, ascending from 0 to N.
+        clip: ε > 0.
+        ref_logps_N: (N,) under the reference; needed where kl_coef > 0.
+
+    Returns:
+        L, a scalar: float32, float64 where logps_N is. A connected 0 for no steps.
+
+    Raises:
+        TypeError: a dtype or number that is none of these.
+        ValueError: another shape, device, choice or range; k1 here, whose gradient has mean 0
+            whatever the policy; kl_coef without ref_logps_N; advantages that are not finite or
+            offsets that do not ascend from 0 to N (neither looked for on CUDA).
+    """
+    check_floats(("logps_N", logps_N, 1))
+    check_floats(("old_logps_N", old_logps_N, 1))
+    check_pair("old_logps_N", old_logps_N, "logps_N", logps_N)
+    check_floats(("advantages_S", advantages_S, 1))
+    check_finite("advantages_S", advantages_S)
+    check_positive("clip", clip)
+    check_choice("ratio", ratio, RATIOS)
+    check_nonnegative("kl_coef", kl_coef)
+    check_choice("kl", kl, KL_ESTIMATORS)
+    if kl == "k1":
+        raise ValueError("kl is 'k1', whose gradient as a loss has mean 0: use 'k2' or 'k3'")
+    offsets = as_offsets("step_offsets", step_offsets, logps_N.device)
+    check_length("advantages_S", advantages_S, len(offsets) - 1, "step_offsets has steps")
+
+    advantages = advantages_S.detach()
+    if ratio == "step":
+        log_ratios = step_rewards(logps_N, old_logps_N, offsets, beta=1.0)
+    else:
+        log_ratios = logps_N - old_logps_N.detach()
+        advantages = advantages.repeat_interleave(offsets.diff())
+    count = max(len(log_ratios), 1)
+    loss = _clipped(log_ratios, advantages, clip).sum() / count
+    if kl_coef:
+        if ref_logps_N is None:
+            raise ValueError(f"kl_coef={kl_coef} needs ref_logps_N")
+        loss = loss + kl_coef * kl_terms(logps_N, ref_logps_N, kl).sum() / count
+    return loss
+
+
+def _clipped(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    ratios = log_ratios.exp()
+    return -torch.minimum(
+        ratios * advantages, ratios.clamp(min=1 - clip, max=1 + clip) * advantages
+    )
+
+
+def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: str) -> Tensor:
+    """(N,) k1 = d, k2 = d²/2 or k3 = exp(−d) − 1 + d, of d = log π − log π_ref, π_ref constant."""
+    check_floats(("ref_logps_N", ref_logps_N, 1))
+    check_pair("ref_logps_N", ref_logps_N, "logps_N", logps_N)
+    diff_N = logps_N - ref_logps_N.detach()
+    if kl == "k1":
+        return diff_N
+    return diff_N**2 / 2 if kl == "k2" else torch.expm1(-diff_N) + diff_N

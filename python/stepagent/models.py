@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -53,8 +53,13 @@ class LMHead:
     softcap: float | None
     temperature: float
 
-    def logprobs(self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor) -> Tensor:
-        """Log-probs (N,) of ``labels_N`` predicted by ``hidden_RH[rows_N]``: fp32, or float64."""
+    def logprobs(
+        self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor, return_entropy: bool = False
+    ) -> Any:
+        """Log-probs (N,) of ``labels_N`` predicted by ``hidden_RH[rows_N]``: fp32, or float64.
+
+        With ``return_entropy`` also the entropies (N,) of what the labels are drawn from.
+        """
         return linear_logprobs(
             hidden_RH.to(self.weight_VH.dtype),  # a norm may have left it in another one
             self.weight_VH,
@@ -63,6 +68,7 @@ class LMHead:
             bias_V=self.bias_V,
             temperature=self.temperature,
             softcap=self.softcap,
+            return_entropy=return_entropy,  # type: ignore[call-overload]
         )
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
@@ -175,15 +181,44 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     return captured[0]
 
 
-def score_trees(model: nn.Module, trees: Sequence[TokenTree]) -> Tensor:
+@overload
+def score_trees(
+    model: nn.Module, trees: Sequence[TokenTree], *, return_entropy: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def score_trees(
+    model: nn.Module, trees: Sequence[TokenTree], *, return_entropy: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def score_trees(
+    model: nn.Module, trees: Sequence[TokenTree], *, return_entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs (N,), fp32, of the labels of all ``trees`` in order, in one forward.
 
     Each tree is a row of the batch; padding tokens see only themselves. Gradients flow to the
-    model.
+    model. With ``return_entropy`` also the entropies (N,) of what the labels are drawn from.
 
     :raises ValueError: no trees, a token or a depth that the model does not have, or a model that a
         tree would make wrong (:func:`check_tree_support`).
     """
+    _check_trees(model, trees)
+    scored: Tensor | tuple[Tensor, Tensor] = _score_trees(model, trees, return_entropy)
+    return scored
+
+
+def tree_states(
+    model: nn.Module, trees: Sequence[TokenTree], rows: Sequence[NDArray[np.int64]]
+) -> Tensor:
+    """Hidden states (K, H) at the tokens ``rows[i]`` of each tree, in one forward, with gradient.
+
+    :raises ValueError: as :func:`score_trees`.
+    """
+    _check_trees(model, trees)
+    hidden_RH, width = _tree_hidden(model, trees)
+    flat = np.concatenate([row + i * width for i, row in enumerate(rows)])
+    return hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
+
+
+def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
     if not trees:
         raise ValueError("trees is empty; at least one is needed")
     check_tree_support(model)
@@ -191,22 +226,26 @@ def score_trees(model: nn.Module, trees: Sequence[TokenTree]) -> Tensor:
         check_fits(
             model, f"trees[{i}]", int(tree.input_ids.max()), 1 + int(tree.position_ids.max())
         )
-    return _score_trees(model, trees)
 
 
-def _score_trees(model: nn.Module, trees: Sequence[TokenTree]) -> Tensor:
+def _score_trees(model: nn.Module, trees: Sequence[TokenTree], return_entropy: bool = False) -> Any:
     head = lm_head(model)
-    device = head.weight_VH.device
+    hidden_RH, width = _tree_hidden(model, trees)
+    rows_N = torch.cat([_long(tree.label_rows, head) + i * width for i, tree in enumerate(trees)])
+    labels_N = torch.cat([_long(tree.labels, head) for tree in trees])
+    return head.logprobs(hidden_RH, labels_N, rows_N, return_entropy)
+
+
+def _tree_hidden(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Tensor, int]:
+    """Hidden states (R, H) of the trees, each a row of ``width`` tokens, and that width."""
+    head = lm_head(model)
     width = max(len(tree.input_ids) for tree in trees)
 
-    def tensor(array: Any) -> Tensor:
-        return torch.as_tensor(array, dtype=torch.long, device=device)
-
     def batch(name: str, padding: Tensor) -> Tensor:
-        rows = (tensor(getattr(tree, name)) for tree in trees)
+        rows = (_long(getattr(tree, name), head) for tree in trees)
         return torch.stack([torch.cat([row, padding[len(row) :]]) for row in rows])
 
-    zeros, indices = tensor(np.zeros(width)), tensor(np.arange(width))
+    zeros, indices = _long(np.zeros(width), head), _long(np.arange(width), head)
     position_ids = batch("position_ids", zeros)
     # A padding token's subtree is itself.
     visible = visible_tokens(batch("subtree_end", indices + 1))
@@ -217,9 +256,11 @@ def _score_trees(model: nn.Module, trees: Sequence[TokenTree]) -> Tensor:
         attention_mask=attention_masks(model, visible, position_ids, position_ids),
         use_cache=False,
     )
-    rows_N = torch.cat([tensor(tree.label_rows) + i * width for i, tree in enumerate(trees)])
-    labels_N = torch.cat([tensor(tree.labels) for tree in trees])
-    return head.logprobs(hidden_BLH.flatten(0, 1), labels_N, rows_N)
+    return hidden_BLH.flatten(0, 1), width
+
+
+def _long(array: Any, head: LMHead) -> Tensor:
+    return torch.as_tensor(array, dtype=torch.long, device=head.weight_VH.device)
 
 
 def check_tree_support(model: nn.Module) -> None:

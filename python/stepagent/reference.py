@@ -197,5 +197,196 @@ def step_gae(
     return advantages_S, advantages_S + values_S
 
 
+def discriminator_loss(
+    expert_logits_P: Tensor,
+    agent_logits_Q: Tensor,
+    *,
+    smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """−mean log D(agent) − mean log(1 − D(expert)), D = σ(logit); with smoothing of both labels."""
+    expert_D, agent_D = (
+        torch.sigmoid(logits.to(dtype)) for logits in (expert_logits_P, agent_logits_Q)
+    )
+    agent = (1 - smoothing) * agent_D.log() + smoothing * (1 - agent_D).log()
+    expert = (1 - smoothing) * (1 - expert_D).log() + smoothing * expert_D.log()
+    return -agent.mean() - expert.mean()
+
+
+def inverse_step_reward(
+    agent_logits_S: Tensor, *, form: str = "agent", dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """−log D, log(1 − D), or their sum."""
+    D_S = torch.sigmoid(agent_logits_S.to(dtype))
+    by_form = {"agent": -D_S.log(), "expert": (1 - D_S).log()}
+    return by_form[form] if form in by_form else by_form["agent"] + by_form["expert"]
+
+
+def outcome_loss(
+    rewards_S: Tensor,
+    trajectory_offsets: Index,
+    successes_B: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The binary cross-entropy of σ(Σ r) with the outcome."""
+    p_B = torch.sigmoid(step_sums(rewards_S, trajectory_offsets, dtype=dtype))
+    y_B = successes_B.to(dtype)
+    return -(y_B * p_B.log() + (1 - y_B) * (1 - p_B).log())
+
+
+def ppo_loss(
+    logps_N: Tensor,
+    old_logps_N: Tensor,
+    advantages_S: Tensor,
+    step_offsets: Index,
+    *,
+    clip: float = 0.2,
+    ratio: str = "step",
+    ref_logps_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """−mean min(ρ A, clip(ρ) A) + kl_coef · mean KL, over steps or over tokens."""
+    logps_N, old_N = logps_N.to(dtype), old_logps_N.detach().to(dtype)
+    terms: list[Tensor] = []
+    kls: list[Tensor] = []
+    offsets = _index(step_offsets).tolist()
+    for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        tokens = [list(range(start, stop))]
+        for unit in tokens if ratio == "step" else [[n] for n in tokens[0]]:
+            rho = torch.exp((logps_N[unit] - old_N[unit]).sum())
+            A = advantages_S[s].detach().to(dtype)
+            terms.append(torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A))
+            if ref_logps_N is not None:
+                d = logps_N[unit] - ref_logps_N[unit].detach().to(dtype)
+                kls.append((d**2 / 2 if kl == "k2" else torch.exp(-d) - 1 + d).sum())
+    loss = -torch.stack(terms).mean()
+    return loss + kl_coef * torch.stack(kls).mean() if kls else loss
+
+
+def leave_one_out(
+    rewards_S: Tensor, groups_S: Index, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """A_s = r_s − mean of the others of its group."""
+    rewards, groups = rewards_S.detach().to(dtype).tolist(), _index(groups_S).tolist()
+    others = [
+        [rewards[j] for j in range(len(rewards)) if groups[j] == groups[s] and j != s]
+        for s in range(len(rewards))
+    ]
+    return torch.tensor(
+        [r - sum(o) / len(o) for r, o in zip(rewards, others, strict=True)], dtype=dtype
+    )
+
+
+def group_relative(
+    rewards_S: Tensor, groups_S: Index, *, scale: bool = True, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """A_s = (r_s − mean) / std of its group; 0 where the group's rewards are all the same."""
+    rewards, groups = rewards_S.detach().to(dtype), _index(groups_S)
+    advantages = torch.zeros_like(rewards)
+    for s in range(len(rewards)):
+        group = rewards[groups == groups[s]]
+        if group.min() == group.max():
+            continue
+        advantages[s] = (rewards[s] - group.mean()) / (group.std() if scale else 1.0)
+    return advantages
+
+
+def gigpo(
+    rewards_S: Tensor,
+    trajectory_offsets: Index,
+    trajectory_groups_B: Index,
+    state_groups_S: Index,
+    *,
+    gamma: float = 0.95,
+    omega: float = 1.0,
+    scale: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """A = A^E + ω A^S, of whole trajectories and of steps at equal states."""
+    sums_B = step_sums(rewards_S, trajectory_offsets, dtype=dtype)
+    episode_B = group_relative(sums_B, trajectory_groups_B, scale=scale, dtype=dtype)
+    returns_S = _discounted(rewards_S.to(dtype), trajectory_offsets, gamma)
+    step_S = group_relative(returns_S, state_groups_S, scale=scale, dtype=dtype)
+    return _spread(episode_B, trajectory_offsets) + omega * step_S
+
+
+def istar(
+    outcomes_B: Tensor,
+    step_rewards_S: Tensor,
+    trajectory_offsets: Index,
+    trajectory_groups_B: Index,
+    *,
+    omega: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """A = A^ep + ω A^st, step rewards compared over all steps of a task."""
+    groups_B = _index(trajectory_groups_B)
+    episode_B = group_relative(outcomes_B, groups_B, dtype=dtype)
+    groups_S = _spread(groups_B, trajectory_offsets)
+    step_S = group_relative(step_rewards_S, groups_S, dtype=dtype)
+    return _spread(episode_B, trajectory_offsets) + omega * step_S
+
+
+def prime(
+    outcomes_B: Tensor,
+    token_rewards_N: Tensor,
+    trajectory_offsets: Index,
+    trajectory_groups_B: Index,
+    *,
+    gamma: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Discounted rewards to go, less the others' mean reward, plus the outcome's advantage."""
+    offsets, groups = _index(trajectory_offsets).tolist(), _index(trajectory_groups_B).tolist()
+    rewards_N = token_rewards_N.detach().to(dtype).clone()
+    means = [rewards_N[start:stop].mean() for start, stop in itertools.pairwise(offsets)]
+    left_N = rewards_N.clone()
+    for b, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        others = [means[j] for j in range(len(groups)) if groups[j] == groups[b] and j != b]
+        left_N[start:stop] -= torch.stack(others).mean()
+    outcome_B = leave_one_out(outcomes_B, trajectory_groups_B, dtype=dtype)
+    return _discounted(left_N, trajectory_offsets, gamma) + _spread(outcome_B, trajectory_offsets)
+
+
+def mt_grpo(
+    turn_rewards_B: Tensor,
+    outcomes_B: Tensor,
+    trajectory_offsets: Index,
+    trajectory_groups_B: Index,
+    tool_steps_B: Index,
+    *,
+    lam: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """A_O + λ A_T until the tool was called, A_O after."""
+    outcome_B = group_relative(outcomes_B, trajectory_groups_B, dtype=dtype)
+    turn_B = group_relative(turn_rewards_B, trajectory_groups_B, dtype=dtype)
+    lengths, tools = _index(trajectory_offsets).diff().tolist(), _index(tool_steps_B).tolist()
+    return torch.stack(
+        [
+            outcome_B[b] + (lam * turn_B[b] if t <= tools[b] else 0.0)
+            for b, length in enumerate(lengths)
+            for t in range(length)
+        ]
+    )
+
+
+def _discounted(rewards_S: Tensor, trajectory_offsets: Index, gamma: float) -> Tensor:
+    """R_t = Σ_{k ≥ t} γ^{k−t} r_k, each trajectory for itself."""
+    returns_S = torch.zeros_like(rewards_S)
+    for start, stop in itertools.pairwise(_index(trajectory_offsets).tolist()):
+        for t in range(start, stop):
+            returns_S[t] = sum(gamma ** (k - t) * rewards_S[k] for k in range(t, stop))
+    return returns_S
+
+
+def _spread(values_B: Tensor, trajectory_offsets: Index) -> Tensor:
+    """Each trajectory's value for all of its steps."""
+    return values_B.repeat_interleave(_index(trajectory_offsets).diff())
+
+
 def _index(index: Index) -> Tensor:
     return torch.tensor(index).long() if isinstance(index, np.ndarray) else index.long()

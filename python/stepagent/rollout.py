@@ -1,27 +1,23 @@
 """Episodes: a policy in an environment, the expert's answers at the policy's own states, and what a
 policy makes of the states of a given trajectory (Monte-Carlo continuations).
 
-All run in lock-step: one batch of model forwards and one round of environment calls per step. An
-environment that crashes ends its own episode, which says so and has no outcome: it is neither a
-failure nor a reward of 0.
+All run in lock-step. An environment that crashes ends its own episode, which says so and has no
+outcome: it is neither a failure nor a reward of 0.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from . import envs as environments
 from .decoding import check_count
 from .encoding import Trunk, encode
-from .envs.base import ExpertUnavailable, TextEnv
-from .envs.pool import Call, EnvCrash, EnvFactory, EnvPool, open_pool
+from .envs.pool import EnvFactory
+from .episodes import Episode
+from .lockstep import Expert, Options, Start, own_expert, roll_out
 from .policies import ModelPolicy, Policy
 from .trajectory import Trajectory
 
@@ -29,44 +25,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Expert = Callable[[TextEnv], str]
-
-CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
-
-
-@dataclass
-class Episode:
-    """What happened in one episode, step by step; of one that crashed, the steps before."""
-
-    environment: str
-    seed: int
-    observations: list[str] = field(default_factory=list)
-    actions: list[str] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    valid: list[bool] = field(default_factory=list)
-    progress: list[float] = field(default_factory=list)
-    expert_actions: list[str | None] = field(default_factory=list)  # empty unless queried
-    success: bool = False
-    trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
-    crashed: str | None = None  # what happened to its environment
-
-    def trajectory(self) -> Trajectory:
-        """The episode as chat messages; the last observation, after the last action, is dropped.
-
-        One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
-        where it took no step.
-        """
-        messages = []
-        for observation, action in zip(self.observations, self.actions, strict=True):
-            messages.append({"role": "user", "content": observation})
-            messages.append({"role": "assistant", "content": action})
-        meta = {"environment": self.environment, "seed": self.seed, "success": self.success}
-        return Trajectory(
-            messages=messages,
-            reward=sum(self.rewards) if self.crashed is None else None,
-            id=f"{self.environment}/{self.seed}",
-            meta=meta if self.crashed is None else meta | {"crashed": self.crashed},
-        )
+__all__ = [
+    "Continuations",
+    "Episode",
+    "Expert",
+    "action_tokens",
+    "continue_rollouts",
+    "own_expert",
+    "rollout_and_query",
+    "run_episodes",
+]
 
 
 def run_episodes(
@@ -80,6 +48,8 @@ def run_episodes(
     workers: int = 0,
     timeout: float = 60.0,
     progress: str | None = None,
+    split: str | None = None,
+    on_end: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
 
@@ -89,11 +59,13 @@ def run_episodes(
     :param workers: processes that run the environments; 0: this one does. Episodes are the same.
     :param timeout: seconds after which an environment's call in a worker counts as hung.
     :param progress: the label of a progress bar on stderr; None: no bar.
+    :param split: the one that the environments are of, for the record.
+    :param on_end: told of each episode as it ends or crashes, while others go on.
     :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """
-    options = _Options(expert, max_steps, batch_size, workers, timeout)
-    starts = [_Start(seed, seed) for seed in seeds]
-    return _roll_out(env, policy, starts, options, progress)
+    options = Options(expert, max_steps, batch_size, workers, timeout, split, on_end)
+    starts = [Start(seed, seed) for seed in seeds]
+    return roll_out(env, policy, starts, options, progress)
 
 
 @dataclass(frozen=True)
@@ -152,13 +124,13 @@ def continue_rollouts(
     """
     check_count("samples", samples)
     starts = [
-        _Start(_env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
+        Start(_env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
         for i, trajectory in enumerate(trajectories)
         for t in range(trajectory.num_steps)
         for n in range(samples)
     ]
-    options = _Options(None, max_steps, batch_size, workers, timeout)
-    rolled = iter(_roll_out(env, policy, starts, options, "continue" if progress else None))
+    options = Options(None, max_steps, batch_size, workers, timeout)
+    rolled = iter(roll_out(env, policy, starts, options, "continue" if progress else None))
     return [
         Continuations([[next(rolled) for _ in range(samples)] for _ in range(one.num_steps)])
         for one in trajectories
@@ -179,244 +151,6 @@ def _env_seed(index: int, trajectory: Trajectory) -> int:
 def _key(*place: int) -> int:
     """A seed, in [0, 2⁶³), of its own for (trajectory, step, sample)."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where an episode begins for the policy: at its first observation, or after some actions."""
-
-    seed: int  # the environment's
-    key: int  # of the policy's random numbers
-    trajectory: Trajectory | None = None
-    steps: int = 0  # actions of the trajectory to be replayed
-    name: str = ""
-
-    def content(self, message: int) -> str:
-        assert self.trajectory is not None
-        return str(self.trajectory.messages[message]["content"])
-
-
-@dataclass(frozen=True)
-class _Options:
-    expert: Expert | None
-    max_steps: int | None
-    batch_size: int
-    workers: int
-    timeout: float
-
-    def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        if self.max_steps is not None:
-            check_count("max_steps", self.max_steps)
-        if not isinstance(self.workers, Integral) or self.workers < 0:
-            raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
-
-
-def _roll_out(
-    env: str | EnvFactory,
-    policy: Policy,
-    starts: Sequence[_Start],
-    options: _Options,
-    progress: str | None,
-) -> list[Episode]:
-    make = environments.factory(env) if isinstance(env, str) else env
-    size = options.batch_size
-    workers = min(options.workers, size, len(starts))
-    episodes: list[Episode] = []
-    ended: list[Episode] = []
-    with (
-        tqdm(total=len(starts), desc=progress, disable=progress is None) as bar,
-        open_pool(make, workers, options.timeout) as pool,
-    ):
-        for first in range(0, len(starts), size):
-            batch = _Lockstep(pool, policy, starts[first : first + size], options, ended, bar)
-            episodes += batch.run()
-    _warn_of_crashes(episodes)
-    return episodes
-
-
-def _warn_of_crashes(episodes: Sequence[Episode]) -> None:
-    crashed = [episode for episode in episodes if episode.crashed is not None]
-    if crashed:
-        warnings.warn(
-            f"{len(crashed)} of {len(episodes)} episodes crashed and have no outcome; the first, "
-            f"{crashed[0].environment} with seed {crashed[0].seed}: {crashed[0].crashed}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
-class _Lockstep:
-    """A batch of episodes that go on together; each has a row, which is its environment's place."""
-
-    def __init__(
-        self,
-        pool: EnvPool,
-        policy: Policy,
-        starts: Sequence[_Start],
-        options: _Options,
-        ended: list[Episode],
-        bar: Any,
-    ) -> None:
-        self._pool, self._policy, self._options = pool, policy, options
-        self._starts, self._ended, self._bar = starts, ended, bar
-        name = pool.env(0).name
-        self._episodes = [Episode(name, start.seed) for start in starts]
-        self._observations = [""] * len(starts)
-        self._over = [False] * len(starts)
-        self._active = list(range(len(starts)))  # the policy's rows, in its order
-
-    def run(self) -> list[Episode]:
-        """The episodes, ended or crashed."""
-        self._begin()
-        self._settle()
-        while self._active:
-            if self._options.expert is not None:
-                self._query(self._options.expert)
-                self._settle()
-            actions = (
-                self._act()
-            )  # first: a crash of an expert that is asked changes what is active
-            self._step(zip(self._active, actions, strict=True))
-            self._settle()
-        return self._episodes
-
-    def _begin(self) -> None:
-        """Bring every environment, then the policy, to the start."""
-        for row, (observation, _) in self._call(
-            (row, "reset", (start.seed,)) for row, start in enumerate(self._starts)
-        ):
-            self._observations[row] = observation
-        for step in range(max(start.steps for start in self._starts)):
-            self._replay(step)
-        for row in self._active:
-            if self._episodes[row].crashed is not None:
-                self._close(row)
-        self._active = [row for row in self._active if self._episodes[row].crashed is None]
-        starts = [self._starts[row] for row in self._active]
-        keys = [start.key for start in starts]
-        trajectories = [start.trajectory for start in starts if start.trajectory is not None]
-        if trajectories:
-            self._policy.resume(keys, trajectories, [start.steps for start in starts])
-        elif starts:
-            self._policy.begin(keys)
-
-    def _replay(self, step: int) -> None:
-        going = [
-            row
-            for row, start in enumerate(self._starts)
-            if start.steps > step and self._episodes[row].crashed is None
-        ]
-        for row in going:
-            self._check_replay(row, step)
-        self._step((row, self._starts[row].content(2 * step + 1)) for row in going)
-
-    def _check_replay(self, row: int, step: int) -> None:
-        """The environment shows what the trajectory says before its action at this step."""
-        start, shown = self._starts[row], self._observations[row]
-        assert start.trajectory is not None
-        name = f"{start.name} ({start.trajectory.id!r}), step {step}"
-        if self._over[row]:
-            raise ValueError(f"{name}: replayed, the episode of seed {start.seed} is over before")
-        if shown != start.content(2 * step):
-            raise ValueError(
-                f"{name}: replayed with seed {start.seed}, the environment shows {shown!r}, but "
-                f"the trajectory has {start.content(2 * step)!r}"
-            )
-
-    def _act(self) -> list[str]:
-        while self._active:
-            try:
-                return self._policy.act(
-                    [self._observations[row] for row in self._active],
-                    [self._pool.env(row) for row in self._active],
-                )
-            except EnvCrash as crash:  # its expert was asked
-                self._mark(crash)
-                self._settle()
-        return []
-
-    def _query(self, expert: Expert) -> None:
-        for row in self._active:
-            try:
-                answer = _ask(expert, self._pool.env(row))
-            except EnvCrash as crash:
-                self._mark(crash)
-            else:
-                self._episodes[row].expert_actions.append(answer)
-
-    def _step(self, actions: Iterable[tuple[int, str]]) -> None:
-        """Take these actions and record them."""
-        taken = dict(actions)
-        for row, (observation, reward, terminated, truncated, info) in self._call(
-            (row, "step", (action,)) for row, action in taken.items()
-        ):
-            episode = self._episodes[row]
-            episode.observations.append(self._observations[row])
-            episode.actions.append(taken[row])
-            episode.rewards.append(reward)
-            episode.valid.append(info["valid"])
-            episode.progress.append(info["progress"])
-            episode.success = info["success"]
-            self._observations[row] = observation
-            self._over[row] = terminated or truncated
-
-    def _call(self, calls: Iterable[Call]) -> list[tuple[int, Any]]:
-        """What the environments answered, by row; those that crashed are marked."""
-        asked = list(calls)
-        answers = []
-        for (row, *_), answer in zip(asked, self._pool.call(asked), strict=True):
-            if isinstance(answer, EnvCrash):
-                self._mark(answer)
-            else:
-                answers.append((row, answer))
-        return answers
-
-    def _mark(self, crash: EnvCrash) -> None:
-        episode = self._episodes[crash.place]
-        episode.crashed, episode.success = crash.reason, False
-        del episode.expert_actions[len(episode.actions) :]  # its step has no outcome
-
-    def _settle(self) -> None:
-        """Let the episodes that are over leave the batch, and the policy."""
-        going = []
-        for place, row in enumerate(self._active):
-            episode = self._episodes[row]
-            long = len(episode.actions) >= (self._options.max_steps or float("inf"))
-            if episode.crashed is None and not self._over[row] and not long:
-                going.append(place)
-                continue
-            if isinstance(self._policy, ModelPolicy) and episode.crashed is None:
-                episode.trunk = self._policy.trunk(place)
-            self._close(row)
-        if len(going) < len(self._active):
-            self._active = [self._active[place] for place in going]
-            self._policy.keep(going)
-
-    def _close(self, row: int) -> None:
-        self._ended.append(self._episodes[row])
-        self._bar.update()
-        latest = [episode.crashed for episode in self._ended[-CRASHES_IN_A_ROW:]]
-        if len(latest) == CRASHES_IN_A_ROW and None not in latest:
-            raise RuntimeError(
-                f"{CRASHES_IN_A_ROW} episodes in a row crashed, the last with seed "
-                f"{self._episodes[row].seed}: {latest[-1]}"
-            )
-
-
-def _ask(expert: Expert, env: TextEnv) -> str | None:
-    try:
-        answer: object = expert(env)
-    except ExpertUnavailable:
-        return None  # recorded as unanswered, counted by the caller
-    if not isinstance(answer, str):
-        raise TypeError(
-            f"the expert answered {answer!r} in {env.name}; an answer must be a str, "
-            "or ExpertUnavailable where it has none"
-        )
-    return answer
 
 
 def rollout_and_query(
@@ -458,7 +192,7 @@ def rollout_and_query(
         env,
         policy,
         seeds,
-        expert=expert or (lambda env: env.expert_action()),
+        expert=expert or own_expert,
         max_steps=max_steps,
         batch_size=batch_size,
         workers=workers,

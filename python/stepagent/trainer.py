@@ -3,7 +3,8 @@
 One Trainer epoch is one pass over a cycle's comparisons; where a cycle begins, its data is made
 anew. So checkpoints, resuming, schedules, logging, DDP and callbacks are transformers' own.
 
-Left out against the paper: the inverse-RL form of reflection (discriminator and PPO).
+Reflection is a loss: supervised, that of implicit step rewards, or PPO's on what a discriminator
+makes of a cycle's steps (inverse.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -37,6 +39,7 @@ from .encoding import Trunk, encode
 from .envs.pool import EnvFactory
 from .evaluation import agreement
 from .inspection import inspect
+from .inverse import InverseReflection, ppo_step_loss
 from .losses import implicit_step_loss
 from .models import check_fits, check_tree_support, evaluation_mode, score_trees
 from .ops import step_rewards
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CYCLE_FILE = "cycle.safetensors"
+_SCORES = ("ref_logps", "old_logps", "advantages")
 
 
 class StepAgentTrainer(Trainer):
@@ -62,6 +66,8 @@ class StepAgentTrainer(Trainer):
     :param peft_config: train this adapter instead of the whole model.
     :param env: environment name or factory, needed for ``states="agent"``.
     :param expert: answers at the agent's states; None: the environment's own expert.
+    :param discriminator: a decoder of the same tokenizer for the discriminator and the value
+        function of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
     """
 
     args: StepAgentConfig
@@ -77,6 +83,7 @@ class StepAgentTrainer(Trainer):
         *,
         env: str | EnvFactory | None = None,
         expert: Expert | None = None,
+        discriminator: PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if not isinstance(args, StepAgentConfig):
@@ -86,6 +93,7 @@ class StepAgentTrainer(Trainer):
         policy = _load_policy(model, peft_config)
         check_tree_support(policy)
         _check_reference(ref_model, policy, args)
+        _check_discriminator(discriminator, policy, args)
         trunks = _encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
         self._env, self._expert = env, expert
         self._end_tokens = sorted(
@@ -95,7 +103,7 @@ class StepAgentTrainer(Trainer):
         self._max_new_tokens = args.max_new_tokens or longest
         _check_budget(policy, trunks, args, self._max_new_tokens)
         self._trunks = trunks
-        self._start()
+        self._discriminator = discriminator
         super().__init__(
             model=policy,
             args=args,
@@ -112,6 +120,7 @@ class StepAgentTrainer(Trainer):
         self._ref_model = ref_model
         if ref_model is not None:
             torch.nn.Module.to(ref_model, args.device)
+        self._start()
 
     def train(
         self,
@@ -129,7 +138,13 @@ class StepAgentTrainer(Trainer):
         self._cycle: int | None = None
         # The cycle's figures, empty once they are logged.
         self._cycle_log: dict[str, float] = {}
+        self._far = False  # the policy has moved by target_kl in this cycle
         self._means = _RunningMeans()
+        self._inverse = (
+            InverseReflection(self._policy, self.args, self._discriminator)
+            if self.args.method == "inverse"
+            else None
+        )
 
     # -- inspect: a cycle's data ---------------------------------------------------------------
 
@@ -155,11 +170,15 @@ class StepAgentTrainer(Trainer):
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
         }
-        self._means = _RunningMeans()
+        self._means, self._far = _RunningMeans(), False
         if self.args.method == "sft":
             self._comparisons = [*self._comparisons, *fresh]
-        else:
-            self._comparisons = self._with_reference(fresh)
+            return
+        self._comparisons = self._with_reference(fresh)
+        if self._inverse is not None:
+            prepared = self._inverse.prepare(self._comparisons, cycle)
+            self._comparisons, figures = broadcast_object_list([prepared])[0]
+            self._cycle_log |= figures
 
     def log_cycle(self) -> None:
         """Log the present cycle's figures, once."""
@@ -211,33 +230,69 @@ class StepAgentTrainer(Trainer):
 
     @torch.no_grad()
     def _with_reference(self, comparisons: list[Comparison]) -> list[Comparison]:
-        """Score every comparison under the reference: a fixed model, or the policy as it is now."""
-        reference = self._ref_model or self._policy
+        """Score every comparison under the reference: a fixed model, or the policy as it is now.
+
+        PPO also needs the log-probs under the policy as it is now.
+        """
+        ref = old = self._scored(self._ref_model or self._policy, comparisons)
+        if self._inverse is None:
+            return [replace(c, ref_logps=r) for c, r in zip(comparisons, ref, strict=True)]
+        if self._ref_model is not None:
+            old = self._scored(self._policy, comparisons)
+        triples = zip(comparisons, ref, old, strict=True)
+        return [replace(c, ref_logps=r, old_logps=o) for c, r, o in triples]
+
+    def _scored(
+        self, model: torch.nn.Module, comparisons: list[Comparison]
+    ) -> list[NDArray[np.float32]]:
+        """Log-probs of each comparison's actions, in the order of its tree."""
         size = self.args.per_device_eval_batch_size
         batches = [comparisons[i : i + size] for i in range(0, len(comparisons), size)]
         scored = []
-        with evaluation_mode(reference):
-            for batch in tqdm(batches, desc="reference", disable=self.args.disable_tqdm):
+        with evaluation_mode(model):
+            for batch in tqdm(batches, desc="score", disable=self.args.disable_tqdm):
                 trees = pack_comparisons(batch, self.args.max_tokens)
-                logps = self._logps(reference, trees).float().cpu().numpy()
-                _check_finite(logps, "the reference's log-probs")
-                parts = split_by_trunk(logps, trees)
-                scored += [replace(c, ref_logps=p) for c, p in zip(batch, parts, strict=True)]
+                logps, _ = self._logps(model, trees)
+                values = logps.float().cpu().numpy()
+                _check_finite(values, "the log-probs at the start of the cycle")
+                scored += split_by_trunk(values, trees)
         return scored
 
-    def _logps(self, model: torch.nn.Module, trees: Sequence[TokenTree]) -> Tensor:
+    def _logps(
+        self, model: torch.nn.Module, trees: Sequence[TokenTree], *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """In the precision of training, head included; in another the reference would differ."""
         with self.accelerator.autocast():
-            return score_trees(model, trees)
+            if entropy:
+                return score_trees(model, trees, return_entropy=True)
+            return score_trees(model, trees), None
 
     # -- reflect: learn from the comparisons ---------------------------------------------------
 
     def _collate(self, comparisons: list[Comparison]) -> dict[str, Any]:
         return {
             "trees": pack_comparisons(comparisons, self.args.max_tokens),
-            "ref_logps": torch.from_numpy(np.concatenate([c.ref_logps for c in comparisons])),
             "expert_trunk": torch.tensor([c.expert_trunk for c in comparisons]),
+            **{
+                name: torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons]))
+                for name in _SCORES
+            },
         }
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """As transformers'; where ``target_kl`` was reached, nothing more is learnt in the cycle.
+
+        A parameter without a gradient is left as it is, by optimisers and by their weight decay.
+        """
+        if self._far:
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -246,21 +301,25 @@ class StepAgentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The batch's loss: implicit step loss, NLL of the expert's tokens, or their weighted sum.
+        """The batch's loss: implicit, PPO's, or the NLL of the expert's tokens.
 
-        L = mean over pairs of −log σ(r_E − r_A),  r = β (log π − log π_ref) of an action's tokens;
-        ``sft_weight`` adds the mean NLL of the expert's tokens.
+        implicit: L = mean over pairs of −log σ(r_E − r_A),  r = β (log π − log π_ref) of an action;
+        inverse: `ppo_loss` of the agent's steps; to either ``sft_weight`` adds the mean NLL of the
+        expert's tokens.
         """
         if return_outputs:
             raise ValueError("the loss is computed on trees, which have no per-example outputs")
-        logps_N = self._logps(model, inputs["trees"])
+        with_entropy = self.args.method == "inverse" and self.args.entropy_coef > 0
+        logps_N, entropy_N = self._logps(model, inputs["trees"], entropy=with_entropy)
         steps = StepTable.of(inputs["trees"], inputs["expert_trunk"]).to(logps_N.device)
         if self.args.method == "sft":
             loss = steps.expert_nll(logps_N)
-        else:
+        elif self.args.method == "implicit":
             loss = self._implicit_loss(logps_N, inputs["ref_logps"].to(logps_N.device), steps)
-            if self.args.sft_weight:
-                loss = loss + self.args.sft_weight * steps.expert_nll(logps_N)
+        else:
+            loss = self._ppo_loss(logps_N, entropy_N, inputs, steps)
+        if self.args.method != "sft" and self.args.sft_weight:
+            loss = loss + self.args.sft_weight * steps.expert_nll(logps_N)
         _check_finite(loss.detach().cpu().numpy(), "the loss")
         self._means.add("mean_loss", loss.detach().reshape(1))
         return loss
@@ -276,6 +335,20 @@ class StepAgentTrainer(Trainer):
         # E over the reference's own samples of log(ref / policy) estimates KL(ref ‖ policy).
         self._means.add("kl", -agent_P.detach() / self.args.beta)
         return implicit_step_loss(expert_P, agent_P).mean()
+
+    def _ppo_loss(
+        self, logps_N: Tensor, entropy_N: Tensor | None, inputs: dict[str, Any], steps: StepTable
+    ) -> Tensor:
+        scores = {name: inputs[name].to(logps_N.device) for name in _SCORES}
+        loss, figures = ppo_step_loss(self.args, logps_N, entropy_N, steps, **scores)
+        if self.args.target_kl is not None:
+            # The processes of a run stop together.
+            moved = self.accelerator.reduce(figures["kl"].mean(), "mean")
+            self._far = bool(moved > self.args.target_kl)
+            figures["stopped_early"] = torch.tensor([float(self._far)])
+        for name, values in figures.items():
+            self._means.add(name, values)
+        return loss
 
     def end_epoch(self, epoch: int) -> None:
         """Log a cycle's figures where a cycle ends."""
@@ -302,8 +375,11 @@ class StepAgentTrainer(Trainer):
                 "cycle": self._cycle,
                 "log": self._cycle_log,
                 "means": self._means.state(),
+                "far": self._far,
             }
             save_comparisons(folder / _CYCLE_FILE, self._comparisons, progress)
+            if self._inverse is not None:
+                self._inverse.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -311,7 +387,9 @@ class StepAgentTrainer(Trainer):
         if checkpoint is not None and self.args.has_cycles:
             self._comparisons, progress = load_comparisons(Path(checkpoint) / _CYCLE_FILE)
             self._cycle, self._cycle_log = progress["cycle"], progress["log"]
-            self._means = _RunningMeans(progress["means"])
+            self._means, self._far = _RunningMeans(progress["means"]), progress["far"]
+            if self._inverse is not None:
+                self._inverse.load(Path(checkpoint))
 
 
 class _CycleCallback(TrainerCallback):
@@ -387,12 +465,29 @@ def _check_reference(
     ref_model: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
 ) -> None:
     if ref_model is None:
+        if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
+            raise ValueError(
+                "kl_in='reward' needs a ref_model: to the policy at the cycle's start, which acted, "
+                "the divergence is 0"
+            )
         return
     if args.method == "sft":
         raise ValueError("ref_model is given, but method='sft' has no reference")
     if ref_model is model:
         raise ValueError("ref_model must be another object than model, which training changes")
     check_tree_support(ref_model)
+
+
+def _check_discriminator(
+    discriminator: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
+) -> None:
+    if discriminator is None:
+        return
+    if args.method != "inverse":
+        raise ValueError(f"discriminator is given, but method={args.method!r} has none")
+    if discriminator is model:
+        raise ValueError("discriminator must be another object than model, which PPO changes")
+    check_tree_support(discriminator)
 
 
 def _check_budget(

@@ -73,6 +73,39 @@ class TokenTree:
     step_branch: Array
     extras: dict[str, Array] = field(default_factory=dict)
 
+    def state_rows(self) -> NDArray[np.int64]:
+        """(S,) the row of the last token of the state that each step's action was taken in.
+
+        Raises ValueError for a step without tokens.
+        """
+        first_S, _ = self._scored_tokens()
+        rows_S: NDArray[np.int64] = on_host(self.label_rows)[first_S].astype(np.int64)
+        return rows_S
+
+    def action_rows(self) -> NDArray[np.int64]:
+        """(S,) the row of the last token of each step's action. Raises as `state_rows`."""
+        last_S = self._scored_tokens()[1]
+        ids, depths = (on_host(a).astype(np.int64) for a in (self.input_ids, self.position_ids))
+        L, width = len(ids), int(ids.max()) + 1
+        # A token's parent is the last one before it that lies one level higher.
+        rows = np.arange(L)
+        levels = np.sort(depths * L + rows)
+        before = levels[np.searchsorted(levels, (depths - 1) * L + rows) - 1] % L
+        parents = np.where(depths > 0, before, -1)
+        # Children of one parent that hold the same token have seen the same: any of them will do.
+        keys = parents * width + ids
+        order = np.argsort(keys, kind="stable")
+        wanted = on_host(self.label_rows)[last_S] * width + on_host(self.labels)[last_S]
+        rows_S: NDArray[np.int64] = order[np.searchsorted(keys[order], wanted)]
+        return rows_S
+
+    def _scored_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first and the last scored token of each step."""
+        offsets = on_host(self.step_offsets).astype(np.int64)
+        for s in np.flatnonzero(np.diff(offsets) == 0)[:1]:
+            raise ValueError(f"step {s} has no tokens; an action needs at least one")
+        return offsets[:-1], offsets[1:] - 1
+
     def attention_mask(
         self,
         dtype: torch.dtype,

@@ -14,6 +14,7 @@ from .demo import demo
 from .episodes import collect, evaluate
 from .inspect import inspect_command
 from .kernels import bench, doctor, warmup
+from .report import report
 from .train import train
 
 
@@ -23,5 +24,5 @@ def main() -> None:
     """Step-wise rewards for LLM agents: from expert trajectories to a better agent."""
 
 
-for _command in (demo, collect, train, evaluate, inspect_command, bench, warmup, doctor):
+for _command in (demo, collect, train, evaluate, inspect_command, report, bench, warmup, doctor):
     main.add_command(_command)

@@ -21,7 +21,7 @@ def demo(seed: int, output: Path) -> tuple[dict[str, Any], str]:
     from transformers.utils.logging import disable_progress_bar
 
     from ..demo import Settings, run_demo
-    from ..report import closing_table
+    from ..report.demo import closing_table
 
     # Of reading and writing weights; ours and the trainer's stay.
     disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -4,36 +4,93 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from .. import envs
-from ..evaluation import bootstrap, success_rate
-from ..policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
-from ..rollout import Episode, action_tokens, run_episodes
-from ..trajectory import save_trajectories
-from .base import NEW_FILE, POSITIVE, make_parent, reports
-from .loading import device, load_model
+from ..episode_file import describe_seeds
+from ..episodes import Episode, load_episodes
+from ..evaluation import success_rate
+from ..metrics import compare, split_by, summarize
+from .base import FILE, FOLDER, NEW_FILE, POSITIVE, make_parent, reports
+from .rolling import Rollout, is_url
+
+_PERCENT = ("success", "progress_rate", "grounding_accuracy", "repetition", "agreement")
 
 
-def _episode_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which episodes to run."""
+def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """``0-99,200`` as a list of whole numbers, each once."""
+    if value is None:
+        return None
+    seeds: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or not (last if dash else first).isdecimal():
+            raise click.BadParameter(f"{value!r} is no list such as 0-99,200")
+        seeds += range(int(first), int(last or first) + 1)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise click.BadParameter(f"{value!r} must name at least one seed, and each once")
+    return seeds
+
+
+def _check_policy(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value not in ("expert", "random") and not is_url(value) and not Path(value).is_dir():
+        raise click.BadParameter(
+            f"{value!r} is neither 'expert' nor 'random' nor a model's folder nor a server's URL"
+        )
+    return value
+
+
+_policy = functools.partial(
+    click.option, "--policy", metavar="expert|random|PATH|URL", callback=_check_policy
+)
+_POLICY_HELP = "Who acts; PATH is a model's folder, URL an OpenAI-compatible server's."
+
+
+def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which episodes to run, gathered in a `Rollout`."""
+
+    @functools.wraps(function)
+    def command(
+        policy: str,
+        output: Path | None,
+        seeds: list[int] | None,
+        episodes: int | None,
+        seed_start: int | None,
+        **options: Any,
+    ) -> Any:
+        if seeds is not None and (episodes is not None or seed_start is not None):
+            raise click.UsageError("--seeds says which episodes; --episodes and --seed-start too")
+        if seeds is None:
+            start = seed_start or 0
+            seeds = list(range(start, start + (100 if episodes is None else episodes)))
+        own = {name: options.pop(name) for name in ("against",) if name in options}
+        if output is not None:
+            make_parent(output)
+        rollout = Rollout(function.__name__, policy=policy, seeds=seeds, output=output, **options)
+        return function(rollout, **own)
+
     for option in reversed(
         (
             click.option("--env", required=True, help="For example babyai:GoToLocalS6N2."),
-            click.option("--episodes", type=POSITIVE, default=100, show_default=True),
+            click.option("--episodes", type=POSITIVE, help="How many.  [default: 100]"),
             click.option(
                 "--seed-start",
                 type=click.IntRange(min=0),
-                default=0,
-                show_default=True,
-                help="Environment seed of the first episode; the others follow.",
+                help="Environment seed of the first episode; the others follow.  [default: 0]",
+            ),
+            click.option(
+                "--seeds",
+                metavar="A-B,…",
+                callback=_parse_seeds,
+                help="These instead, for example 0-99,200.",
             ),
             click.option("--max-steps", type=POSITIVE, help="End an episode sooner."),
+            click.option(
+                "--query-expert", is_flag=True, help="Record the expert's action at every state."
+            ),
             click.option(
                 "--max-new-tokens",
                 type=POSITIVE,
@@ -41,152 +98,145 @@ def _episode_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Longest action of a model.",
             ),
-            click.option("--batch-size", type=POSITIVE, default=64, show_default=True),
+            click.option(
+                "--batch-size",
+                type=POSITIVE,
+                default=64,
+                show_default=True,
+                help="Episodes side by side.",
+            ),
+            click.option(
+                "--workers",
+                type=click.IntRange(min=0),
+                default=0,
+                show_default=True,
+                help="Processes that run the environments; 0: this one does.",
+            ),
+            click.option("--served-model", metavar="NAME", help="Of several on the server."),
+            click.option(
+                "--tokenizer",
+                type=FOLDER,
+                help="Of the server's model: token ids both ways in place of text.",
+            ),
+            click.option("--system", metavar="TEXT", help="First message to a server's model."),
         )
     ):
-        function = option(function)
-    return function
-
-
-def _check_policy(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value not in ("expert", "random") and not Path(value).is_dir():
-        raise click.BadParameter(f"{value!r} is neither 'expert' nor 'random' nor a model's folder")
-    return value
-
-
-_policy = functools.partial(
-    click.option, "--policy", metavar="expert|random|PATH", callback=_check_policy
-)
+        command = option(command)
+    return command
 
 
 @click.command()
-@_policy(default="expert", show_default=True, help="Who acts; PATH is a model's folder.")
-@_episode_options
+@_policy(default="expert", show_default=True, help=_POLICY_HELP)
 @click.option("--output", type=NEW_FILE, required=True, help="JSONL of trajectories.")
 @reports
-def collect(policy: str, output: Path, **options: Any) -> tuple[dict[str, Any], str]:
+@_rollout_options
+def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
     """Run episodes and save their trajectories.
 
-    Of the expert's episodes, only those that succeeded are kept.
+    Of the expert's episodes, only those that succeeded are kept. Each is written as it ends, and
+    the same command goes on where it was stopped.
     """
-    make_parent(output)
-    episodes = _run("collect", policy, **options)
-    ended = _ended(episodes)
-    kept = [e for e in ended if e.success] if policy == "expert" else ended
+
+    def keep(episode: Episode) -> bool:
+        wanted = episode.success or rollout.policy != "expert"
+        return wanted and episode.crashed is None
+
+    episodes = rollout.run(keep)
+    rate = success_rate(episodes)
+    kept = [episode for episode in episodes if keep(episode)]
     if not kept:
-        raise ValueError(f"none of {len(episodes)} expert episodes in {options['env']} succeeded")
-    save_trajectories(output, [episode.trajectory() for episode in kept])
+        raise ValueError(f"none of {len(episodes)} expert episodes in {rollout.env} succeeded")
     report = {
-        "path": str(output),
-        "environment": options["env"],
-        "policy": policy,
+        "path": str(rollout.output),
+        "environment": rollout.env,
+        "policy": rollout.policy,
         "episodes": len(episodes),
         "kept": len(kept),
-        "success_rate": success_rate(episodes),
+        "success_rate": rate,
     }
-    dropped = len(episodes) - len(kept)
-    text = f"{policy} in {options['env']}: success rate {report['success_rate']:.1%}"
-    if dropped:
+    text = f"{rollout.policy} in {rollout.env}: success rate {rate:.1%}"
+    if dropped := len(episodes) - len(kept):
         text += f"; dropped {dropped} of {len(episodes)} episodes, which failed or crashed"
-    return report, f"{text}\nWrote {len(kept)} trajectories to {output}"
+    return report, f"{text}\nWrote {len(kept)} trajectories to {rollout.output}"
 
 
 @click.command()
-@_policy(required=True, help="Who acts; PATH is a model's folder.")
-@_episode_options
+@_policy(required=True, help=_POLICY_HELP)
 @click.option("--output", type=NEW_FILE, help="JSONL of the episodes as trajectories.")
+@click.option("--against", type=FILE, help="Compare with these episodes, pair by pair.")
 @reports
-def evaluate(policy: str, output: Path | None, **options: Any) -> tuple[dict[str, Any], str]:
-    """Measure an agent's success in an environment."""
-    if output is not None:
-        make_parent(output)
-    episodes = _run("evaluate", policy, **options)
-    ended = _ended(episodes)
+@_rollout_options
+def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], str]:
+    """Measure an agent's success, progress and grounding in an environment.
+
+    With --output each episode is written as it ends, and the same command goes on where it was
+    stopped.
+    """
+    others = [] if against is None else load_episodes(against)
+    episodes = rollout.run()
+    summary = summarize(episodes)
     report = {
-        "environment": options["env"],
-        "policy": policy,
-        "seed_start": options["seed_start"],
-        **_summary(ended),
-        "crashed": len(episodes) - len(ended),
-        "output": None if output is None else str(output),
+        "environment": rollout.env,
+        "policy": rollout.policy,
+        "seeds": describe_seeds(rollout.seeds),
+        "success_rate": summary.metrics["success"].mean,
+        **asdict(summary),
+        "by_task": _groups("task", episodes),
+        "by_difficulty": _groups("difficulty", episodes),
+        "against": None,
+        "output": None if rollout.output is None else str(rollout.output),
+        "written": sum(bool(e.actions) for e in episodes) if rollout.output is not None else 0,
     }
-    if output is not None:
-        save_trajectories(output, [episode.trajectory() for episode in ended])
-    return report, _evaluation_text(report)
+    if against is not None:
+        report["against"] = {"path": str(against), **asdict(compare(episodes, others))}
+    return report, _text(report)
 
 
-def _ended(episodes: Sequence[Episode]) -> list[Episode]:
-    """Without those that crashed, which are neither successes nor failures of the policy."""
+def _groups(label: str, episodes: Sequence[Episode]) -> dict[str, Any]:
     ended = [episode for episode in episodes if episode.crashed is None]
-    if not ended:
-        raise ValueError(f"all {len(episodes)} episodes crashed, the first: {episodes[0].crashed}")
-    return ended
-
-
-def _summary(episodes: Sequence[Episode]) -> dict[str, Any]:
-    interval = bootstrap([episode.success for episode in episodes])
+    groups = {name: asdict(summarize(own)) for name, own in split_by(label, ended).items()}
     return {
-        "episodes": len(episodes),
-        "success_rate": interval.mean,
-        "success_rate_interval": [interval.low, interval.high],
-        "mean_reward": float(np.mean([sum(episode.rewards) for episode in episodes])),
-        "mean_progress": float(np.mean([episode.progress[-1] for episode in episodes])),
-        "grounding_accuracy": float(np.mean([v for episode in episodes for v in episode.valid])),
-        "mean_steps": float(np.mean([len(episode.actions) for episode in episodes])),
+        name: {key: group[key] for key in ("episodes", "metrics")} for name, group in groups.items()
     }
 
 
-def _evaluation_text(report: dict[str, Any]) -> str:
-    low, high = report["success_rate_interval"]
-    first, last = report["seed_start"], report["seed_start"] - 1
-    last += report["episodes"] + report["crashed"]
+# ------------------------------------------------------------------ for a person
+
+
+def _text(report: dict[str, Any]) -> str:
     crashed = f"; {report['crashed']} more crashed" if report["crashed"] else ""
     lines = [
         f"{report['policy']} in {report['environment']}, "
-        f"{report['episodes']} episodes, seeds {first} to {last}{crashed}",
-        f"success rate        {report['success_rate']:.1%}  (95 %: {low:.1%} to {high:.1%})",
-        f"mean reward         {report['mean_reward']:.3f}",
-        f"mean progress       {report['mean_progress']:.3f}",
-        f"grounding accuracy  {report['grounding_accuracy']:.1%}",
-        f"mean steps          {report['mean_steps']:.1f}",
+        f"{report['episodes']} episodes, seeds {report['seeds']}{crashed}",
+        *_table(report["metrics"]),
     ]
+    if report["invalid_actions"]:
+        kinds = (f"{kind} {count}" for kind, count in report["invalid_actions"].items())
+        lines.append(f"invalid actions     {', '.join(kinds)}")
+    for label in ("task", "difficulty"):
+        for name, group in report[f"by_{label}"].items():
+            means = [
+                f"{key.replace('_', ' ')} {_figure(key, group['metrics'][key]['mean'])}"
+                for key in ("success", "progress_rate")
+                if key in group["metrics"]
+            ]
+            lines.append(f"{label} {name}: {', '.join(means)} over {group['episodes']} episodes")
+    if report["against"]:
+        other = report["against"]
+        lines.append(f"less {other['path']}, {other['pairs']} pairs of episodes")
+        lines += _table(other["differences"], sign="+")
     if report["output"]:
-        lines.append(f"Wrote {report['episodes']} trajectories to {report['output']}")
+        lines.append(f"Wrote {report['written']} episodes to {report['output']}")
     return "\n".join(lines)
 
 
-def _run(
-    label: str,
-    policy: str,
-    *,
-    env: str,
-    episodes: int,
-    seed_start: int,
-    max_steps: int | None,
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[Episode]:
-    actor: Policy
-    if policy == "expert":
-        actor = ExpertPolicy()
-    elif policy == "random":
-        actor = RandomPolicy()
-    else:
-        actor = _model_policy(policy, env, max_new_tokens)
-    seeds = range(seed_start, seed_start + episodes)
-    return run_episodes(
-        env, actor, seeds, max_steps=max_steps, batch_size=batch_size, progress=label
-    )
+def _table(metrics: dict[str, dict[str, float]], sign: str = "") -> list[str]:
+    rows = []
+    for name, found in metrics.items():
+        mean, low, high = (_figure(name, found[key], sign) for key in ("mean", "low", "high"))
+        rows.append(f"{name.replace('_', ' '):<20}{mean}  (95 %: {low} to {high})")
+    return rows
 
 
-def _model_policy(path: str, env: str, max_new_tokens: int) -> ModelPolicy:
-    action = _some_action(env)  # first: a wrong name need not wait for a model
-    model, tokenizer = load_model(path, device())
-    end_of_turn = int(action_tokens(action, tokenizer)[-1])
-    return ModelPolicy(model, tokenizer, max_new_tokens=max_new_tokens, eos_token_id=end_of_turn)
-
-
-def _some_action(name: str) -> str:
-    with closing(envs.make(name)) as env:
-        env.reset(seed=0)
-        return env.actions[0] if env.actions else env.expert_action()
+def _figure(name: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.1%}" if name in _PERCENT else f"{value:{sign}.3f}"

@@ -38,7 +38,7 @@ def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[s
     nothing is reported.
     """
     if plots is not None:
-        require("--plots", "demo", "matplotlib")
+        require("--plots", "plots")
     from ..bench.output import describe as describe_bench
     from ..bench.runner import run_bench
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -96,6 +97,9 @@ def train(
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
+        if trainer.is_world_process_zero():
+            log = json.dumps(trainer.state.log_history, indent=2)
+            Path(f"{config.output_dir}/log.json").write_text(log + "\n")
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_how_to_resume(config)) from interrupt
     report = {

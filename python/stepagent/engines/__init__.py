@@ -5,6 +5,15 @@
 
 from .base import Engine, EngineError, Sampling, State
 from .completions import CompletionsEngine
+from .server import Server
 from .vllm import VLLMEngine
 
-__all__ = ["CompletionsEngine", "Engine", "EngineError", "Sampling", "State", "VLLMEngine"]
+__all__ = [
+    "CompletionsEngine",
+    "Engine",
+    "EngineError",
+    "Sampling",
+    "Server",
+    "State",
+    "VLLMEngine",
+]

@@ -59,6 +59,16 @@ class Engine(ABC):
         or is cut at ``max_new_tokens``.
         """
 
+    def draw(
+        self, states: Sequence[State], sampling: Sampling, progress: bool = False
+    ) -> list[list[Branch]]:
+        """As :meth:`sample`, checked; EngineError where a branch breaks a rule of it."""
+        sampled = self.sample(states, sampling, progress)
+        return [
+            _checked(state, branches, sampling)
+            for state, branches in zip(states, sampled, strict=True)
+        ]
+
     def inspect(
         self,
         trunks: Sequence[Trunk],
@@ -87,19 +97,20 @@ class Engine(ABC):
         sampling = Sampling(drawn, max_new_tokens, float(temperature), ends)
         states = [
             State(
-                f"trunks[{i}] at step {t}", trunk.input_ids[:start], _seed(seed, first_trunk + i, t)
+                f"trunks[{i}] at step {t}",
+                trunk.input_ids[:start],
+                state_seed(seed, first_trunk + i, t),
             )
             for i, trunk in enumerate(trunks)
             for t, start in enumerate(trunk.action_spans[:, 0].tolist())
         ]
         sampled = iter(
-            _checked(state, branches, sampling) * (samples // drawn)
-            for state, branches in zip(states, self.sample(states, sampling, progress), strict=True)
+            branches * (samples // drawn) for branches in self.draw(states, sampling, progress)
         )
         return [[next(sampled) for _ in range(trunk.num_steps)] for trunk in trunks]
 
 
-def _seed(seed: int, trunk: int, step: int) -> int:
+def state_seed(seed: int, trunk: int, step: int) -> int:
     """One of 2⁵³ seeds, which every JSON reader keeps exactly."""
     return int(uniforms(seed, trunk, step) * 2**53)
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from .base import TextEnv
+from .base import ExpertUnavailable, TextEnv
 
 EnvFactory = Callable[[], TextEnv]
 Call = tuple[int, str, tuple[Any, ...]]  # the environment's place, a method, its arguments
@@ -77,6 +77,25 @@ def open_pool(make: EnvFactory, workers: int, timeout: float) -> Iterator[EnvPoo
         yield pool
     finally:
         pool.close()
+
+
+def expert_actions(envs: Sequence[TextEnv]) -> list[str | None]:
+    """What the expert of each environment would do; None where it has no answer.
+
+    Environments of a pool's workers are asked all at once. Raises `EnvCrash` where one crashes;
+    of others that crash with it, their next call does.
+    """
+    remote = [env for env in envs if isinstance(env, _RemoteEnv)]
+    if remote and len(remote) == len(envs):
+        return remote[0].pool.expert_actions([env.place for env in remote])
+    return [_ask(env) for env in envs]
+
+
+def _ask(env: TextEnv) -> str | None:
+    try:
+        return env.expert_action()
+    except ExpertUnavailable:
+        return None
 
 
 class LocalPool:
@@ -144,6 +163,22 @@ class WorkerPool:
 
     def call(self, calls: Sequence[Call]) -> list[Any]:
         """All workers at once, each one call after the other."""
+        outcomes = self._exchange(calls)
+        for outcome in outcomes:
+            if isinstance(outcome, _Raised):
+                raise outcome.error
+        return outcomes
+
+    def expert_actions(self, places: Sequence[int]) -> list[str | None]:
+        """As :func:`expert_actions`, of the environments at these places."""
+        answers = self._exchange([(place, "expert_action", ()) for place in places])
+        crashes = [answer for answer in answers if isinstance(answer, EnvCrash)]
+        self._lost |= {crash.place: crash for crash in crashes[1:]}
+        if crashes:
+            raise crashes[0]
+        return [_expert_action(answer) for answer in answers]
+
+    def _exchange(self, calls: Sequence[Call]) -> list[Any]:
         outcomes: dict[int, Any] = {}
         for index, (place, method, arguments) in enumerate(calls):
             crash = self._lost.pop(place, None)
@@ -161,9 +196,6 @@ class WorkerPool:
                     self._receive(worker, outcomes)
                 elif time.monotonic() >= worker.deadline:
                     self._replace(worker, f"took more than {self._timeout:g} s", outcomes)
-        for outcome in outcomes.values():
-            if isinstance(outcome, _Raised):
-                raise outcome.error
         return [outcomes[index] for index in range(len(calls))]
 
     def close(self) -> None:
@@ -243,7 +275,7 @@ class _RemoteEnv:
     """An environment in a worker, one call at a time; raises `EnvCrash` where it crashes."""
 
     def __init__(self, pool: WorkerPool, place: int) -> None:
-        self._pool, self._place = pool, place
+        self.pool, self.place = pool, place
 
     @property
     def name(self) -> str:
@@ -270,7 +302,7 @@ class _RemoteEnv:
         """Its pool closes it."""
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        (answer,) = self._pool.call([(self._place, method, arguments)])
+        (answer,) = self.pool.call([(self.place, method, arguments)])
         if isinstance(answer, EnvCrash):
             raise answer
         return answer
@@ -335,6 +367,14 @@ class _Raised:
     """What the caller of a method is to be told, as ExpertUnavailable."""
 
     error: Exception
+
+
+def _expert_action(answer: Any) -> str | None:
+    if isinstance(answer, _Raised) and isinstance(answer.error, ExpertUnavailable):
+        return None
+    if isinstance(answer, _Raised):
+        raise answer.error
+    return str(answer)
 
 
 def _serve(connection: Connection, make: EnvFactory) -> None:

@@ -1,0 +1,51 @@
+"""``stepagent report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .base import NEW_FILE, make_parent, reports
+
+RUN = click.Path(exists=True, path_type=Path)
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", type=RUN, nargs=-1, required=True)
+@click.option("--output", type=NEW_FILE, default="report.html", show_default=True)
+@click.option(
+    "--baseline",
+    type=RUN,
+    metavar="RUN",
+    help="Of the RUNs, the one that the others are compared with.  [default: the first]",
+)
+@reports
+def report(
+    runs: tuple[Path, ...], output: Path, baseline: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Show runs on one HTML page.
+
+    A RUN is a JSONL of episodes, as evaluate writes it, or a folder with episodes.jsonl and, from
+    training, log.json.
+    """
+    from ..report import load_runs, write_report
+
+    if baseline is not None and baseline not in runs:
+        raise click.BadParameter(f"{baseline} is none of the RUNs", param_hint="'--baseline'")
+    make_parent(output)
+    loaded = load_runs(runs)
+    compared_with = loaded[0 if baseline is None else runs.index(baseline)].name
+    write_report(output, loaded, baseline=compared_with)
+    size = output.stat().st_size
+    report = {
+        "output": str(output),
+        "runs": {run.name: len(run.episodes) for run in loaded},
+        "baseline": compared_with,
+        "bytes": size,
+    }
+    episodes = sum(len(run.episodes) for run in loaded)
+    counted = f"{len(loaded)} run{'' if len(loaded) == 1 else 's'}"
+    text = f"Wrote {episodes} episodes of {counted} to {output} ({size / 1e6:.1f} MB)"
+    return report, text

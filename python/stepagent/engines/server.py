@@ -1,0 +1,149 @@
+"""Asking an OpenAI-compatible server many things at once, with another try where that may help."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..decoding import check_count
+from .base import EngineError
+
+if TYPE_CHECKING:
+    from httpx2 import AsyncClient, Response
+
+T = TypeVar("T")
+
+_BUSY = (408, 429)  # with 5xx: worth another try
+_EXCERPT = 300
+
+
+class Server:
+    """A running server.
+
+    :param url: with or without ``/v1``.
+    :param model: the name under which the model is served; None: the only one there is.
+    :param api_key: sent as a bearer token, where there is one.
+    :param concurrency: requests under way at once.
+    :param timeout: seconds to wait for a connection, and for an answer, before another try.
+    :param retries: further tries after a lost connection, a timeout, or status 408, 429 or 5xx,
+        the first after ``backoff`` seconds, each after twice the time of the one before it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https://, got {url!r}")
+        check_count("concurrency", concurrency)
+        if retries < 0:
+            raise ValueError(f"retries must be >= 0, got {retries}")
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._model, self._api_key = model, api_key
+        self._concurrency, self._timeout = concurrency, timeout
+        self._retries, self._backoff = retries, backoff
+
+    def post(
+        self,
+        path: str,
+        requests: Sequence[dict[str, Any]],
+        read: Callable[[int, Any], T],
+    ) -> list[T]:
+        """What ``read`` makes of each answer, told the request's place; the first failure ends all.
+
+        :raises EngineError: where the server cannot be reached or refuses.
+        """
+        from anyio.from_thread import start_blocking_portal
+
+        # A loop in a thread of its own: a notebook's loop is in the way of none, and Ctrl-C here
+        # cancels what is under way there, which tells the server to stop.
+        with start_blocking_portal("asyncio") as portal:
+            return portal.call(self._post, path, requests, read)
+
+    async def _post(
+        self, path: str, requests: Sequence[dict[str, Any]], read: Callable[[int, Any], T]
+    ) -> list[T]:
+        from httpx2 import AsyncClient, Limits
+
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        client = AsyncClient(
+            headers=headers,
+            timeout=self._timeout,
+            limits=Limits(max_connections=self._concurrency),
+        )
+        free = asyncio.Semaphore(self._concurrency)
+        async with client:
+            if self._model is None:
+                self._model = await self._only_model(client)
+
+            async def ask(place: int, request: dict[str, Any]) -> T:
+                async with free:
+                    json = {"model": self._model, **request}
+                    answer = await self._call(client, "POST", path, json)
+                return read(place, answer)
+
+            return await _gather([ask(*numbered) for numbered in enumerate(requests)])
+
+    async def _only_model(self, client: AsyncClient) -> str:
+        answer = await self._call(client, "GET", "/models")
+        try:
+            names = [str(model["id"]) for model in answer["data"]]
+        except (KeyError, TypeError) as error:
+            raise EngineError(f"{self._url}/models lists no models: {excerpt(answer)}") from error
+        if len(names) != 1:
+            raise EngineError(f"{self._url} serves {len(names)} models, name one: {names}")
+        return names[0]
+
+    async def _call(self, client: AsyncClient, method: str, path: str, json: Any = None) -> Any:
+        response = await self._response(client, method, self._url + path, json)
+        if response.status_code != 200:
+            what = f"status {response.status_code}: {excerpt(response.text)}"
+            raise EngineError(f"{method} {response.url} was answered with {what}")
+        try:
+            return response.json()
+        except ValueError as error:
+            what = f"what is not JSON: {excerpt(response.text)}"
+            raise EngineError(f"{method} {response.url} was answered with {what}") from error
+
+    async def _response(self, client: AsyncClient, method: str, url: str, json: Any) -> Response:
+        """The first answer that is not a passing failure."""
+        from httpx2 import RequestError
+
+        for attempt in range(self._retries + 1):
+            if attempt:
+                await asyncio.sleep(self._backoff * 2 ** (attempt - 1))
+            failure: RequestError | None = None
+            try:
+                response = await client.request(method, url, json=json)
+            except RequestError as error:
+                failure, problem = error, f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code < 500 and response.status_code not in _BUSY:
+                return response
+            problem = f"status {response.status_code}: {excerpt(response.text)}"
+        tries = f"{method} {url} failed {self._retries + 1} times"
+        raise EngineError(f"{tries}, the last time with {problem}") from failure
+
+
+async def _gather(coroutines: Sequence[Any]) -> list[Any]:
+    """All results; the first failure cancels the rest."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as failures:
+        first = failures.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]
+
+
+def excerpt(answer: Any) -> str:
+    """The beginning of an answer, for an error."""
+    return repr(answer)[:_EXCERPT]

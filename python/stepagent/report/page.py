@@ -1,0 +1,77 @@
+"""The page: templates filled, script and style within, nothing to be loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .board import board
+from .numbers import FILTERS, visible
+from .payload import payload
+from .runs import Run
+
+
+def write_report(path: Path, runs: Sequence[Run], *, baseline: str | None = None) -> None:
+    """Write the board of ``runs`` to ``path``: one HTML file that loads nothing.
+
+    :param baseline: the name of the run that others are compared with; the first by default.
+    :raises ValueError: for no runs, and for a baseline that is none of them.
+    """
+    write_page(path, "board.html.jinja", runs, baseline=baseline)
+
+
+def write_page(
+    path: Path,
+    template: str,
+    runs: Sequence[Run],
+    *,
+    baseline: str | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill a template that shows the board, and whatever else of ``values``."""
+    names = [run.name for run in runs]
+    if not runs:
+        raise ValueError("runs is empty; a report needs at least one")
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(names)}")
+    compared_with = runs[0 if baseline is None else names.index(baseline)]
+    index, blocks = payload(runs)
+    script = _text("board.js")
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            board=board(runs, compared_with),
+            index=index,
+            blocks=blocks,
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            style=Markup(_text("board.css")),
+            **(values or {}),
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _text(name: str) -> str:
+    return (files("stepagent") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("stepagent", "templates"),
+        autoescape=True,  # observations, actions and names are text of environments and models
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update({function.__name__: function for function in FILTERS})
+    return environment

@@ -1,0 +1,58 @@
+"""Where an agent's actions and the expert's first part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..alignment import align_steps
+from ..episodes import Episode
+from .runs import Run
+
+
+@dataclass(frozen=True)
+class Parting:
+    """How an episode compares with the expert.
+
+    step: the first at which the two act differently, or only one acts; None where none is.
+    course: the actions of the expert's own episode on the same seed; empty where there is none and
+    the step was found with the answers recorded at the agent's states. pairs: the course's steps
+    that align with the agent's, as (expert step, agent step).
+    """
+
+    step: int | None
+    course: Sequence[str] = ()
+    pairs: Sequence[tuple[int, int]] = ()
+
+
+def partings(run: Run, runs: Sequence[Run]) -> list[Parting | None]:
+    """One for each episode of ``run``: None where the expert's actions are not known.
+
+    The expert's own episode on the same seed is taken where it is among ``runs``, else the answers
+    that the episode recorded.
+    """
+    if run.expert:
+        return [None] * len(run.episodes)
+    courses = {p: e for other in runs if other.expert for p, e in other.by_place().items()}
+    return [_parting(e, courses.get((e.environment, e.split, e.seed))) for e in run.episodes]
+
+
+def _parting(episode: Episode, expert: Episode | None) -> Parting | None:
+    if expert is not None:
+        return _compared(expert.actions, episode.actions)
+    if not any(answer is not None for answer in episode.expert_actions):
+        return None
+    answers = zip(episode.expert_actions, episode.actions, strict=True)
+    differing = (t for t, (answer, action) in enumerate(answers) if answer not in (None, action))
+    return Parting(next(differing, None))
+
+
+def _compared(expert: Sequence[str], agent: Sequence[str]) -> Parting:
+    """Side by side while the two act alike, and so are in the same state; from there, aligned."""
+    step = align_steps(expert, agent).first_divergence
+    alike = len(agent) if step is None else step
+    rest = align_steps(expert[alike:], agent[alike:]).pairs
+    assert rest is not None  # without a cutoff there always are
+    pairs = [(t, t) for t in range(alike)]
+    pairs += [(alike + int(i), alike + int(j)) for i, j in rest]
+    return Parting(step, expert, pairs)

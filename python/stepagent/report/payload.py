@@ -1,0 +1,137 @@
+"""The episodes as the page's script reads them: a small index, and the steps in packed blocks.
+
+The index has a list for each column of the table of episodes. The steps are only needed once an
+episode is unfolded or searched, so they lie in blocks of some megabytes: JSON with every text once,
+gzipped, in base64, which the browser unpacks by itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..episodes import Episode
+from ..metrics import METRICS
+from .parting import Parting, partings
+from .runs import Run
+
+_BLOCK = 2_000_000  # characters of text in a block
+
+
+class _Texts:
+    """Every text once; an episode refers to it by its place."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+        self.size = 0
+
+    def place(self, text: str | None) -> int | None:
+        if text is None:
+            return None
+        if text not in self.places:
+            self.places[text] = len(self.places)
+            self.size += len(text)
+        return self.places[text]
+
+    def of(self, texts: Sequence[str | None]) -> list[int | None]:
+        return [self.place(text) for text in texts]
+
+
+def payload(runs: Sequence[Run]) -> tuple[dict[str, Any], list[str]]:
+    """The index, and the blocks of steps in base64."""
+    compared = [
+        (number, episode, parting)
+        for number, run in enumerate(runs)
+        for episode, parting in zip(run.episodes, partings(run, runs), strict=True)
+    ]
+    blocks, sizes = [], []
+    for packed, size in _blocks([(episode, parting) for _, episode, parting in compared]):
+        blocks.append(packed)
+        sizes.append(size)
+    episodes = [episode for _, episode, _ in compared]
+    index = {
+        "runs": [run.name for run in runs],
+        "blocks": sizes,
+        "scales": {
+            "rewards": _scale(x for e in episodes for x in e.rewards),
+            "stepRewards": _scale(x for e in episodes for x in e.step_rewards),
+        },
+        **_columns(compared),
+    }
+    return index, blocks
+
+
+def _scale(rewards: Iterable[float | None]) -> float | None:
+    """Where colours are full: 95 % of the rewards that are not 0 lie within. None without any."""
+    sizes = [abs(reward) for reward in rewards if reward]
+    return _short(float(np.quantile(sizes, 0.95))) if sizes else None
+
+
+def _columns(compared: Sequence[tuple[int, Episode, Parting | None]]) -> dict[str, list[Any]]:
+    episodes = [episode for _, episode, _ in compared]
+    return {
+        "run": [number for number, _, _ in compared],
+        # A number of JavaScript holds 53 bits.
+        "seed": [e.seed if abs(e.seed) < 2**53 else str(e.seed) for e in episodes],
+        **{
+            name: [getattr(episode, name) for episode in episodes]
+            for name in ("environment", "task", "difficulty", "split", "crashed")
+        },
+        **{
+            name: [None if e.crashed is not None else _short(METRICS[name](e)) for e in episodes]
+            for name in ("success", "reward", "progress_rate", "grounding_accuracy")
+        },
+        "steps": [len(episode.actions) for episode in episodes],  # of a crashed one, too
+        # A step from 0; -1: the expert acts alike throughout; null: not known.
+        "parts": [
+            None if parting is None else -1 if parting.step is None else parting.step
+            for _, _, parting in compared
+        ],
+    }
+
+
+def _blocks(
+    episodes: Sequence[tuple[Episode, Parting | None]],
+) -> Iterator[tuple[str, int]]:
+    """Each block in base64, and how many episodes it holds."""
+    texts, held = _Texts(), []
+    for place, (episode, parting) in enumerate(episodes, start=1):
+        held.append(_steps(episode, parting, texts))
+        if texts.size >= _BLOCK or place == len(episodes):
+            block = {"texts": list(texts.places), "episodes": held}
+            packed = gzip.compress(_json(block).encode(), compresslevel=6, mtime=0)
+            yield base64.b64encode(packed).decode(), len(held)
+            texts, held = _Texts(), []
+
+
+def _steps(episode: Episode, parting: Parting | None, texts: _Texts) -> dict[str, Any]:
+    """An episode's steps; what its record does not tell is left out."""
+    found: dict[str, Any] = {
+        "observations": texts.of(episode.observations),
+        "actions": texts.of(episode.actions),
+        "last": texts.place(episode.last_observation),
+        "experts": texts.of(episode.expert_actions),
+        "invalid": texts.of(episode.invalid) if any(episode.invalid) else [],
+        "valid": [int(valid) for valid in episode.valid],
+        "rewards": [_short(reward) for reward in episode.rewards],
+        "progress": [_short(progress) for progress in episode.progress],
+        "stepRewards": [_short(reward) for reward in episode.step_rewards],
+    }
+    if parting is not None:
+        found["course"] = texts.of(parting.course)
+        found["pairs"] = [list(pair) for pair in parting.pairs]
+    return {key: value for key, value in found.items() if value not in ([], None)}
+
+
+def _short(value: float | None) -> float | None:
+    """Five digits, which is more than the page shows."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,110 @@
+"""What the board reads: runs, their episodes, and the training log beside them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from ..episodes import Episode, load_episodes
+
+
+@dataclass(frozen=True)
+class Run:
+    """The episodes of one policy, and the cycles that its trainer logged, if it was trained."""
+
+    name: str
+    episodes: list[Episode]
+    cycles: list[dict[str, Any]] = field(default_factory=list)
+    expert: bool = False  # its episodes are the expert's
+
+    def by_place(self) -> dict[tuple[str, str | None, int], Episode]:
+        """Its episodes by environment, split and seed, without those that it has twice."""
+        places = [(e.environment, e.split, e.seed) for e in self.episodes]
+        times = Counter(places)
+        return {p: e for p, e in zip(places, self.episodes, strict=True) if times[p] == 1}
+
+
+def load_run(path: Path, name: str | None = None, *, expert: bool | None = None) -> Run:
+    """Read a JSONL of episodes, or a folder with ``episodes.jsonl`` and perhaps ``log.json``.
+
+    :param name: by default the folder's, or the file's without its suffix.
+    :param expert: by default, whether every episode says that its policy is "expert".
+    :raises ValueError: for a folder without episodes, for a log that is none, for an episode whose
+        record holds a value of another type, naming both, and as `load_episodes`.
+    """
+    file = path / "episodes.jsonl" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ValueError(f"{path} holds no episodes.jsonl; a run is such a folder, or a JSONL file")
+    episodes = load_episodes(file)
+    for episode in episodes:
+        _check_types(file, episode)
+    if expert is None:
+        expert = all(episode.policy == "expert" for episode in episodes)
+    log = path / "log.json"
+    cycles = _cycles(log) if path.is_dir() and log.exists() else []
+    return Run(name or _name(path), episodes, cycles, expert)
+
+
+# What the page can show of a record: the type of a value, and of each step's.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("split", "task", "difficulty", "crashed", "policy"), (str, NoneType)),
+    "last_observation": (str, NoneType),
+    "environment": (str,),
+    "seed": (int,),
+    "success": (bool,),
+}
+_STEP_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rewards", "progress"), (float, int)),
+    **dict.fromkeys(("invalid", "expert_actions"), (str, NoneType)),
+    "step_rewards": (float, int, NoneType),
+    "valid": (bool,),
+}
+
+
+def _check_types(file: Path, episode: Episode) -> None:
+    """JSON holds anything: what is not of its type would end as nonsense on the page."""
+    values = [(name, getattr(episode, name), kinds) for name, kinds in _TYPES.items()]
+    for name, kinds in _STEP_TYPES.items():
+        values += [(f"{name}[{t}]", v, kinds) for t, v in enumerate(getattr(episode, name))]
+    for name, value, kinds in values:
+        # True is an int to Python, and no number here.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            allowed = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+            raise ValueError(f"{file}: {episode.id}: {name} is {value!r}; it must be {allowed}")
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Each path's run; where names are equal, the whole paths tell them apart."""
+    names = [_name(path) for path in paths]
+    taken = Counter(names)
+    names = [str(p) if taken[n] > 1 else n for p, n in zip(paths, names, strict=True)]
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{name} is given {times} times; a run is compared with others")
+    return [load_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _name(path: Path) -> str:
+    """The folder's where the file's own says nothing."""
+    path = path.resolve()
+    return path.parent.name if path.name == "episodes.jsonl" else path.stem
+
+
+def _cycles(path: Path) -> list[dict[str, Any]]:
+    """The entries of a trainer's log that tell of a cycle, in order."""
+    try:
+        log = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        raise ValueError(f"{path} must hold a list of objects, the trainer's log entries")
+    cycles = [entry for entry in log if "cycle" in entry]
+    for entry in cycles:
+        if not isinstance(entry["cycle"], int):
+            raise ValueError(f"{path}: a cycle is {entry['cycle']!r}; it must be a whole number")
+    return sorted(cycles, key=lambda entry: int(entry["cycle"]))

@@ -1,0 +1,531 @@
+"""The inverse form: the critic on trees, rewards and advantages of a cycle, PPO in the trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import first_batch, logps_of
+from tiny_models import END, babyai_tokenizer, tiny_agent, tiny_model
+
+from stepagent import reference
+from stepagent.config import StepAgentConfig
+from stepagent.critic import StepCritic, critic_body
+from stepagent.cycle import Comparison, StepTable, pack_comparisons
+from stepagent.encoding import Trunk
+from stepagent.envs import ExpertUnavailable
+from stepagent.inverse import InverseReflection, accuracy, calibration_error
+from stepagent.models import hidden_states, score_trees, tree_states
+from stepagent.trainer import StepAgentTrainer
+from stepagent.tree import pack_sequences, pack_step_pairs
+
+GOOD, BAD = 5, 6  # the expert's action and the agent's, in hand-made cycles
+
+
+@pytest.fixture
+def args(tmp_path):
+    def make(**options: Any) -> StepAgentConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "method": "inverse",
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "per_device_train_batch_size": 2,
+            "critic_epochs": 30,
+            "discriminator_replay": 0,
+            "cycles": 1,
+            "seed": 3,
+        }
+        return StepAgentConfig(**defaults | options)
+
+    return make
+
+
+def hand_made(actions: list[list[int]], *, seed: int = 0) -> list[Comparison]:
+    """Expert trajectories of one step per list, whose tried actions are the tokens in the list."""
+    rng = np.random.default_rng(seed)
+    comparisons = []
+    for tried in actions:
+        ids = [*rng.integers(10, 50, 4).tolist(), GOOD, END]
+        branches = [[np.array([token, END], np.int32) for token in tried]]
+        scores = np.full(2 * (1 + len(tried)), -1.0, np.float32)
+        comparisons.append(
+            Comparison(Trunk(ids, [(4, 6)]), branches, True, ref_logps=scores, old_logps=scores)
+        )
+    return comparisons
+
+
+def table(comparisons: list[Comparison]) -> StepTable:
+    trees = pack_comparisons(comparisons, 4096)
+    return StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+
+
+# ------------------------------------------------------------------ the rows that are judged
+
+
+def separate_rows(model, trunk: Trunk, branches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states after each action and before it, each in a sequence of its own."""
+    after, before = [], []
+    for (start, stop), tried in zip(trunk.action_spans, branches, strict=True):
+        for action in (trunk.input_ids[start:stop], *tried):
+            ids = torch.tensor([*trunk.input_ids[:start].tolist(), *map(int, action)])[None]
+            hidden = hidden_states(model, input_ids=ids, use_cache=False)[0]
+            after.append(hidden[-1])
+            before.append(hidden[start - 1])
+    return torch.stack(after), torch.stack(before)
+
+
+BRANCHES = [
+    # one token, the beginning of another branch, the expert's own, one twice, three tokens
+    [[7], [7, 8, 2], [3, 4], [9, 2], [9, 2]],
+    [],
+    [[3], [11, 12, 13]],
+]
+TRUNK = Trunk([1, 20, 21, 3, 4, 22, 5, 2, 23, 3, 2], [(3, 5), (6, 8), (9, 11)])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3_text"])
+@torch.no_grad()
+def test_actions_and_states_are_judged_on_the_rows_of_their_own_sequences(name):
+    model = tiny_model(name).double()
+    branches = [[np.array(a) for a in step] for step in BRANCHES]
+    other = Trunk([30, 31, 32, 33], [(1, 2), (3, 4)])  # actions of one token
+    trees = [
+        *pack_step_pairs([TRUNK], [branches]),
+        *pack_step_pairs([other, TRUNK], [[[[9]], [[33], [8]]], branches]),
+    ]
+    rows = [[tree.action_rows(), tree.state_rows()] for tree in trees]
+    after = tree_states(model, trees, [action for action, _ in rows])
+    before = tree_states(model, trees, [state for _, state in rows])
+    parts = [
+        separate_rows(model, TRUNK, branches),
+        separate_rows(model, other, [[[9]], [[33], [8]]]),
+        separate_rows(model, TRUNK, branches),
+    ]
+    for actual, expected in zip((after, before), zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.cat(expected), atol=1e-9, rtol=0)
+
+
+def test_rows_of_a_prefix_tree_are_those_of_its_sequences():
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6], [9, 9, 9]]
+    masks = [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1], [0, 1, 0]]
+    (tree,) = pack_sequences(sequences, masks)
+    assert [tree.input_ids[row] for row in tree.action_rows()] == [4, 5, 6, 9]
+    assert [tree.position_ids[row] for row in tree.action_rows()] == [3, 3, 2, 1]
+    assert [tree.input_ids[row] for row in tree.state_rows()] == [1, 3, 2, 9]
+
+
+def test_an_action_without_tokens_cannot_be_judged():
+    (tree,) = pack_step_pairs([Trunk([1, 2, 3], [(1, 3)])], [[[[]]]])
+    for rows in (tree.action_rows, tree.state_rows):
+        with pytest.raises(ValueError, match="step 1 has no tokens; an action needs at least one"):
+            rows()
+
+
+# ------------------------------------------------------------------ the critic
+
+
+def test_a_critic_begins_undecided():
+    critic = StepCritic(critic_body(tiny_agent(), "own"), 3)
+    action_SH, state_SH = critic.features(pack_comparisons(hand_made([[BAD], [GOOD]]), 4096))
+    assert critic.logits(action_SH).tolist() == [[0.0] * 4] * 3
+    assert critic.values(state_SH).tolist() == [0.0] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # PEFT, of transformers' names
+@pytest.mark.parametrize("kind", ["own", "adapter", "frozen"])
+def test_a_body_trains_what_it_says_and_never_the_policy(kind, args):
+    policy = tiny_agent()
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    reflection = InverseReflection(policy, args(discriminator_body=kind, critic_epochs=2))
+    body = [name for name in reflection.critic.trained() if name.startswith("body.")]
+    kinds = {"own": len(before), "frozen": 0}
+    if kind == "adapter":
+        assert body
+        assert all("lora_" in name for name in body)
+    else:
+        assert len(body) == kinds[kind]
+    started = {name: p.detach().clone() for name, p in reflection.critic.named_parameters()}
+    reflection.prepare(hand_made([[BAD], [BAD, GOOD], [GOOD]]), 0)
+    for name, parameter in reflection.critic.named_parameters():
+        unused = "lm_head" in name  # it is not on the way to a row
+        if parameter.requires_grad and not unused:
+            assert not torch.equal(parameter, started[name]), name
+        else:
+            assert torch.equal(parameter, started[name]), name
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad
+
+
+def test_frozen_weights_that_the_policy_does_not_train_are_shared_with_it():
+    policy = tiny_agent()
+    policy.get_input_embeddings().weight.requires_grad_(False)
+    body = critic_body(policy, "frozen")
+    assert body.get_input_embeddings().weight is policy.get_input_embeddings().weight
+    assert body.model.norm.weight is not policy.model.norm.weight
+
+
+def test_the_value_function_moves_no_body(args):
+    critic = StepCritic(critic_body(tiny_agent(), "own"), 1)
+    torch.nn.init.ones_(critic.value[2].weight)
+    _, state_SH = critic.features(pack_comparisons(hand_made([[BAD]]), 4096))
+    critic.values(state_SH).sum().backward()
+    assert all(p.grad is None for p in critic.body.parameters())
+    assert critic.value[2].weight.grad is not None
+
+
+# ------------------------------------------------------------------ rewards and advantages
+
+
+@pytest.mark.parametrize("options", [{}, {"discriminators": 3}, {"discriminator_penalty": 0.01}])
+def test_the_experts_action_earns_more_than_another(args, options):
+    comparisons = hand_made([[BAD, GOOD, BAD, BAD], [GOOD, BAD, BAD, BAD], [BAD, BAD, BAD, GOOD]])
+    reflection = InverseReflection(tiny_agent(), args(samples=4, **options))
+    prepared, figures = reflection.prepare(comparisons, 0)
+    for comparison in prepared:
+        own, *tried = comparison.advantages.tolist()
+        tokens = [int(branch[0]) for branch in comparison.branches[0]]
+        assert own == 0.0  # the expert's
+        best = max(zip(tried, tokens, strict=True))
+        assert best[1] == GOOD
+        assert all(a < best[0] for a, token in zip(tried, tokens, strict=True) if token == BAD)
+    # right about the BAD ones, half right about a pair of the same: ¾ + ¼ · ½
+    assert figures["discriminator_accuracy"] == pytest.approx(0.875)
+    assert figures["discriminator_accuracy_unseen"] == pytest.approx(0.5)
+    assert figures["discriminator_calibration_error"] < 0.1
+    assert figures["discriminator_collapsed"] == 0.0
+
+
+@pytest.mark.parametrize("baseline", ["value", "leave_one_out", "group"])
+def test_advantages_are_the_references_of_the_discriminators_verdict(args, baseline):
+    comparisons = hand_made([[BAD, GOOD, 7], [GOOD, BAD, 8]])
+    reflection = InverseReflection(tiny_agent(), args(samples=3, baseline=baseline))
+    prepared, _ = reflection.prepare(comparisons, 0)
+    logits_ES, _, _ = reflection._judge(comparisons)
+    agent = torch.tensor([1, 2, 3, 5, 6, 7])
+    raw = reference.inverse_step_reward(logits_ES[0, agent])
+    rewards = (raw - raw.mean()) / raw.std(correction=0)
+    expected = {
+        "value": rewards,  # the value is 0 in the first cycle, and an action ends here
+        "leave_one_out": reference.leave_one_out(rewards, torch.tensor([0, 0, 0, 1, 1, 1])),
+        "group": reference.group_relative(rewards, torch.tensor([0, 0, 0, 1, 1, 1])),
+    }[baseline]
+    advantages = np.concatenate([c.advantages for c in prepared])[agent.numpy()]
+    np.testing.assert_allclose(advantages, expected.numpy(), atol=1e-5)
+
+
+def test_a_rollouts_steps_see_what_follows(args):
+    """γ-discounted over the agent's trajectory, each trajectory for itself."""
+    rng = np.random.default_rng(1)
+    comparisons = []
+    for answers in ([BAD, None, GOOD], [GOOD, BAD]):
+        ids, spans, branches = [1], [], []
+        for answer in answers:
+            ids += [int(rng.integers(10, 50)), GOOD, END]
+            spans.append((len(ids) - 2, len(ids)))
+            branches.append([] if answer is None else [np.array([answer, END], np.int32)])
+        comparisons.append(Comparison(Trunk(ids, spans), branches, expert_trunk=False))
+    reflection = InverseReflection(
+        tiny_agent(), args(states="agent", gamma=0.5, gae_lambda=1.0, baseline="value")
+    )
+    prepared, _ = reflection.prepare(comparisons, 0)
+    logits_ES, _, _ = reflection._judge(comparisons)
+    agent = torch.nonzero(~table(comparisons).expert_S).squeeze(1)
+    raw = reference.inverse_step_reward(logits_ES[0, agent])
+    rewards = (raw - raw.mean()) / raw.std(correction=0)
+    expected, _ = reference.step_gae(
+        rewards, torch.zeros(5), torch.tensor([0, 3, 5]), gamma=0.5, lam=1.0
+    )
+    advantages = torch.from_numpy(np.concatenate([c.advantages for c in prepared])).double()
+    torch.testing.assert_close(advantages[agent], expected, atol=1e-5, rtol=0)
+    # The expert's answers have none, and the steps are those of the trees.
+    assert advantages[table(comparisons).expert_S].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("form", ["agent", "expert", "difference"])
+def test_several_discriminators_are_pessimistic_or_optimistic(args, form):
+    logits_EA = torch.tensor([[0.0, -2.0, 3.0], [1.0, -1.0, -3.0]], dtype=torch.float64)
+    rewards = {}
+    for aggregate in ("pessimistic", "mean", "optimistic"):
+        options = {"discriminators": 2, "reward_aggregate": aggregate, "reward_form": form}
+        rewards[aggregate] = InverseReflection(tiny_agent(), args(**options))._rewards(logits_EA)
+    each = torch.stack([reference.inverse_step_reward(x, form=form) for x in logits_EA])
+    torch.testing.assert_close(rewards["pessimistic"], each.min(0).values)
+    torch.testing.assert_close(rewards["mean"], each.mean(0))
+    torch.testing.assert_close(rewards["optimistic"], each.max(0).values)
+
+
+def test_the_kl_to_a_reference_can_be_taken_from_the_rewards(args):
+    comparisons = hand_made([[BAD, GOOD]])
+    far = np.array([-1, -1, -4, -1, -1, -1], np.float32)  # BAD has become three nats rarer
+    (moved,) = [Comparison(c.trunk, c.branches, True, c.ref_logps, far) for c in comparisons]
+    reflection = InverseReflection(
+        tiny_agent(), args(samples=2, kl_in="reward", kl_coef=0.5, kl_estimator="k1")
+    )
+    penalty = reflection._kl_penalty([moved], table([moved]), torch.tensor([1, 2]))
+    assert penalty.tolist() == [-1.5, 0.0]
+
+
+# ------------------------------------------------------------------ degenerate cycles
+
+
+def test_a_cycle_without_disagreement_teaches_nothing(args):
+    prepared, figures = InverseReflection(tiny_agent(), args()).prepare(
+        hand_made([[GOOD], [GOOD]]), 0
+    )
+    assert [c.advantages.tolist() for c in prepared] == [[0.0, 0.0]] * 2
+    assert figures["discriminator_accuracy"] == 0.5
+
+
+def test_identical_action_sets_have_no_advantage_between_samples(args):
+    """The same two actions, each as often from either side, are worth the same to leave-one-out."""
+    options = {"samples": 2, "baseline": "leave_one_out"}
+    prepared, _ = InverseReflection(tiny_agent(), args(**options)).prepare(
+        hand_made([[GOOD, GOOD], [BAD, BAD]]), 0
+    )
+    for comparison in prepared:
+        np.testing.assert_allclose(comparison.advantages, 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("expert_trunk", [True, False])
+def test_one_side_alone_is_refused(args, expert_trunk):
+    one = Comparison(Trunk([10, 11, GOOD, END], [(2, 4)]), [[]], expert_trunk)
+    with pytest.raises(ValueError, match="cycle 4 has no step with an action of the expert and"):
+        InverseReflection(tiny_agent(), args()).prepare([one], 4)
+
+
+def test_a_critic_that_breaks_is_told(args):
+    reflection = InverseReflection(tiny_agent(), args())
+    with torch.no_grad():
+        reflection.critic.value[2].bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="logits or values hold NaN or infinity"):
+        reflection.prepare(hand_made([[BAD]]), 0)
+
+
+def test_a_collapsed_discriminator_is_told(args, caplog):
+    """The agent is always wrong: soon nothing separates one of its actions from another."""
+    options = {"critic_epochs": 60, "critic_learning_rate": 1e-2, "discriminator_smoothing": 0.0}
+    reflection = InverseReflection(tiny_agent(), args(**options))
+    with caplog.at_level(logging.WARNING):
+        _, figures = reflection.prepare(hand_made([[BAD]] * 4), 2)
+    assert figures["discriminator_collapsed"] == 1.0
+    assert "cycle 2: the discriminator has collapsed" in caplog.text
+    caplog.clear()
+    smooth = InverseReflection(tiny_agent(), args(critic_epochs=1))
+    _, figures = smooth.prepare(hand_made([[BAD]] * 4), 0)
+    assert figures["discriminator_collapsed"] == 0.0
+    assert not caplog.text
+
+
+def test_earlier_cycles_are_replayed_for_as_long_as_told(args):
+    reflection = InverseReflection(tiny_agent(), args(discriminator_replay=2, critic_epochs=1))
+    cycles = [hand_made([[BAD]] * n, seed=n) for n in (1, 2, 3)]
+    for number, cycle in enumerate(cycles):
+        reflection.prepare(cycle, number)
+    kept = [c.trunk.input_ids.tolist() for c in reflection._replay]
+    assert kept == [c.trunk.input_ids.tolist() for cycle in cycles[1:] for c in cycle]
+
+
+def test_accuracy_and_calibration_of_known_logits():
+    steps = table(hand_made([[BAD, BAD], [GOOD, BAD]]))
+    # expert, BAD, BAD | expert, GOOD, BAD: right, right, wrong | undecided, undecided, right
+    logits_ES = torch.tensor([[-1.0, 1.0, -1.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    # pairs: (right, right) (right, wrong) (half, half) (half, right)
+    assert accuracy(logits_ES, steps) == pytest.approx((1 + 0.5 + 0.5 + 0.75) / 4)
+    sure = torch.tensor([[-50.0, 50.0, 50.0, -50.0, 50.0, 50.0]], dtype=torch.float64)
+    assert calibration_error(sure, steps) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(-sure, steps) == pytest.approx(1, abs=1e-9)
+    assert calibration_error(torch.zeros(1, 6), steps) == pytest.approx(0, abs=1e-9)
+
+
+# ------------------------------------------------------------------ PPO in the trainer
+
+
+@pytest.fixture
+def trainer(args):
+    from test_trainer import LEVEL
+
+    from stepagent.policies import ExpertPolicy
+    from stepagent.rollout import run_episodes
+
+    episodes = sorted(
+        run_episodes(LEVEL, ExpertPolicy(), range(20)), key=lambda episode: len(episode.actions)
+    )
+    trajectories = [episode.trajectory() for episode in episodes[:6]]
+
+    def make(**options: Any) -> StepAgentTrainer:
+        names = ("ref_model", "env", "expert", "discriminator")
+        mine = {name: options.pop(name) for name in names if name in options}
+        config = args(critic_epochs=2, learning_rate=1e-2, **options)
+        return StepAgentTrainer(tiny_agent(), config, trajectories, babyai_tokenizer(), **mine)
+
+    return make
+
+
+def test_the_first_ratio_is_one(trainer):
+    """At the start of a cycle the loss is −mean A, to the rounding of the log-probs."""
+    made = trainer(samples=2)
+    comparisons, batch = first_batch(made)
+    loss = made.compute_loss(made.model, batch)
+    steps = table(comparisons)
+    assert loss.item() == pytest.approx(
+        -batch["advantages"][~steps.expert_S].mean().item(), abs=1e-5
+    )
+    assert made._means.values()["kl"] < 1e-5
+    assert made._means.values()["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("ratio", ["step", "token"])
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_ppo_on_trees_is_the_references_on_separate_sequences(trainer, ratio, kl):
+    """Loss and gradients to 1e-5, away from the old policy and from the reference."""
+    options = {"samples": 2, "ratio": ratio, "kl_estimator": kl, "kl_coef": 0.3, "clip": 0.1}
+    made = trainer(ref_model=tiny_agent(seed=1), **options)
+    comparisons, batch = first_batch(made)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    agent = torch.nonzero(~table(comparisons).expert_S).squeeze(1).tolist()
+    lengths = table(comparisons).offsets.diff().tolist()
+    results = []
+    for slow in (False, True):
+        made.model.zero_grad()
+        if slow:
+            parts = {"logps": logps_of(made.model, comparisons)}
+            for name in ("old_logps", "ref_logps"):
+                flat = torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons]))
+                parts[name] = list(flat.split(lengths))
+            chosen = {n: torch.cat([p[s] for s in agent]).double() for n, p in parts.items()}
+            loss = reference.ppo_loss(
+                chosen["logps"],
+                chosen["old_logps"],
+                batch["advantages"][agent],
+                torch.tensor([0, *(lengths[s] for s in agent)]).cumsum(0),
+                clip=0.1,
+                ratio=ratio,
+                ref_logps_N=chosen["ref_logps"],
+                kl_coef=0.3,
+                kl=kl,
+            )
+        else:
+            loss = made.compute_loss(made.model, batch)
+        loss.backward()
+        results.append(
+            (loss.item(), torch.cat([p.grad.flatten() for p in made.model.parameters()]))
+        )
+    (loss, grad), (slow_loss, slow_grad) = results
+    assert loss == pytest.approx(slow_loss, abs=1e-5)
+    assert float((grad - slow_grad).abs().max()) < 1e-5
+
+
+def test_entropy_is_taken_from_the_loss(trainer):
+    made = trainer(entropy_coef=0.1)
+    comparisons, batch = first_batch(made)
+    loss = made.compute_loss(made.model, batch).item()
+    trees = pack_comparisons(comparisons, 4096)
+    _, entropy_N = score_trees(made.model, trees, return_entropy=True)
+    steps = table(comparisons)
+    agent_N = (~steps.expert_S).repeat_interleave(steps.offsets.diff())
+    mean_A = batch["advantages"][~steps.expert_S].mean().item()
+    assert loss == pytest.approx(-mean_A - 0.1 * entropy_N[agent_N].mean().item(), abs=1e-5)
+
+
+def test_a_policy_that_moved_too_far_learns_nothing_more_in_its_cycle(trainer):
+    free = trainer(cycles=2, epochs_per_cycle=3)
+    free.train()
+    bound = trainer(cycles=2, epochs_per_cycle=3, target_kl=1e-4)
+    bound.train()
+    logs = [[e for e in t.state.log_history if "cycle" in e] for t in (free, bound)]
+    assert all("stopped_early" not in entry for entry in logs[0])
+    assert all(entry["stopped_early"] > 0 for entry in logs[1])
+    assert logs[1][1]["kl"] < logs[0][1]["kl"]
+    assert bound.state.global_step == free.state.global_step
+
+
+def test_after_the_stop_no_weight_moves(trainer):
+    made = trainer(target_kl=1e-9, weight_decay=0.1)
+    made.begin_epoch(0)
+    made.create_optimizer()
+    made.current_gradient_accumulation_steps = 1  # as the training loop sets it
+    batch = made._collate(list(made.train_dataset.items)[:2])
+    seen = []
+    for _ in range(4):
+        made.training_step(made.model, dict(batch))
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+        seen.append(torch.cat([p.detach().flatten().clone() for p in made.model.parameters()]))
+    assert not torch.equal(seen[0], seen[1])  # the first is at the old policy, the second is far
+    assert torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[2], seen[3])
+
+
+def test_a_discriminator_of_its_own_is_trained(trainer):
+    judge = tiny_agent(seed=9)
+    before = judge.get_input_embeddings().weight.detach().clone()
+    made = trainer(discriminator=judge)
+    made.train()
+    assert not torch.equal(judge.get_input_embeddings().weight, before)
+
+
+def test_the_verdict_is_logged_each_cycle(trainer):
+    made = trainer(cycles=2)
+    made.train()
+    logged = [entry for entry in made.state.log_history if "cycle" in entry]
+    assert len(logged) == 2
+    for name in (
+        *("discriminator_loss", "discriminator_accuracy", "discriminator_accuracy_unseen"),
+        *("discriminator_calibration_error", "step_reward", "step_reward_std", "value_explained"),
+        *("discriminator_collapsed", "kl", "clip_fraction", "agreement", "mean_loss"),
+    ):
+        assert all(math.isfinite(entry[name]) for entry in logged), name
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baseline": "group"}, "baseline='group' compares the samples of a state with each other"),
+        ({"baseline": "leave_one_out", "samples": 1}, "got samples=1: raise it"),
+        ({"baseline": "best"}, "baseline must be one of"),
+        ({"discriminator_body": "large"}, "discriminator_body must be one of"),
+        ({"discriminator_smoothing": 0.5}, r"discriminator_smoothing must be in \[0, 0.5\), got"),
+        ({"discriminators": 0}, "discriminators must be a whole number >= 1, got 0"),
+        ({"discriminator_replay": -1}, "discriminator_replay must be a whole number >= 0, got -1"),
+        ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
+        ({"target_kl": 0.0}, "target_kl must be finite and > 0, got 0.0"),
+        ({"kl_estimator": "k1", "kl_coef": 0.1}, "kl_estimator='k1' has a gradient of mean 0"),
+        ({"clip": math.nan}, "clip must be finite and > 0, got nan"),
+    ],
+)
+def test_an_invalid_option_is_named(args, options, message):
+    with pytest.raises(ValueError, match=message):
+        args(**options)
+
+
+def test_what_would_not_be_used_is_refused(trainer, args):
+    with pytest.raises(ValueError, match="discriminator is given, but method='implicit' has none"):
+        trainer(method="implicit", discriminator=tiny_agent())
+    with pytest.raises(ValueError, match="kl_in='reward' needs a ref_model"):
+        trainer(kl_in="reward", kl_coef=0.1)
+
+
+def test_an_expert_that_never_answers_leaves_one_side_alone(trainer):
+    from test_trainer import LEVEL
+
+    def mute(env: Any) -> str:
+        raise ExpertUnavailable("no answer")
+
+    made = trainer(states="agent", env=LEVEL, expert=mute, rollouts=2, max_steps_per_episode=2)
+    with pytest.raises(ValueError, match="cycle 0 has no step with an action of the expert"):
+        made.train()

@@ -211,7 +211,7 @@ def speed_part(actions: int) -> dict[str, Any]:
 
 
 def speed(task: str, actions: int) -> dict[str, Any]:
-    """Milliseconds of a step, ours and the package's; both are checked to score the same."""
+    """Milliseconds of a step, ours and the package's."""
     with closing(envs.make(f"scienceworld:{task}", "test")) as env, closing(raw_simulator()) as raw:
         passes = [timed_pass(env, raw, task, actions) for _ in range(PASSES)]
     first, last = ratio_of(*passes[0]), ratio_of(*passes[-1])
@@ -234,21 +234,22 @@ def ratio_of(ours: list[float], theirs: list[float]) -> float:
 
 
 def timed_pass(env: TextEnv, raw: Any, task: str, actions: int) -> tuple[list[float], list[float]]:
-    """Seconds of each of the first gold actions, by both."""
+    """Seconds of each of the first gold actions, by both; each has a gold path of its own, for the
+    package's simulator names objects in an order of its own."""
     env.reset(0)
-    raw.load(task, raw_variation(raw, task), "")
-    raw.reset()
+    raw.load(task, raw_variation(raw, task), "", generateGoldPath=True)
+    path = raw.get_gold_action_sequence()[:actions]
     ours, theirs, over = [], [], False
-    while not over and len(ours) < actions:
+    while not over and len(ours) < len(path):
         action = env.expert_action()
         start = time.perf_counter()
         _, _, over, _, info = env.step(action)
         between = time.perf_counter()
-        *_, listed = raw.step(action)
+        raw.step(path[len(ours)])
         theirs.append(time.perf_counter() - between)
         ours.append(between - start)
-        score = round(100 * info["progress"])
-        common.check(score == listed["score"], f"{task}: scores {score}, {listed['score']}")
+    reached = round(100 * info["progress"])
+    common.check(not over or reached == 100, f"{task}: our gold path ends at {reached}")
     return ours, theirs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from stepagent import envs
+from stepagent import envs, load_trajectories
+from stepagent.cli import main
 from stepagent.envs import ExpertUnavailable, TextEnv
 from stepagent.policies import ExpertPolicy
 from stepagent.rollout import run_episodes
@@ -272,6 +275,25 @@ def java_is_gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_evaluate_takes_a_split_and_records_it(env: Any, tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    options = ["--env", "scienceworld:use-thermometer", "--policy", "expert", "--episodes", "1"]
+    command = ["evaluate", *options, "--json", "--output", str(path), "--split"]
+    result = CliRunner().invoke(main, [*command, "test"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["success_rate"] == 1.0
+    (trajectory,) = load_trajectories(path)
+    meta = trajectory.meta
+    assert (meta["split"], meta["task"], meta["seed"]) == ("test", "use-thermometer", 0)
+    assert sum(meta["rewards"]) == pytest.approx(1.0)
+    assert trajectory.messages[0]["content"] == env.reset(TASKS.index("use-thermometer"))[0]
+    other = CliRunner().invoke(main, [*command, "dev"])  # another run than the file's
+    assert other.exit_code == 1
+    unknown = CliRunner().invoke(main, ["evaluate", *options, "--split", "valid"])
+    assert unknown.exit_code == 1
+    assert "no split 'valid': it has train, dev, test" in unknown.output
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The demo's pipeline at a tiny size: all stages for real, on the real environment."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("minigrid")
 
 from stepagent import demo
+from stepagent.episodes import load_episodes
 from stepagent.report.demo import closing_table
 
 TINY = demo.Settings(
@@ -23,9 +25,11 @@ TINY = demo.Settings(
     rollouts=6,
     max_steps=5,
     rollout_max_steps=3,
+    inverse_samples=2,
     validation_episodes=4,
     evaluation_episodes=6,
 )
+INVERSE_STAGES = ("inverse_expert_states", "inverse")
 STAGES = ("sft", "sft_continued", "stepagent_expert_states", "stepagent", "dagger")
 
 
@@ -111,6 +115,36 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
             demo.run_demo(tmp_path, TINY)
     resumed = demo.run_demo(tmp_path, TINY)
     assert {**resumed, "seconds": 0} == {**metrics, "seconds": 0}
+
+
+def test_the_other_method_adds_its_stages_and_shares_the_report(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, metrics = finished
+    both = tmp_path / "both"
+    shutil.copytree(folder, both)
+    kept = (both / "stepagent" / "model.safetensors").stat().st_mtime_ns
+    added = demo.run_demo(both, TINY, "inverse")
+    assert (both / "stepagent" / "model.safetensors").stat().st_mtime_ns == kept
+    assert added["main"] == "inverse"
+    assert added["stepagent"] == metrics["stepagent"]
+    assert [cycle["cycle"] for cycle in added["inverse"]["cycles"]] == [1, 2]
+    assert added["inverse"]["cycles"][-1]["success_rate"] == added["inverse"]["success_rate"]
+    assert set(added["differences"]) == {"random", *STAGES, *INVERSE_STAGES} - {"inverse"}
+    assert "a discriminator" in (both / "report.html").read_text()
+    table = closing_table(added)
+    assert "StepAgent, inverse RL − DAgger" in table
+
+
+def test_the_main_stages_episodes_say_what_each_step_was_worth(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = finished
+    episodes = load_episodes(folder / "stepagent" / "episodes.jsonl")
+    rewards = [r for e in episodes for r in e.step_rewards]
+    assert len(rewards) == sum(len(e.actions) for e in episodes)
+    assert len(set(rewards)) > 1
+    assert all(not e.step_rewards for e in load_episodes(folder / "sft" / "episodes.jsonl"))
 
 
 def test_another_run_in_the_same_folder_is_refused(

@@ -23,6 +23,8 @@ from stepagent.report.demo import (
 METRICS: dict[str, Any] = {
     "environment": "babyai:GoToLocalS6N2",
     "seed": 3,
+    "method": "implicit",
+    "main": "stepagent",
     "random": {"success_rate": 0.045, "interval": [0.02, 0.07]},
     "sft": {"success_rate": 0.755, "interval": [0.69, 0.81]},
     "sft_continued": {"success_rate": 0.7475, "interval": [0.683, 0.803]},
@@ -118,7 +120,16 @@ def test_an_optional_key_may_be_missing_or_null(tmp_path: Path, key: str) -> Non
 @pytest.mark.parametrize(
     "path",
     [
-        *("environment", "seed", "sft", "sft_continued", "stepagent.states", "seconds"),
+        *(
+            "environment",
+            "seed",
+            "method",
+            "main",
+            "sft",
+            "sft_continued",
+            "stepagent.states",
+            "seconds",
+        ),
         *("tokens.unique", "tokens.naive", "episodes", "validation_seeds", "evaluation_seeds"),
     ],
 )

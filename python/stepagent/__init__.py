@@ -4,7 +4,10 @@ Data: :class:`Trajectory`, :func:`encode`, :func:`pack_step_pairs`, :func:`pack_
 :func:`pack_bins`, :func:`balance`. Alignment: :func:`align_tokens`, :func:`align_steps`,
 :func:`edit_distance`. Ops: :func:`linear_logprobs`, :func:`linear_logprob_diff`,
 :func:`token_logprobs`, :func:`logprob_diff`, :func:`step_sums`, :func:`step_rewards`. Objectives:
-:func:`implicit_step_loss`, :func:`step_pair_loss`. Advantages: :func:`step_gae`. Inspection:
+:func:`implicit_step_loss`, :func:`step_pair_loss`, :func:`discriminator_loss`,
+:func:`inverse_step_reward`, :func:`ppo_loss`, :func:`outcome_loss`. Advantages: :func:`step_gae`,
+:func:`leave_one_out`, :func:`group_relative`, :func:`gigpo`, :func:`istar`, :func:`prime`,
+:func:`mt_grpo`. Inspection:
 :func:`inspect`, :func:`load_branches`, :func:`rollout_and_query`, :func:`continue_rollouts`.
 Training: ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
@@ -13,7 +16,15 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
-from .advantages import step_gae
+from .advantages import (
+    gigpo,
+    group_relative,
+    istar,
+    leave_one_out,
+    mt_grpo,
+    prime,
+    step_gae,
+)
 from .alignment import (
     StepAlignment,
     TokenAlignment,
@@ -27,7 +38,13 @@ from .branches import load_branches
 from .encoding import Trunk, encode
 from .exports import tree_kwargs, trl_row
 from .inspection import Branch, inspect
-from .losses import implicit_step_loss
+from .losses import (
+    discriminator_loss,
+    implicit_step_loss,
+    inverse_step_reward,
+    outcome_loss,
+    ppo_loss,
+)
 from .models import check_tree_support, score_trees
 from .ops import (
     linear_logprob_diff,
@@ -61,18 +78,28 @@ __all__ = [
     "char_spans",
     "check_tree_support",
     "continue_rollouts",
+    "discriminator_loss",
     "edit_distance",
     "encode",
+    "gigpo",
+    "group_relative",
     "implicit_step_loss",
     "inspect",
+    "inverse_step_reward",
+    "istar",
+    "leave_one_out",
     "linear_logprob_diff",
     "linear_logprobs",
     "load_branches",
     "load_trajectories",
     "logprob_diff",
+    "mt_grpo",
+    "outcome_loss",
     "pack_bins",
     "pack_sequences",
     "pack_step_pairs",
+    "ppo_loss",
+    "prime",
     "rollout_and_query",
     "save_trajectories",
     "score_trees",

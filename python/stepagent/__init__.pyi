@@ -1,3 +1,9 @@
+from .advantages import gigpo as gigpo
+from .advantages import group_relative as group_relative
+from .advantages import istar as istar
+from .advantages import leave_one_out as leave_one_out
+from .advantages import mt_grpo as mt_grpo
+from .advantages import prime as prime
 from .advantages import step_gae as step_gae
 from .alignment import StepAlignment as StepAlignment
 from .alignment import TokenAlignment as TokenAlignment
@@ -14,7 +20,11 @@ from .exports import tree_kwargs as tree_kwargs
 from .exports import trl_row as trl_row
 from .inspection import Branch as Branch
 from .inspection import inspect as inspect
+from .losses import discriminator_loss as discriminator_loss
 from .losses import implicit_step_loss as implicit_step_loss
+from .losses import inverse_step_reward as inverse_step_reward
+from .losses import outcome_loss as outcome_loss
+from .losses import ppo_loss as ppo_loss
 from .models import check_tree_support as check_tree_support
 from .models import score_trees as score_trees
 from .ops import linear_logprob_diff as linear_logprob_diff

@@ -143,7 +143,7 @@ class StepAgentConfig(TrainingArguments):
         },
     )
     critic_learning_rate: float = field(
-        default=1e-3, metadata={"help": "of discriminator and value function, constant"}
+        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
     )
     critic_epochs: int = field(
         default=4, metadata={"help": "passes over a cycle's data, for either of them"}

@@ -4,6 +4,12 @@ A discriminator's head reads the row of an action's last token, which has seen t
 whole action; the value head reads the row of a state's last token, which has seen no action. Expert
 and agent actions of a trajectory are judged in one forward, on one tree.
 
+The best discriminator is D* = π / (π + π_E), whose logit is log π − log π_E. How likely the agent's
+action was is known and need not be learnt (AIRL, arXiv 1710.11248); for the expert's the decoder's
+own likelihood q stands in, which begins as the policy's:
+
+    logit of D = log π(a|s) − log q(a|s) + head(row),    log π(a|s) = Σ log π of the action's tokens
+
 S steps of the trees, E discriminators, H hidden.
 """
 
@@ -12,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
-from .models import text_config, tree_states, unwrapped
+from .models import read_trees, text_config, unwrapped
+from .ops import step_sums
+from .tree import on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +37,19 @@ if TYPE_CHECKING:
 
 BODIES = ("own", "adapter", "frozen")
 _ADAPTER_RANK = 8
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """Of S steps: rows (S, H), fp32, of their actions and states, and log q (S,) of the actions."""
+
+    action_SH: Tensor
+    state_SH: Tensor
+    logq_S: Tensor
+
+    def at(self, steps: Tensor) -> StepReading:
+        """Of these steps alone."""
+        return StepReading(self.action_SH[steps], self.state_SH[steps], self.logq_S[steps])
 
 
 class StepCritic(nn.Module):
@@ -44,17 +66,29 @@ class StepCritic(nn.Module):
         self.to(unwrapped(body).device)
         self.eval()  # without dropout, so that a resumed run draws what an undisturbed one would
 
-    def features(self, trees: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
-        """Rows (S, H), fp32, of the trees' actions and of the states that they were taken in."""
+    def read(self, trees: Sequence[TokenTree]) -> StepReading:
+        """What the decoder makes of the trees' steps, in one forward."""
         rows = [[tree.action_rows(), tree.state_rows()] for tree in trees]
         with nullcontext() if self._body_learns else torch.no_grad():
-            hidden_KH = tree_states(self.body, trees, [np.concatenate(pair) for pair in rows])
+            hidden_KH, logq_N = read_trees(
+                self.body, trees, [np.concatenate(pair) for pair in rows]
+            )
         parts = torch.split(hidden_KH.float(), [len(part) for pair in rows for part in pair])
-        return torch.cat(parts[0::2]), torch.cat(parts[1::2])
+        lengths_S = np.concatenate([np.diff(on_host(tree.step_offsets)) for tree in trees])
+        offsets = torch.from_numpy(np.concatenate([[0], lengths_S.cumsum()]))
+        return StepReading(
+            action_SH=torch.cat(parts[0::2]),
+            state_SH=torch.cat(parts[1::2]),
+            logq_S=step_sums(logq_N, offsets.to(logq_N.device)),
+        )
 
-    def logits(self, action_SH: Tensor) -> Tensor:
-        """(E, S) logits of D = P(agent | s, a)."""
-        return torch.stack([head(action_SH).squeeze(1) for head in self.discriminators])
+    def logits(self, reading: StepReading, logp_S: Tensor) -> Tensor:
+        """(E, S) logits of D = P(agent | s, a).
+
+        :param logp_S: (S,) log π of each action under the policy that is judged.
+        """
+        heads_ES = torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
+        return heads_ES + (logp_S.to(reading.logq_S) - reading.logq_S)
 
     def values(self, state_SH: Tensor) -> Tensor:
         """(S,) values of states; no gradient flows into the body."""
@@ -75,7 +109,7 @@ class StepCritic(nn.Module):
 
 
 def _head(width: int) -> nn.Sequential:
-    """0 for every input at first: D = ½ and V = 0."""
+    """0 for every input at first, so that V = 0, and D = ½ where q is the policy."""
     head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
     nn.init.zeros_(cast("nn.Linear", head[2]).weight)
     nn.init.zeros_(cast("nn.Linear", head[2]).bias)

@@ -2,7 +2,8 @@
 
 Collect the BabyAI bot's trajectories → tokenizer → supervised training of a small transformer →
 StepAgent cycles, beside their fair rivals → evaluation on held-out episodes → report. Each stage
-leaves its result in its own folder; a run that was interrupted goes on where it stopped.
+leaves its result in its own folder; a run that was interrupted goes on where it stopped, and one
+that is run again with the other method adds that method's stages.
 """
 
 from __future__ import annotations
@@ -49,7 +50,16 @@ _STAGES = {
     "stepagent_expert_states": "StepAgent at the expert's states (the paper's form)",
     "stepagent": "StepAgent at the agent's own states",
     "dagger": "DAgger: SFT on the expert's answers at the agent's states",
+    "inverse_expert_states": "StepAgent, inverse RL at the expert's states (the paper's form)",
+    "inverse": "StepAgent, inverse RL at the agent's own states",
 }
+# The last of a method's stages is the one that the others are compared with.
+_METHOD_STAGES = {
+    "implicit": ("stepagent_expert_states", "dagger", "stepagent"),
+    "inverse": ("inverse_expert_states", "inverse"),
+}
+METHODS = tuple(_METHOD_STAGES)
+_MAIN_STAGES = {stages[-1] for stages in _METHOD_STAGES.values()}
 _MAX_NEW_TOKENS = 3  # an action is one word and the end of the turn
 
 
@@ -75,6 +85,8 @@ class Settings:
     sft_weight: float = 1.0
     max_steps: int = 20  # of an evaluation episode; the expert needs 8 at most
     rollout_max_steps: int = 10
+    inverse_samples: int = 4  # at the expert's states, compared with each other
+    gamma: float = 0.0
     first_validation_seed: int = 500_000
     validation_episodes: int = 200
     first_evaluation_seed: int = 1_000_000
@@ -105,12 +117,13 @@ class Settings:
         )
 
 
-def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
+def run_demo(output: Path, settings: Settings, method: str = "implicit") -> dict[str, Any]:
     """Run the demo into ``output``, or finish it there; returns what ``metrics.json`` holds.
 
+    :param method: of `METHODS`; stages of the other that ``output`` has are reported beside it.
     :raises ValueError: when ``output`` holds a run with other settings.
     """
-    demo = _Demo(output, settings)
+    demo = _Demo(output, settings, method)
     metrics = demo.run()
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_demo_report(output, metrics, demo.example())
@@ -120,10 +133,11 @@ def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
 class _Demo:
     """The stages, in order, each reading what the one before it left in the run's folder."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, method: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _check_same_run(folder / "settings.json", asdict(settings))
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self.method = folder, settings, method
+        self.main = _METHOD_STAGES[method][-1]
         self._seconds = _Stopwatch(folder / "seconds.json")
         with self._seconds:
             self.trajectories = self._collect()
@@ -135,30 +149,36 @@ class _Demo:
         s = self.settings
         with self._seconds:
             self._train_sft()
-        cycles = {
-            "method": "implicit",
-            "cycles": s.cycles,
-            "epochs_per_cycle": s.epochs_per_cycle,
-            "beta": s.beta,
-            "sft_weight": s.sft_weight,
-        }
+        updates = s.cycles * s.epochs_per_cycle
+        with self._seconds:
+            self._train("sft_continued", method="sft", num_train_epochs=updates)
+        for stage in _METHOD_STAGES[self.method]:
+            with self._seconds:
+                self._train(stage, **self._options(stage))
+        with self._seconds:
+            return self._metrics()
+
+    def _options(self, stage: str) -> dict[str, Any]:
+        """What a stage trains with; all make as many updates."""
+        s = self.settings
         at_agent = {
             "states": "agent",
             "rollouts": s.rollouts,
             "max_steps_per_episode": s.rollout_max_steps,
             "rollout_seed_start": s.first_rollout_seed,
         }
-        updates = s.cycles * s.epochs_per_cycle
-        with self._seconds:
-            self._train("sft_continued", method="sft", num_train_epochs=updates)
-        with self._seconds:
-            self._train("stepagent_expert_states", **cycles)
-        with self._seconds:
-            self._train("stepagent", **cycles, **at_agent)
-        with self._seconds:
-            self._train("dagger", **(cycles | at_agent | {"method": "sft", "sft_weight": 0.0}))
-        with self._seconds:
-            return self._metrics()
+        cycles = {"cycles": s.cycles, "epochs_per_cycle": s.epochs_per_cycle}
+        implicit = {"method": "implicit", "beta": s.beta, "sft_weight": s.sft_weight, **cycles}
+        inverse = {"method": "inverse", **cycles}
+        several = {"samples": s.inverse_samples, "baseline": "leave_one_out"}
+        by_stage: dict[str, dict[str, Any]] = {
+            "stepagent_expert_states": implicit,
+            "stepagent": implicit | at_agent,
+            "dagger": {"method": "sft", **cycles, **at_agent},
+            "inverse_expert_states": inverse | several,
+            "inverse": inverse | at_agent | {"gamma": s.gamma},
+        }
+        return by_stage[stage]
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -206,7 +226,7 @@ class _Demo:
         self._run_stage(
             name,
             self.model("sft"),
-            _ScoreCycles(self._evaluate) if name == "stepagent" else None,
+            _ScoreCycles(self._evaluate) if name == self.main else None,
             learning_rate=self.settings.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=self.settings.warmup_steps,
@@ -281,9 +301,22 @@ class _Demo:
         if not path.exists():
             policy = RandomPolicy() if name == "random" else self._policy(self.model(name))
             episodes = self._episodes(policy, self.settings.evaluation_seeds, name)
+            if name in _MAIN_STAGES:
+                self._add_step_rewards(name, episodes)
             path.parent.mkdir(exist_ok=True)
             save_trajectories(path, [episode.trajectory() for episode in episodes])
         return [int(t.meta["success"]) for t in load_trajectories(path)]
+
+    @torch.no_grad()
+    def _add_step_rewards(self, name: str, episodes: Sequence[Episode]) -> None:
+        """β (log π − log π_sft) of each action that the agent took."""
+        agent, sft = self.model(name), self.model("sft")
+        for episode in episodes:
+            assert episode.trunk is not None
+            (tree,) = pack_step_pairs([episode.trunk], [[[] for _ in episode.actions]])
+            difference_N = score_trees(agent, [tree]) - score_trees(sft, [tree])
+            rewards_S = self.settings.beta * step_sums(difference_N, tree.step_offsets)
+            episode.step_rewards = rewards_S.tolist()
 
     def _cycles(self, name: str) -> list[dict[str, Any]]:
         """What each cycle logged; numbered from 1, for the agent before any cycle is SFT's."""
@@ -295,21 +328,26 @@ class _Demo:
         ]
 
     def _metrics(self) -> dict[str, Any]:
-        s = self.settings
-        names = ["random", "sft", "sft_continued", "stepagent_expert_states", "stepagent", "dagger"]
+        s, main = self.settings, self.main
+        trained = [name for name in _STAGES if (self.folder / name / "log.json").exists()]
+        names = ["random", *trained]
         successes = {name: self._successes(name) for name in names}
         results: dict[str, Any] = {name: _result(values) for name, values in successes.items()}
-        results["stepagent"] |= {"states": "agent", "cycles": self._cycles("stepagent")}
+        for name in trained:
+            if name in _MAIN_STAGES:
+                results[name] |= {"states": "agent", "cycles": self._cycles(name)}
         held_out = self._held_out_trunks()
-        cycles = results["stepagent"]["cycles"]
+        cycles = results[main]["cycles"]
         return {
             "environment": s.environment,
             "seed": s.seed,
+            "method": self.method,
+            "main": main,
             **results,
             "differences": {
-                name: asdict(bootstrap(np.subtract(successes["stepagent"], successes[name])))
+                name: asdict(bootstrap(np.subtract(successes[main], successes[name])))
                 for name in names
-                if name != "stepagent"
+                if name != main
             },
             "expert_agreement": {
                 name: expert_agreement(
@@ -318,8 +356,7 @@ class _Demo:
                     max_new_tokens=_MAX_NEW_TOKENS,
                     eos_token_id=self.tokenizer.eos_token_id,
                 )
-                for name in names
-                if name != "random"
+                for name in trained
             },
             "tokens": {
                 "unique": sum(cycle["tokens_unique"] for cycle in cycles),
@@ -345,7 +382,7 @@ class _Demo:
 
     def example(self) -> ExampleTrajectory:
         """A held-out episode that StepAgent solved and SFT did not, at the expert's states."""
-        before, after = self._successes("sft"), self._successes("stepagent")
+        before, after = self._successes("sft"), self._successes(self.main)
         gained = [i for i, (b, a) in enumerate(zip(before, after, strict=True)) if a > b]
         trajectories = load_trajectories(self.folder / "expert_held_out.jsonl")
         # The longest of them has the most to show.
@@ -354,7 +391,7 @@ class _Demo:
 
     @torch.no_grad()
     def _step_rewards(self, trajectory: Trajectory) -> ExampleTrajectory:
-        sft, agent = self.model("sft"), self.model("stepagent")
+        sft, agent = self.model("sft"), self.model(self.main)
         trunk = encode(trajectory, self.tokenizer)
         (before,), (after,) = (
             inspect(

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .advantages import group_relative, leave_one_out, step_gae
-from .critic import StepCritic, critic_body
+from .critic import StepCritic, StepReading, critic_body
 from .cycle import Comparison, StepTable, load_comparisons, pack_comparisons, save_comparisons
 from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
 from .ops import step_rewards, step_sums
@@ -89,9 +89,9 @@ class InverseReflection:
                 "discriminator cannot learn from one side alone"
             )
         # The values are those of the body that they were fitted on: before it changes again.
-        unseen_ES, values_S, _ = self._judge(comparisons)
+        unseen_ES, values_S, _ = self._judge(comparisons, steps)
         loss = self._fit_discriminators([*comparisons, *self._replay], cycle)
-        logits_ES, _, state_SH = self._judge(comparisons)
+        logits_ES, _, state_SH = self._judge(comparisons, steps)
         agent_A = torch.nonzero(~steps.expert_S).squeeze(1)
         rewards_A = self._rewards(logits_ES[:, agent_A])
         figures = {
@@ -144,10 +144,7 @@ class InverseReflection:
         """What the KL to the reference costs each of the agent's steps, where rewards pay it."""
         if self._args.kl_in != "reward" or not self._args.kl_coef:
             return 0.0
-        old_N, ref_N = (
-            torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
-            for name in ("old_logps", "ref_logps")
-        )
+        old_N, ref_N = (_joined(comparisons, name) for name in ("old_logps", "ref_logps"))
         kl_S = step_sums(kl_terms(old_N, ref_N, self._args.kl_estimator), steps.offsets)
         return self._args.kl_coef * kl_S[agent_A]
 
@@ -178,20 +175,23 @@ class InverseReflection:
     # -- the critic ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _judge(self, comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor, Tensor]:
+    def _judge(
+        self, comparisons: Sequence[Comparison], steps: StepTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (E, S) and values (S,) of all steps, float64 on the CPU; rows (S, H) of states."""
         size = self._args.per_device_eval_batch_size
         batches = [comparisons[i : i + size] for i in range(0, len(comparisons), size)]
-        rows = [self.critic.features(self._pack(batch)) for batch in batches]
-        action_SH, state_SH = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        logits_ES = self.critic.logits(action_SH).cpu().double()
-        values_S = self.critic.values(state_SH).cpu().double()
+        readings = [vars(self.critic.read(self._pack(batch))) for batch in batches]
+        reading = StepReading(**{n: torch.cat([r[n] for r in readings]) for n in readings[0]})
+        logp_S = step_sums(_joined(comparisons, "old_logps"), steps.offsets)
+        logits_ES = self.critic.logits(reading, logp_S.to(reading.logq_S)).cpu().double()
+        values_S = self.critic.values(reading.state_SH).cpu().double()
         if not bool(logits_ES.isfinite().all() and values_S.isfinite().all()):
             raise FloatingPointError(
                 "the critic's logits or values hold NaN or infinity; lower "
                 "discriminator_learning_rate. Checkpoints written so far are kept"
             )
-        return logits_ES, values_S, state_SH
+        return logits_ES, values_S, reading.state_SH
 
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
         """Passes over the comparisons; the mean loss of the last."""
@@ -202,19 +202,23 @@ class InverseReflection:
             steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in chosen]))
             if not len(steps.expert_P):
                 return None  # the expert had no answer at any of these states
-            action_SH, _ = self.critic.features(trees)
-            return self._discriminator_loss(action_SH[steps.expert_P], action_SH[steps.agent_P])
+            pairs_K = torch.cat([steps.expert_P, steps.agent_P])
+            logp_K = step_sums(_joined(chosen, "old_logps"), steps.offsets)[pairs_K]
+            return self._discriminator_loss(self.critic.read(trees).at(pairs_K), logp_K)
 
         return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
 
-    def _discriminator_loss(self, expert_PH: Tensor, agent_PH: Tensor) -> Tensor:
-        """The mean over discriminators, and a penalty λ/2 E‖∂ logit / ∂ row‖² (R1, 1801.04406)."""
+    def _discriminator_loss(self, reading: StepReading, logp_K: Tensor) -> Tensor:
+        """The mean over discriminators, and a penalty λ/2 E‖∂ logit / ∂ row‖² (R1, 1801.04406).
+
+        :param reading: of the expert's actions of all pairs, then of the agent's.
+        """
         penalty, smoothing = self._args.discriminator_penalty, self._args.discriminator_smoothing
-        rows_KH = torch.cat([expert_PH, agent_PH])
+        rows_KH = reading.action_SH
         if penalty and not rows_KH.requires_grad:
             rows_KH.requires_grad_(True)
-        logits_EK = self.critic.logits(rows_KH)
-        expert_EP, agent_EP = torch.split(logits_EK, [len(expert_PH), len(agent_PH)], dim=1)
+        logits_EK = self.critic.logits(reading, logp_K.to(rows_KH.device))
+        expert_EP, agent_EP = logits_EK.chunk(2, dim=1)
         losses = [
             discriminator_loss(expert_P, agent_P, smoothing=smoothing)
             for expert_P, agent_P in zip(expert_EP, agent_EP, strict=True)
@@ -308,6 +312,11 @@ class InverseReflection:
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._replayed = json.loads(metadata["replayed"])
         self._replay = load_comparisons(folder / REPLAY_FILE)[0] if self._replayed else []
+
+
+def _joined(comparisons: Sequence[Comparison], name: str) -> Tensor:
+    """(N,) float64, the scores of all comparisons' tokens."""
+    return torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
 
 
 def ppo_step_loss(

@@ -205,17 +205,18 @@ def score_trees(
     return scored
 
 
-def tree_states(
+def read_trees(
     model: nn.Module, trees: Sequence[TokenTree], rows: Sequence[NDArray[np.int64]]
-) -> Tensor:
-    """Hidden states (K, H) at the tokens ``rows[i]`` of each tree, in one forward, with gradient.
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (K, H) at the tokens ``rows[i]`` of each tree; `score_trees` in one forward.
 
     :raises ValueError: as :func:`score_trees`.
     """
     _check_trees(model, trees)
     hidden_RH, width = _tree_hidden(model, trees)
     flat = np.concatenate([row + i * width for i, row in enumerate(rows)])
-    return hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
+    states_KH = hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
+    return states_KH, _head_logprobs(model, trees, hidden_RH, width)
 
 
 def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
@@ -229,8 +230,17 @@ def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
 
 
 def _score_trees(model: nn.Module, trees: Sequence[TokenTree], return_entropy: bool = False) -> Any:
+    return _head_logprobs(model, trees, *_tree_hidden(model, trees), return_entropy)
+
+
+def _head_logprobs(
+    model: nn.Module,
+    trees: Sequence[TokenTree],
+    hidden_RH: Tensor,
+    width: int,
+    return_entropy: bool = False,
+) -> Any:
     head = lm_head(model)
-    hidden_RH, width = _tree_hidden(model, trees)
     rows_N = torch.cat([_long(tree.label_rows, head) + i * width for i, tree in enumerate(trees)])
     labels_N = torch.cat([_long(tree.labels, head) for tree in trees])
     return head.logprobs(hidden_RH, labels_N, rows_N, return_entropy)

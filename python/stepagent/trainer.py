@@ -467,8 +467,8 @@ def _check_reference(
     if ref_model is None:
         if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
             raise ValueError(
-                "kl_in='reward' needs a ref_model: to the policy at the cycle's start, which acted, "
-                "the divergence is 0"
+                "kl_in='reward' needs a ref_model: the divergence from the policy that acted, the "
+                "reference without one, is 0"
             )
         return
     if args.method == "sft":

@@ -13,9 +13,16 @@ from .base import NEW_FOLDER, Interrupted, reports
 
 @click.command()
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["implicit", "inverse"]),
+    default="implicit",
+    show_default=True,
+    help="How StepAgent reflects. Run with both in one folder, they share a report.",
+)
 @click.option("--output", type=NEW_FOLDER, default="runs/demo", show_default=True)
 @reports
-def demo(seed: int, output: Path) -> tuple[dict[str, Any], str]:
+def demo(seed: int, method: str, output: Path) -> tuple[dict[str, Any], str]:
     """Train an agent on a real environment, in minutes."""
     require("stepagent demo", "demo")
     from transformers.utils.logging import disable_progress_bar
@@ -26,7 +33,7 @@ def demo(seed: int, output: Path) -> tuple[dict[str, Any], str]:
     # Of reading and writing weights; ours and the trainer's stay.
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        metrics = run_demo(output, Settings(seed=seed))
+        metrics = run_demo(output, Settings(seed=seed), method)
     except KeyboardInterrupt as interrupt:
         raise Interrupted("the same command goes on where it stopped") from interrupt
     files = "metrics.json, report.html, the trajectories and the models"

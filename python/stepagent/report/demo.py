@@ -22,12 +22,13 @@ _LABELS = {
     "dagger": "DAgger",
     "stepagent_expert_states": "StepAgent, expert’s states",
     "stepagent": "StepAgent",
+    "inverse_expert_states": "Inverse RL, expert’s states",
     "inverse": "StepAgent, inverse RL",
 }
 _STATES = {"expert": "the expert’s states", "agent": "the agent’s own states"}
 
 _REQUIRED = (
-    *("environment", "seed", "sft", "sft_continued", "stepagent.states"),
+    *("environment", "seed", "method", "main", "sft", "sft_continued"),
     *("tokens.unique", "tokens.naive", "episodes", "validation_seeds", "evaluation_seeds"),
     "seconds",
 )
@@ -65,13 +66,13 @@ def write_demo_report(folder: Path, metrics: dict[str, Any], example: ExampleTra
     _require(metrics)
     agents = _agents(metrics)
     runs = _runs(folder, agents)
-    names = [run.name for run in runs]
+    names, states = [run.name for run in runs], metrics[metrics["main"]]["states"]
     values = {
         "metrics": dict.fromkeys(_OPTIONAL) | metrics,
         "agents": agents,
         "label": label,
         "styles": {a: style(names.index(label(a))) for a in agents if label(a) in names},
-        "states": _STATES.get(metrics["stepagent"]["states"], metrics["stepagent"]["states"]),
+        "states": _STATES.get(states, states),
         "hyperparameters": dict(_flatten(metrics.get("hyperparameters") or {})),
         "example": example,
         "strength": lambda reward: _strength(reward, _scale(example)),
@@ -104,7 +105,7 @@ def _runs(folder: Path, agents: list[str]) -> list[Run]:
 
 
 def _require(metrics: Mapping[str, Any]) -> None:
-    for key in _REQUIRED:
+    for key in (*_REQUIRED, f"{metrics.get('main')}.states"):
         values: Any = metrics
         for part in key.split("."):
             if part not in values:
@@ -141,10 +142,10 @@ def closing_table(metrics: dict[str, Any]) -> str:
         agreement = "" if same is None else f"{same:.1%}"
         rate = f"{result['success_rate']:.1%}"
         rows.append(f"{label(name):28}{rate:>9}   {low:.1%} … {high:.1%}   {agreement:>8}")
-    for rival in ("sft", "sft_continued", "dagger"):
-        gain = {k: 100 * v for k, v in metrics["differences"][rival].items()}
+    for rival, difference in metrics["differences"].items():
+        gain = {k: 100 * v for k, v in difference.items()}
         rows.append(
-            f"StepAgent − {label(rival)}: {gain['mean']:+.1f} points "
+            f"{label(metrics['main'])} − {label(rival)}: {gain['mean']:+.1f} points "
             f"(95 % interval {gain['low']:+.1f} … {gain['high']:+.1f}, paired)"
         )
     tokens = metrics["tokens"]

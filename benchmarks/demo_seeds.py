@@ -4,7 +4,7 @@ Each seed trains everything anew, on training levels of its own; all policies of
 evaluated on the same held-out episodes. Reported are each seed's difference in success rate and
 their mean, with a 95 % interval from a paired bootstrap over episodes within seeds.
 
-    python benchmarks/demo_seeds.py            # resumes; about three times the demo's time
+    python benchmarks/demo_seeds.py            # resumes; about six times the demo's time
 """
 
 from __future__ import annotations
@@ -17,20 +17,40 @@ from typing import Any
 
 import numpy as np
 
-from stepagent.demo import Settings, run_demo
+from stepagent.demo import METHODS, Settings, run_demo
 from stepagent.evaluation import stratified_bootstrap
 from stepagent.trajectory import load_trajectories
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import environment
 
-POLICIES = ("random", "sft", "sft_continued", "stepagent_expert_states", "dagger", "stepagent")
+POLICIES = (
+    *("random", "sft", "sft_continued", "dagger"),
+    *("stepagent_expert_states", "stepagent", "inverse_expert_states", "inverse"),
+)
+# Each minus its rivals; at the expert's states, what the paper's form is worth.
+PAIRS = [
+    *((agent, rival) for agent in ("stepagent", "inverse") for rival in POLICIES[1:4]),
+    ("inverse", "stepagent"),
+    *(
+        (agent, rival)
+        for agent in ("stepagent_expert_states", "inverse_expert_states")
+        for rival in ("sft", "sft_continued")
+    ),
+]
 
 
 def successes(run: Path, policy: str) -> np.ndarray[Any, Any]:
     """Success of each held-out episode of a run, in the order of the seeds."""
     episodes = load_trajectories(run / policy / "episodes.jsonl")
     return np.array([float(episode.meta["success"]) for episode in episodes])
+
+
+def run_both(run: Path, settings: Settings) -> dict[str, Any]:
+    """The demo with either method in one folder; the metrics of all stages."""
+    for method in METHODS:
+        metrics = run_demo(run, settings, method)
+    return metrics
 
 
 def compare(runs: list[Path], policy: str, rival: str) -> dict[str, Any]:
@@ -78,17 +98,15 @@ def main() -> None:
     args = parser.parse_args()
     runs = [args.runs / f"seed{seed}" for seed in args.seeds]
     metrics = [
-        run_demo(run, Settings(seed=seed)) for run, seed in zip(runs, args.seeds, strict=True)
+        run_both(run, Settings(seed=seed)) for run, seed in zip(runs, args.seeds, strict=True)
     ]
-    pairs = [("stepagent", rival) for rival in POLICIES[:-1]]
-    pairs += [("stepagent_expert_states", "sft"), ("stepagent_expert_states", "sft_continued")]
     result = {
         "environment": environment(),
         "success": {p: [100 * float(successes(run, p).mean()) for run in runs] for p in POLICIES},
         "expert_agreement": {
             p: [100 * m["expert_agreement"][p] for m in metrics] for p in POLICIES[1:]
         },
-        "differences": {f"{a} − {b}": compare(runs, a, b) for a, b in pairs},
+        "differences": {f"{a} − {b}": compare(runs, a, b) for a, b in PAIRS},
         "seconds": [m["seconds"] for m in metrics],
         "hyperparameters": metrics[0]["hyperparameters"],
     }

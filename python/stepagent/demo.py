@@ -117,6 +117,41 @@ class Settings:
         )
 
 
+def stage_options(settings: Settings, stage: str) -> dict[str, Any]:
+    """What a stage after SFT trains with, as options of `StepAgentConfig`; all update as often."""
+    s = settings
+    shared = {
+        "per_device_train_batch_size": s.batch_size,
+        "seed": s.seed,
+        "max_tokens": 512,
+        "learning_rate": s.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": s.warmup_steps,
+        "logging_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+    }
+    cycles = {"cycles": s.cycles, "epochs_per_cycle": s.epochs_per_cycle}
+    at_agent = {
+        "states": "agent",
+        "rollouts": s.rollouts,
+        "max_steps_per_episode": s.rollout_max_steps,
+        "rollout_seed_start": s.first_rollout_seed,
+    }
+    implicit = {"method": "implicit", "beta": s.beta, "sft_weight": s.sft_weight, **cycles}
+    inverse = {"method": "inverse", **cycles}
+    several = {"samples": s.inverse_samples, "baseline": "leave_one_out"}
+    by_stage: dict[str, dict[str, Any]] = {
+        "sft_continued": {"method": "sft", "num_train_epochs": s.cycles * s.epochs_per_cycle},
+        "stepagent_expert_states": implicit,
+        "stepagent": implicit | at_agent,
+        "dagger": {"method": "sft", **cycles, **at_agent},
+        "inverse_expert_states": inverse | several,
+        "inverse": inverse | at_agent | {"gamma": s.gamma},
+    }
+    return shared | by_stage[stage]
+
+
 def run_demo(output: Path, settings: Settings, method: str = "implicit") -> dict[str, Any]:
     """Run the demo into ``output``, or finish it there; returns what ``metrics.json`` holds.
 
@@ -146,39 +181,13 @@ class _Demo:
 
     def run(self) -> dict[str, Any]:
         """Train everything, evaluate everything."""
-        s = self.settings
         with self._seconds:
             self._train_sft()
-        updates = s.cycles * s.epochs_per_cycle
-        with self._seconds:
-            self._train("sft_continued", method="sft", num_train_epochs=updates)
-        for stage in _METHOD_STAGES[self.method]:
+        for stage in ("sft_continued", *_METHOD_STAGES[self.method]):
             with self._seconds:
-                self._train(stage, **self._options(stage))
+                self._train(stage)
         with self._seconds:
             return self._metrics()
-
-    def _options(self, stage: str) -> dict[str, Any]:
-        """What a stage trains with; all make as many updates."""
-        s = self.settings
-        at_agent = {
-            "states": "agent",
-            "rollouts": s.rollouts,
-            "max_steps_per_episode": s.rollout_max_steps,
-            "rollout_seed_start": s.first_rollout_seed,
-        }
-        cycles = {"cycles": s.cycles, "epochs_per_cycle": s.epochs_per_cycle}
-        implicit = {"method": "implicit", "beta": s.beta, "sft_weight": s.sft_weight, **cycles}
-        inverse = {"method": "inverse", **cycles}
-        several = {"samples": s.inverse_samples, "baseline": "leave_one_out"}
-        by_stage: dict[str, dict[str, Any]] = {
-            "stepagent_expert_states": implicit,
-            "stepagent": implicit | at_agent,
-            "dagger": {"method": "sft", **cycles, **at_agent},
-            "inverse_expert_states": inverse | several,
-            "inverse": inverse | at_agent | {"gamma": s.gamma},
-        }
-        return by_stage[stage]
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -211,30 +220,33 @@ class _Demo:
             "sft",
             small_llama(self.tokenizer, self.settings.hidden_size, self.settings.layers),
             stop,
-            method="sft",
-            num_train_epochs=self.settings.sft_max_epochs,
-            learning_rate=self.settings.sft_learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=20,
+            stage_options(self.settings, "sft_continued")
+            | {
+                "num_train_epochs": self.settings.sft_max_epochs,
+                "learning_rate": self.settings.sft_learning_rate,
+                "lr_scheduler_type": "constant_with_warmup",
+                "warmup_steps": 20,
+            },
         )
         if best.exists():
             shutil.copy(best / "model.safetensors", self.folder / "sft" / "model.safetensors")
             shutil.rmtree(best)
 
-    def _train(self, name: str, **options: Any) -> None:
+    def _train(self, name: str) -> None:
         """One way to go on from the supervised model, with the same number of updates."""
         self._run_stage(
             name,
             self.model("sft"),
             _ScoreCycles(self._evaluate) if name == self.main else None,
-            learning_rate=self.settings.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=self.settings.warmup_steps,
-            **options,
+            stage_options(self.settings, name),
         )
 
     def _run_stage(
-        self, name: str, model: PreTrainedModel, callback: TrainerCallback | None, **options: Any
+        self,
+        name: str,
+        model: PreTrainedModel,
+        callback: TrainerCallback | None,
+        options: dict[str, Any],
     ) -> None:
         folder = self.folder / name
         if (folder / "log.json").exists():
@@ -242,16 +254,7 @@ class _Demo:
         tqdm.write(f"\n{_STAGES[name]}", file=sys.stderr)
         checkpoints = folder / "checkpoints"
         args = StepAgentConfig(
-            output_dir=str(checkpoints),
-            per_device_train_batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            max_tokens=512,
-            save_strategy="epoch",
-            save_total_limit=1,
-            logging_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            **options,
+            output_dir=str(checkpoints), save_strategy="epoch", save_total_limit=1, **options
         )
         trainer = StepAgentTrainer(
             model,

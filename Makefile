@@ -57,6 +57,7 @@ bench: $(VENV)/.built
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/stepagent bench --suite cpu --op linear_logprobs
+	$(BIN)/python benchmarks/environments.py
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/import_time.py

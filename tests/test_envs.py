@@ -55,6 +55,12 @@ def random_walk(level: str, seed: int, steps: int) -> Iterator[tuple[str, Any]]:
             return
 
 
+def kind_of(mission: str) -> str:
+    """Told from its words: how many verbs it has, and which."""
+    verbs = re.findall("go to|pick up|open|put", mission)
+    return "sequence" if len(verbs) > 1 else {"put": "put next to"}.get(verbs[0], verbs[0])
+
+
 def follow_expert(env: TextEnv) -> tuple[bool, int]:
     """Whether the expert succeeds from where the environment is, and in how many steps."""
     steps, over = 0, False
@@ -71,7 +77,8 @@ def test_text_actions_are_the_raw_environments_actions(level: str) -> None:
         raw, obs = raw_env(level, seed)
         observation, info = env.reset(seed)
         assert observation.startswith(f"mission : {obs['mission'].replace(',', ' ,')} . ")
-        assert info == {"valid": True, "success": False, "progress": 0.0}
+        assert info.items() >= {"valid": True, "success": False, "progress": 0.0}.items()
+        assert info["task"] == kind_of(obs["mission"])
         assert env.max_steps == raw.max_steps
         over, progress = False, 0.0
         while not over:
@@ -224,10 +231,10 @@ def test_an_invalid_action_is_a_step_that_changes_nothing(action: str) -> None:
     observation, reward, terminated, truncated, info = env.step(action)
     assert observation == f"invalid action . {view}"
     assert (reward, terminated, truncated) == (0.0, False, False)
-    assert info == {"valid": False, "success": False, "progress": 0.0}
+    expected = {"valid": False, "success": False, "progress": 0.0, "task": "go to"}
+    assert info == {**expected, "invalid": "unknown action"}
     assert env.expert_action() == advice
-    valid, expected = env.step("left"), twin.step("left")
-    assert valid == expected
+    assert env.step("left") == twin.step("left")
 
 
 def test_invalid_actions_use_up_the_steps() -> None:
@@ -274,6 +281,19 @@ def test_levels_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def test_every_level_of_minigrid_is_there() -> None:
+    levels = [id.split("-")[1] for id in gymnasium.registry if id.startswith("BabyAI-")]
+    assert len(levels) == len(set(levels)) > 90
+    for level in levels:
+        env = envs.make(f"babyai:{level}")
+        observation, info = env.reset(0)
+        mission = observation.partition(" . ")[0].removeprefix("mission : ").replace(" ,", ",")
+        assert info["task"] == kind_of(mission)
+        assert env.expert_action() in ACTIONS
+        assert env.step("left")[4]["valid"]
+        env.close()
+
+
 def test_names() -> None:
     env = envs.make("babyai:GoToObjS6")  # BabyAI-GoToObjS6-v1
     assert env.name == "babyai:GoToObjS6"
@@ -293,6 +313,26 @@ def test_a_registered_environment_is_made_by_its_prefix(monkeypatch: pytest.Monk
         envs.register("again", envs.make)
     with pytest.raises(ValueError, match="'a:b'"):
         envs.register("a:b", envs.make)
+
+
+def test_a_split_reaches_the_factories_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envs, "_factories", dict(envs._factories))
+    monkeypatch.setattr(envs, "_splits", dict(envs._splits))
+    made = []
+
+    def factory(*arguments: str) -> TextEnv:
+        made.append(arguments)
+        return envs.make("babyai:GoToObj")
+
+    envs.register("parts", factory, splits=("train", "test"))
+    envs.make("parts:one")
+    envs.make("parts:one", "test")
+    envs.factory("parts", split="train")()
+    assert made == [("one", "train"), ("one", "test"), ("", "train")]
+    with pytest.raises(ValueError, match="'parts' has no split 'dev': it has train, test"):
+        envs.make("parts", "dev")
+    with pytest.raises(ValueError, match="'babyai' has no split 'test': it has none"):
+        envs.factory("babyai:GoToObj", "test")
 
 
 def test_importing_envs_needs_no_minigrid_and_making_one_names_the_extra() -> None:

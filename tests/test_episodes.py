@@ -135,7 +135,7 @@ def test_keys_are_written_only_where_there_is_something_to_say():
         "policy": "expert",
         "seed": 3,
         "split": None,
-        "task": None,
+        "task": "go to",
         "difficulty": None,
         "success": True,
         "rewards": episode.rewards,

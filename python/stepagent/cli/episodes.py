@@ -75,6 +75,7 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option("--env", required=True, help="For example babyai:GoToLocalS6N2."),
+            click.option("--split", metavar="NAME", help="Where it has some, for example test."),
             click.option("--episodes", type=POSITIVE, help="How many.  [default: 100]"),
             click.option(
                 "--seed-start",

@@ -35,6 +35,7 @@ class Rollout:
 
     command: str
     env: str
+    split: str | None
     policy: str
     seeds: list[int]
     output: Path | None
@@ -84,13 +85,14 @@ class Rollout:
         if not seeds:
             return []
         return run_episodes(
-            envs.factory(self.env),
+            envs.factory(self.env, self.split),
             self._actor(),
             seeds,
             expert=own_expert if self.query_expert else None,
             max_steps=self.max_steps,
             batch_size=self.batch_size,
             workers=self.workers,
+            split=self.split,
             progress=self.command,
             on_end=on_end,
         )
@@ -118,6 +120,8 @@ class Rollout:
             "max_steps": self.max_steps,
             "query_expert": self.query_expert,
         }
+        if self.split is not None:
+            run["split"] = self.split
         if self._is_model:
             run |= {"fingerprint": fingerprint(Path(self.policy)), "batch_size": self.batch_size}
         if self.tokenizer is not None:
@@ -157,7 +161,7 @@ class Rollout:
         return EnginePolicy(engine, tokenizer, eos_token_id=end, **options)
 
     def _some_action(self) -> str:
-        with closing(envs.factory(self.env)()) as env:
+        with closing(envs.factory(self.env, self.split)()) as env:
             env.reset(seed=self.seeds[0])
             return env.actions[0] if env.actions else env.expert_action()
 

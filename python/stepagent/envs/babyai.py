@@ -31,6 +31,12 @@ try:
         OBJECT_TO_IDX,
         STATE_TO_IDX,
     )
+    from minigrid.envs.babyai.core.verifier import (
+        GoToInstr,
+        OpenInstr,
+        PickupInstr,
+        PutNextInstr,
+    )
     from minigrid.utils.baby_ai_bot import BabyAIBot, DropSubgoal, GoNextToSubgoal
 except ImportError as error:
     raise ImportError(
@@ -57,6 +63,13 @@ VOCABULARY: tuple[str, ...] = tuple(
     )
 )
 """Every word of every observation and action of every level."""
+
+_KINDS: dict[Any, str] = {
+    GoToInstr: "go to",
+    OpenInstr: "open",
+    PickupInstr: "pick up",
+    PutNextInstr: "put next to",
+}
 
 _quiet = threading.Lock()  # redirecting stdout is process-wide
 
@@ -124,7 +137,8 @@ def _steps_to_wall(ray: list[list[int]]) -> int:
 class BabyAITextEnv:
     """A BabyAI level as a `stepagent.envs.TextEnv`, by its gymnasium id.
 
-    The reward is minigrid's: ``1 - 0.9 * steps / max_steps`` on success, otherwise 0.
+    The reward is minigrid's: ``1 - 0.9 * steps / max_steps`` on success, otherwise 0. In ``info``,
+    ``task`` is what the mission asks for: "go to", "open", "pick up", "put next to" or "sequence".
     """
 
     actions = ACTIONS
@@ -183,11 +197,22 @@ class BabyAITextEnv:
 
     def _info(self, *, valid: bool, success: bool) -> dict[str, Any]:
         progress = 1.0 if success else _progress(self._level.instrs)
-        return {"valid": valid, "success": success, "progress": progress}
+        info = {
+            "valid": valid,
+            "success": success,
+            "progress": progress,
+            "task": _kind(self._level.instrs),
+        }
+        return info if valid else {**info, "invalid": "unknown action"}
 
     def _require_running(self, call: str) -> None:
         if self._over:
             raise RuntimeError(f"{call} needs a running episode of {self.name}: call reset(seed)")
+
+
+def _kind(instr: Any) -> str:
+    """What a mission asks for: go to, open, pick up, put next to, or several of these."""
+    return "sequence" if _clauses(instr) else _KINDS[type(instr)]
 
 
 def _clauses(instr: Any) -> list[tuple[Any, bool]]:

@@ -18,6 +18,13 @@ class TextEnv(Protocol):
       step: it counts against ``max_steps``, changes nothing, and the observation says so.
     * ``success: bool``: the task is done.
     * ``progress: float``: in [0, 1], never falling within an episode, 1 when the task is done.
+
+    It may also hold what the environment knows of the episode, by which results are split:
+
+    * ``task: str``: the task, or the kind of it, as ``boil``.
+    * ``difficulty``: ``"easy"`` or ``"hard"``.
+    * ``invalid: str``, only where ``valid`` is False: why, in a short text of a few kinds, as
+      ``unknown action``.
     """
 
     @property

@@ -1,0 +1,182 @@
+"""A client of AgentGym's environment servers: ``agentgym:http://host:port``.
+
+The servers speak one of two dialects, told apart by the answer to ``POST /create``:
+
+* ``{"id": 0}`` (BabyAI, ScienceWorld, ALFWorld, TextCraft, …): ``POST /reset`` and ``/step`` name
+  the environment by ``id`` and answer ``{"observation", "reward", "score", "done", …}``;
+* ``0`` (WebShop, SQLGym, …): they name it by ``env_idx``, ``/step`` answers ``{"state", "reward",
+  "done"}``, and the first observation is asked for by ``GET /observation``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from httpx2 import Client, HTTPError, Response, TimeoutException
+
+from stepagent.envs.base import ExpertUnavailable
+
+# How observations begin that refuse an action, of the servers that say so in words.
+_REFUSALS = ("No known action matches that input.", "Nothing happen")
+
+
+class AgentGymError(ConnectionError):
+    """A server did not answer, or not as AgentGym's servers do."""
+
+
+class AgentGymTextEnv:
+    """An environment on an AgentGym server as a `stepagent.envs.TextEnv`.
+
+    Seed s is the server's task s. A request is sent once: a step that was sent again might be taken
+    twice. The rewards of an episode sum to its last score; servers without a ``score`` pay rewards.
+    The task is done where the episode ends with the score 1. Servers have no expert, and few say
+    that a text was no action: ``valid`` is False where the observation is a refusal known to us.
+
+    :param address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100.
+    :param timeout: seconds to wait for an answer.
+    :raises ValueError: for another address.
+    :raises AgentGymError: where the server cannot be reached or fails; so do the methods.
+    """
+
+    actions: tuple[str, ...] = ()  # servers do not list them
+    max_steps = 100
+
+    def __init__(self, address: str, timeout: float = 60.0) -> None:
+        self.name = f"agentgym:{address}"
+        self._url, self._scale = parse_address(address)
+        self._over = True
+        self._client = Client(base_url=self._url, timeout=timeout)
+        try:
+            self._handle = self._handle_of(self._ask("POST", "/create"))
+        except BaseException:
+            self._client.close()
+            raise
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        """Start the server's task of this number."""
+        # A server reads the field it knows and leaves the others.
+        fields = {"data_idx": seed, "session_id": seed, "item_id": seed, "game": seed}
+        answer = self._ask("POST", "/reset", {**self._handle, **fields, "world_type": "Text"})
+        if "id" in self._handle:
+            told = self._text(answer, "observation")
+            task = answer.get("task_description")
+            observation = f"{task}\n{told}" if task else told
+        else:
+            observation = self._ask("GET", "/observation", self._handle)
+            if not isinstance(observation, str):
+                raise self._error(f"GET /observation answered {observation!r}, which is no text")
+        self._over, self._steps, self._score, self._progress = False, 0, 0.0, 0.0
+        return observation, self._info(valid=True, success=False)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Send any text."""
+        self._require_running("step")
+        answer = self._ask("POST", "/step", {**self._handle, "action": action})
+        observation = self._text(answer, "observation" if "id" in self._handle else "state")
+        score, done = self._new_score(answer), answer.get("done")
+        if not isinstance(done, bool):
+            raise self._error(f"/step answered done = {done!r}; it must be true or false")
+        reward, self._score = score - self._score, score
+        self._steps += 1
+        success = done and score >= 1.0
+        self._progress = max(self._progress, score)
+        truncated = not done and self._steps >= self.max_steps
+        self._over = done or truncated
+        info = self._info(valid=not observation.startswith(_REFUSALS), success=success)
+        return observation, reward, done, truncated, info
+
+    def expert_action(self) -> str:
+        """`ExpertUnavailable`: the protocol has no expert."""
+        self._require_running("expert_action")
+        raise ExpertUnavailable(f"{self.name}: AgentGym servers have no expert to ask")
+
+    def close(self) -> None:
+        """Give the environment back, where the server knows how to take it."""
+        self._over = True
+        if not self._client.is_closed:
+            try:
+                self._client.post("/close", json=self._handle)
+            except HTTPError:
+                pass  # the server is gone, and the environment with it
+            finally:
+                self._client.close()
+
+    def _ask(self, method: str, path: str, fields: dict[str, Any] | None = None) -> Any:
+        """The server's answer, as JSON."""
+        given = {"params": fields} if method == "GET" else {"json": fields or {}}
+        try:
+            response = self._client.request(method, path, **given)
+        except TimeoutException as error:
+            seconds = self._client.timeout.read
+            raise self._error(f"{path} was not answered within {seconds:g} s") from error
+        except HTTPError as error:
+            raise self._error(f"{path} failed: {str(error) or type(error).__name__}") from error
+        return self._checked(path, response)
+
+    def _checked(self, path: str, response: Response) -> Any:
+        if response.status_code != 200:
+            excerpt = response.text[:200]
+            raise self._error(f"{path} answered with status {response.status_code}: {excerpt}")
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise self._error(f"{path} answered no JSON: {response.text[:200]!r}") from error
+        if isinstance(answer, dict) and answer.get("error"):
+            raise self._error(f"{path} answered with an error: {answer['error']}")
+        return answer
+
+    def _handle_of(self, answer: Any) -> dict[str, int]:
+        """The field that names our environment in requests."""
+        number = answer.get("id") if isinstance(answer, dict) else answer
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise self._error(f"/create answered {answer!r}; it must be a number, or one as id")
+        return {"id" if isinstance(answer, dict) else "env_idx": number}
+
+    def _text(self, answer: Any, field: str) -> str:
+        text = answer.get(field) if isinstance(answer, dict) else None
+        if not isinstance(text, str):
+            raise self._error(f"the answer {str(answer)[:200]} has no text {field!r}")
+        return text
+
+    def _new_score(self, answer: dict[str, Any]) -> float:
+        """The episode's score so far, 1 for all."""
+        field = "score" if "score" in answer else "reward"
+        number = answer.get(field)
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise self._error(f"/step answered {field} = {number!r}; it must be a number")
+        score = number / self._scale + (0.0 if field == "score" else self._score)
+        if score > 1.0 + 1e-6:
+            raise self._error(
+                f"the score {number} is above {self._scale:g}; a server with another full score "
+                f"is named with it, as {self._url}?scale=100"
+            )
+        return score
+
+    def _info(self, *, valid: bool, success: bool) -> dict[str, Any]:
+        progress = 1.0 if success else self._progress
+        info = {"valid": valid, "success": success, "progress": progress}
+        return info if valid else {**info, "invalid": "refused action"}
+
+    def _error(self, what: str) -> AgentGymError:
+        return AgentGymError(f"AgentGym server {self._url}: {what}")
+
+    def _require_running(self, call: str) -> None:
+        if self._over:
+            raise RuntimeError(f"{call} needs a running episode of {self.name}: call reset(seed)")
+
+
+def parse_address(address: str) -> tuple[str, float]:
+    """The server's URL and its full score, of ``http://host:port/path?scale=100``."""
+    parts = urlsplit(address)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    try:
+        scale = float(query.pop("scale", ["1"])[-1])
+    except ValueError:
+        scale = 0.0
+    if parts.scheme not in ("http", "https") or not parts.hostname or query or not scale > 0:
+        raise ValueError(
+            f"{address!r} is no AgentGym server: it is http://host:port, "
+            "and ?scale=100 where its full score is 100"
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}", scale

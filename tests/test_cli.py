@@ -200,14 +200,14 @@ def test_demo_reports_its_metrics_and_its_table(
 ) -> None:
     """The demo itself takes minutes; this is what the command makes of it."""
 
-    def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
+    def run_demo(output: Path, settings: Settings, method: str) -> dict[str, Any]:
         print("a line that a library prints")
-        return {"output": str(output), "seed": settings.seed}
+        return {"output": str(output), "seed": settings.seed, "method": method}
 
     monkeypatch.setattr("stepagent.demo.run_demo", run_demo)
     monkeypatch.setattr("stepagent.report.demo.closing_table", lambda found: f"table of {found}")
-    demo = ("demo", "--seed", 5, "--output", tmp_path)
-    metrics = {"output": str(tmp_path), "seed": 5}
+    demo = ("demo", "--seed", 5, "--method", "inverse", "--output", tmp_path)
+    metrics = {"output": str(tmp_path), "seed": 5, "method": "inverse"}
     assert report(*demo) == metrics
     text = run(*demo)
     assert text.startswith(f"table of {metrics}\nWrote ")
@@ -215,7 +215,7 @@ def test_demo_reports_its_metrics_and_its_table(
 
 
 def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_demo(output: Path, settings: Settings) -> dict[str, Any]:
+    def run_demo(output: Path, settings: Settings, method: str) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stepagent.demo.run_demo", run_demo)

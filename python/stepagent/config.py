@@ -146,7 +146,7 @@ class StepAgentConfig(TrainingArguments):
         default=3e-4, metadata={"help": "of discriminator and value function, constant"}
     )
     critic_epochs: int = field(
-        default=4, metadata={"help": "passes over a cycle's data, for either of them"}
+        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
     )
     discriminator_smoothing: float = field(
         default=0.05, metadata={"help": "share of the other label, in [0, 0.5)"}

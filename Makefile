@@ -5,7 +5,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.?pp)
-CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES)
+CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.modules
+
+# An editable install knows the modules that were there; this file changes when their names do.
+MODULES := $(sort $(shell find python/stepagent -name '*.py'))
+$(shell mkdir -p build; echo $(MODULES) | cmp -s - build/.modules || echo $(MODULES) > build/.modules)
 
 .PHONY: demo test test-all lint format types fuzz bench clean
 
@@ -58,7 +62,7 @@ bench: $(VENV)/.built
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/stepagent bench --suite cpu --op linear_logprobs
 	$(BIN)/python benchmarks/environments.py
-	$(BIN)/python benchmarks/alignment.py
+	$(BIN)/python benchmarks/rollouts.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/wheel.py
@@ -66,7 +70,7 @@ bench: $(VENV)/.built
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# Rebuilt when the C++ sources or the pins change. Without build isolation the CMake cache is kept.
+# Rebuilt when the C++ sources, the pins or the modules' names change. Without build isolation the CMake cache is kept.
 $(VENV)/.built: $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt scikit-build-core pybind11 cmake ninja

@@ -1,5 +1,6 @@
 """The demo's pipeline at a tiny size: all stages for real, on the real environment."""
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -153,3 +154,27 @@ def test_another_run_in_the_same_folder_is_refused(
     folder, _ = finished
     with pytest.raises(ValueError, match="holds a run with other settings \\(seed\\)"):
         demo.run_demo(folder, replace(TINY, seed=1))
+
+
+def test_the_curves_to_the_expert_go_on_from_a_finished_demo(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """examples/convergence_babyai.py: a point before the first cycle and one after each."""
+    path = Path(__file__).parents[1] / "examples" / "convergence_babyai.py"
+    spec = importlib.util.spec_from_file_location("convergence_babyai", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    folder, _ = finished
+    found = example.curves(folder, episodes=3)
+    assert list(found) == list(example.WAYS)
+    for curve in found.values():
+        assert len(curve) == 3
+        assert curve[0] == found["SFT continued"][0]  # all go on from the same model
+        for point in curve:
+            assert point["kl_expert_states"] > 0
+            assert 0 < point["agreement_agent_states"] < 1
+    assert len({curve[-1]["kl_expert_states"] for curve in found.values()}) == 3
+    example.plot(found, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -382,10 +382,11 @@ def trainer(args):
     trajectories = [episode.trajectory() for episode in episodes[:6]]
 
     def make(**options: Any) -> StepAgentTrainer:
-        names = ("ref_model", "env", "expert", "discriminator", "peft_config")
+        names = ("model", "ref_model", "env", "expert", "discriminator", "peft_config")
         mine = {name: options.pop(name) for name in names if name in options}
         config = args(critic_epochs=2, learning_rate=1e-2, **options)
-        return StepAgentTrainer(tiny_agent(), config, trajectories, babyai_tokenizer(), **mine)
+        model = mine.pop("model", None) or tiny_agent()
+        return StepAgentTrainer(model, config, trajectories, babyai_tokenizer(), **mine)
 
     return make
 
@@ -538,6 +539,15 @@ def test_what_would_not_be_used_is_refused(trainer, args):
         trainer(method="implicit", discriminator=tiny_agent())
     with pytest.raises(ValueError, match="kl_in='reward' needs a ref_model"):
         trainer(kl_in="reward", kl_coef=0.1)
+
+
+def test_a_policy_with_dropout_is_refused(trainer):
+    for name, drops, where in (
+        ("gpt2", {"attn_pdrop": 0.1}, "attn_dropout drops 0.1"),
+        ("llama", {"attention_dropout": 0.2}, "config.attention_dropout drops 0.2"),
+    ):
+        with pytest.raises(ValueError, match=f"needs a policy without dropout, but .*{where}"):
+            trainer(model=tiny_agent(name, **drops))
 
 
 def test_an_expert_that_never_answers_leaves_one_side_alone(trainer):

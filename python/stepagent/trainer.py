@@ -41,7 +41,7 @@ from .evaluation import agreement
 from .inspection import inspect
 from .inverse import InverseReflection, ppo_step_loss
 from .losses import implicit_step_loss
-from .models import check_fits, check_tree_support, evaluation_mode, score_trees
+from .models import check_fits, check_tree_support, evaluation_mode, score_trees, text_config
 from .ops import step_rewards
 from .rollout import Expert, rollout_and_query
 from .trajectory import Trajectory
@@ -94,6 +94,8 @@ class StepAgentTrainer(Trainer):
         check_tree_support(policy)
         _check_reference(ref_model, policy, args)
         _check_discriminator(discriminator, policy, args)
+        if args.method == "inverse":
+            _check_no_dropout(policy)
         trunks = _encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
         self._env, self._expert = env, expert
         self._end_tokens = sorted(
@@ -488,6 +490,22 @@ def _check_discriminator(
     if discriminator is model:
         raise ValueError("discriminator must be another object than model, which PPO changes")
     check_tree_support(discriminator)
+
+
+def _check_no_dropout(policy: torch.nn.Module) -> None:
+    """PPO compares the policy with itself: dropped units would look like a change of it."""
+    rates = {
+        name: module.p
+        for name, module in policy.named_modules()
+        if isinstance(module, torch.nn.Dropout)
+    }
+    rates["config.attention_dropout"] = getattr(text_config(policy), "attention_dropout", None) or 0
+    for name, rate in rates.items():
+        if rate > 0:
+            raise ValueError(
+                f"method='inverse' needs a policy without dropout, but {name} drops {rate}: with it "
+                "PPO's ratio is not 1 where nothing has changed"
+            )
 
 
 def _check_budget(

@@ -503,8 +503,8 @@ def _check_no_dropout(policy: torch.nn.Module) -> None:
     for name, rate in rates.items():
         if rate > 0:
             raise ValueError(
-                f"method='inverse' needs a policy without dropout, but {name} drops {rate}: with it "
-                "PPO's ratio is not 1 where nothing has changed"
+                f"method='inverse' needs a policy without dropout, but {name} drops {rate}: "
+                "with it PPO's ratio is not 1 where nothing has changed"
             )
 
 

@@ -41,8 +41,14 @@ from .evaluation import agreement
 from .inspection import inspect
 from .inverse import InverseReflection, ppo_step_loss
 from .losses import implicit_step_loss
-from .models import check_fits, check_tree_support, evaluation_mode, score_trees, text_config
+from .models import check_tree_support, evaluation_mode, score_trees
 from .ops import step_rewards
+from .preflight import (
+    check_budget,
+    check_discriminator,
+    check_no_dropout,
+    check_reference,
+)
 from .rollout import Expert, rollout_and_query
 from .trajectory import Trajectory
 from .tree import TokenTree
@@ -92,10 +98,10 @@ class StepAgentTrainer(Trainer):
             raise ValueError("states='agent' needs env: an environment name or factory")
         policy = _load_policy(model, peft_config)
         check_tree_support(policy)
-        _check_reference(ref_model, policy, args)
-        _check_discriminator(discriminator, policy, args)
+        check_reference(ref_model, policy, args)
+        check_discriminator(discriminator, policy, args)
         if args.method == "inverse":
-            _check_no_dropout(policy)
+            check_no_dropout(policy)
         trunks = _encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
         self._env, self._expert = env, expert
         self._end_tokens = sorted(
@@ -103,7 +109,7 @@ class StepAgentTrainer(Trainer):
         )
         longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
         self._max_new_tokens = args.max_new_tokens or longest
-        _check_budget(policy, trunks, args, self._max_new_tokens)
+        check_budget(policy, trunks, args, self._max_new_tokens)
         self._trunks = trunks
         self._discriminator = discriminator
         super().__init__(
@@ -461,69 +467,6 @@ def _encode_all(
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"train_dataset[{i}]: {reason}") from error
     return trunks
-
-
-def _check_reference(
-    ref_model: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
-) -> None:
-    if ref_model is None:
-        if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
-            raise ValueError(
-                "kl_in='reward' needs a ref_model: the divergence from the policy that acted, the "
-                "reference without one, is 0"
-            )
-        return
-    if args.method == "sft":
-        raise ValueError("ref_model is given, but method='sft' has no reference")
-    if ref_model is model:
-        raise ValueError("ref_model must be another object than model, which training changes")
-    check_tree_support(ref_model)
-
-
-def _check_discriminator(
-    discriminator: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
-) -> None:
-    if discriminator is None:
-        return
-    if args.method != "inverse":
-        raise ValueError(f"discriminator is given, but method={args.method!r} has none")
-    if discriminator is model:
-        raise ValueError("discriminator must be another object than model, which PPO changes")
-    check_tree_support(discriminator)
-
-
-def _check_no_dropout(policy: torch.nn.Module) -> None:
-    """PPO compares the policy with itself: dropped units would look like a change of it."""
-    rates = {
-        name: module.p
-        for name, module in policy.named_modules()
-        if isinstance(module, torch.nn.Dropout)
-    }
-    rates["config.attention_dropout"] = getattr(text_config(policy), "attention_dropout", None) or 0
-    for name, rate in rates.items():
-        if rate > 0:
-            raise ValueError(
-                f"method='inverse' needs a policy without dropout, but {name} drops {rate}: "
-                "with it PPO's ratio is not 1 where nothing has changed"
-            )
-
-
-def _check_budget(
-    model: torch.nn.Module, trunks: Sequence[Trunk], args: StepAgentConfig, new_tokens: int
-) -> None:
-    """Refuse what would not fit into a tree or the model, before any work is done."""
-    inspects = args.has_cycles and args.states == "expert"
-    for i, trunk in enumerate(trunks):
-        length, what = len(trunk.input_ids), f"train_dataset[{i}]"
-        tried = trunk.num_steps * args.samples * new_tokens if inspects else 0
-        if length + tried > args.max_tokens:
-            actions = f" and up to {tried} of sampled actions" if tried else ""
-            raise ValueError(
-                f"{what} has {length} tokens{actions}, more than max_tokens={args.max_tokens}; "
-                f"it must be at least {length + tried}"
-            )
-        deepest = int(trunk.action_spans[-1, 0]) + new_tokens if inspects else 0
-        check_fits(model, what, trunk.input_ids, max(length, deepest))
 
 
 def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None) -> Any:

@@ -11,7 +11,7 @@ from stepagent import inspection
 from stepagent.decoding import SlotCache, make_truncations, sample_tokens, uniforms
 from stepagent.encoding import Trunk
 from stepagent.inspection import Branch, end_tokens, inspect
-from stepagent.models import score_trees
+from stepagent.models import check_tree_support, score_trees
 from stepagent.tree import pack_step_pairs
 
 # So many tokens end an action that actions of all lengths come about.
@@ -288,6 +288,79 @@ def test_uniforms_are_uniform_and_keyed():
     assert uniforms(0, 5, 7, 2) == numbers[5, 7, 2]
 
 
+# ------------------------------------------------------------------ along the trunk
+
+
+def followed_trunk(model, wanted: list[int]) -> Trunk:
+    """A trunk whose action at each step begins with so many tokens of the model's own, greedily."""
+    rng = np.random.default_rng(8)
+    ids, spans = [int(i) for i in rng.integers(30, VOCAB, 5)], []
+    for count in wanted:
+        own = generate(model, np.array(ids), NEW, ENDS)
+        action = own[:count]
+        if count < len(own):  # then it goes another way
+            action = [*action, next(i for i in range(30, VOCAB) if i != own[count]), 31]
+        spans.append((len(ids), len(ids) + len(action)))
+        ids += [*action, *(int(i) for i in rng.integers(30, VOCAB, 3))]
+    return Trunk(ids, spans)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("max_batch_tokens", [8192, 20])
+def test_an_agent_that_follows_the_expert_for_a_while_writes_what_generate_writes(
+    name, max_batch_tokens
+):
+    model = tiny_model(name)
+    trunk = followed_trunk(model, [0, NEW, 1, 2, NEW, 3])
+    options = {"max_new_tokens": NEW, "temperature": 0.0, "eos_token_id": ENDS}
+    both = inspect(model, [trunk, trunk], **options, max_batch_tokens=max_batch_tokens)
+    expected = [generate(model, trunk.input_ids[:a], NEW, ENDS) for a, _ in trunk.action_spans]
+    assert tokens(both) == 2 * expected
+    (tree,) = pack_step_pairs([trunk], both[:1])
+    scored = np.split(score_trees(model, [tree]).detach().numpy(), tree.step_offsets[1:-1])[1::2]
+    for branch, logps in zip(flat(both[:1]), scored, strict=True):
+        np.testing.assert_allclose(branch.logps, logps, rtol=0, atol=1e-4)
+
+
+def test_an_agent_that_does_as_the_expert_does_needs_no_forward_of_its_own():
+    model = tiny_model("llama")
+    check_tree_support(model)  # which probes it once
+    forwards = []
+    hook = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    counts = {}
+    for wanted in ([NEW] * 6, [NEW, NEW, 0, NEW, NEW, NEW], [0] * 6):
+        trunk = followed_trunk(model, wanted)
+        forwards.clear()
+        (steps,) = inspect(
+            model, [trunk], max_new_tokens=NEW, temperature=0.0, eos_token_id=ENDS, samples=2
+        )
+        counts[wanted.count(NEW)] = len(forwards)
+        same = [
+            branch.token_ids.tolist() == trunk.input_ids[a:b].tolist()
+            for (a, b), step in zip(trunk.action_spans, steps, strict=True)
+            for branch in step
+        ]
+        assert sum(same) == 2 * wanted.count(NEW)
+    hook.remove()
+    assert counts[6] == 1
+    assert counts[5] > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_the_expert_does_at_a_state_does_not_change_what_the_agent_does_there(name):
+    model = tiny_model(name)
+    rng = np.random.default_rng(2)
+    before = rng.integers(30, VOCAB, 12).tolist()
+    options = {"samples": 40, "max_new_tokens": NEW, "eos_token_id": ENDS, "temperature": 0.7}
+    drawn = []
+    for action in ([33, 34, 35], [*generate(model, np.array(before), NEW, ENDS)], [36]):
+        trunk = Trunk([*before, *action], [(3, 5), (12, 12 + len(action))])
+        (steps,) = inspect(model, [trunk], **options)
+        drawn.append([branch.token_ids.tolist() for branch in steps[1]])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({tuple(ids) for ids in drawn[0]}) > 10
+
+
 # ------------------------------------------------------------------ memory
 
 
@@ -326,7 +399,8 @@ def test_a_budget_bounds_the_cache_and_the_forward_and_changes_nothing(name, bud
     for part, one in zip(flat(parts), flat(whole), strict=True):
         np.testing.assert_allclose(part.logps, one.logps, rtol=0, atol=1e-5)
 
-    states, branches, branch = 80, 18, NEW - 1  # the last token of an action is never encoded
+    # The trunk is read to the end of its last action; a branch's last token is never encoded.
+    states, branches, branch = 84, 18, NEW - 1
     (cache,) = caches
     slots = {
         layer.keys.untyped_storage().nbytes() // layer.keys[:, :, 0].nbytes

@@ -145,7 +145,7 @@ def end_tokens(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None)
 
 def _batches(trunks: Sequence[Trunk], per_step: int, budget: int) -> list[list[int]]:
     """Indices of trunks, of similar length together, whose padded slots stay under ``budget``."""
-    slots = [int(t.action_spans[-1, 0]) + t.num_steps * per_step for t in trunks]
+    slots = [int(t.action_spans[-1, 1]) + t.num_steps * per_step for t in trunks]
     batches: list[list[int]] = []
     for i in sorted(range(len(trunks)), key=slots.__getitem__):
         if batches and (len(batches[-1]) + 1) * slots[i] <= budget:
@@ -181,97 +181,128 @@ class _Sampler:
 
 
 class _Forest:
-    """The branches of a batch of trunks; branch n grows at step ``step[n]`` of row ``row[n]``."""
+    """The branches of a batch of trunks; branch n grows at step ``step[n]`` of row ``row[n]``.
+
+    As long as a branch writes what the trunk has at its place, it needs no forward of its own: the
+    trunk's has been there. It leaves the trunk with its first other token.
+    """
 
     def __init__(
         self, trunks: Sequence[Trunk], places: Sequence[int], samples: int, max_new_tokens: int
     ) -> None:
         steps = np.array([trunk.num_steps for trunk in trunks])
-        self.row = np.repeat(np.arange(len(trunks)), steps * samples)
+        spans = np.concatenate([trunk.action_spans for trunk in trunks])
+        row_T = np.repeat(np.arange(len(trunks)), steps)
+        self.row = np.repeat(row_T, samples)
         self.step = np.concatenate([np.repeat(np.arange(n), samples) for n in steps])
         self.sample = np.tile(np.arange(samples), int(steps.sum()))
-        self.start = np.concatenate([np.repeat(t.action_spans[:, 0], samples) for t in trunks])
+        self.start = np.repeat(spans[:, 0], samples).astype(np.int64)
         self._trunks, self._steps, self._samples = trunks, steps, samples
         self._keys = np.asarray(places)[self.row], self.step, self.sample
         shape = len(self.row), max_new_tokens
         self._tokens_NP, self._logps_NP = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         self._lengths_N = np.zeros(len(self.row), np.int64)
+        # Where the trunks may be followed: rows K that predict an action's tokens and what is next.
+        along_T = np.minimum(np.diff(spans)[:, 0], max_new_tokens - 1) + 1
+        first_T = np.cumsum(along_T) - along_T
+        self._row_K = np.repeat(row_T, along_T)
+        self._column_K = np.arange(along_T.sum()) + np.repeat(spans[:, 0] - 1 - first_T, along_T)
+        self._first_N = np.repeat(first_T, samples)
+        self._shared_N = np.zeros(
+            len(self.row), np.int64
+        )  # tokens of the trunk a branch begins with
+        self._own_NP = _padded(trunks, max_new_tokens)[np.repeat(np.arange(len(spans)), samples)]
 
     def grow(
         self, model: PreTrainedModel, sampler: _Sampler, ends: Sequence[int], budget: int
     ) -> None:
-        """Read the trunks, then decode the branches, as many at once as ``budget`` has room for."""
+        """Read the trunks and follow them, then decode the branches that left them.
+
+        As many of these at once as ``budget`` has room for.
+        """
         self._device = sampler.head.weight_VH.device
         budget //= len(self._trunks)
-        width, per_branch = int(self.start.max()), self._tokens_NP.shape[1] - 1
-        places = _places(self.row)
-        most = int(places.max()) + 1
+        width, per_branch = int(self._column_K.max()) + 1, self._tokens_NP.shape[1] - 1
         room = max(budget - width, budget // 2)
-        together = min(most, max(1, room // per_branch)) if per_branch else most
-        self._room = width + together * per_branch
+        together = max(1, room // per_branch) if per_branch else 1
+        busiest = int(np.bincount(self.row).max())
+        self._room = width + min(together, busiest) * per_branch
         self._cache = SlotCache(model, len(self._trunks), self._room)
-        roots_NH = self._prefill(width, budget)
-        for first in range(0, most, together):
-            group = np.flatnonzero((first <= places) & (places < first + together))
+        left = self._follow(self._prefill(width, budget), sampler, ends)
+        places = _places(self.row[left])
+        for first in range(0, int(places.max(initial=-1)) + 1, together):
             self._cache.truncate(width)
-            self._grow(group, roots_NH[self._on_device(group)], sampler, ends)
+            self._grow(left[(first <= places) & (places < first + together)], sampler, ends)
 
     def _prefill(self, width: int, chunk: int) -> Tensor:
-        """Read the trunks up to their last states; the hidden rows (N, H) that branches start from.
+        """Read the trunks; the hidden rows (K, H) along which they are followed.
 
-        Only a lone trunk can be too long for one chunk, and its branches are in order of depth.
+        Only a lone trunk can be too long for one chunk, and its rows are in order of depth.
         """
         # A padding token lies behind all tokens of its row: causal attention hides it from them.
         ids = [trunk.input_ids[:width] for trunk in self._trunks]
         tokens_BW = self._on_device(np.stack([np.pad(t, (0, width - len(t))) for t in ids]))
-        roots = []
+        along = []
         for tokens_BQ in torch.split(tokens_BW, chunk, dim=1):
-            column = self.start - 1 - self._cache.slots
+            column = self._column_K - self._cache.slots
             inside = np.flatnonzero((column >= 0) & (column < tokens_BQ.shape[1]))
             hidden_BQH = self._cache.prefill(tokens_BQ)
-            rows_2N = self._on_device(np.stack([self.row[inside], column[inside]]))
-            roots.append(hidden_BQH[rows_2N[0], rows_2N[1]])
-        return torch.cat(roots)
+            rows_2k = self._on_device(np.stack([self._row_K[inside], column[inside]]))
+            along.append(hidden_BQH[rows_2k[0], rows_2k[1]])
+        return torch.cat(along)
 
-    def _grow(
-        self,
-        group: NDArray[np.int64],
-        hidden_GH: Tensor,
-        sampler: _Sampler,
-        ends: Sequence[int],
-    ) -> None:
+    def _follow(
+        self, along_KH: Tensor, sampler: _Sampler, ends: Sequence[int]
+    ) -> NDArray[np.int64]:
+        """Sample along the trunks; the branches that left them and have not ended."""
+        left = []
+        n = np.arange(len(self.row))
+        for position in range(self._tokens_NP.shape[1]):
+            hidden = along_KH[self._on_device(self._first_N[n] + position)]
+            going = self._sample(n, hidden, sampler, ends)
+            n = n[going]
+            same = self._tokens_NP[n, position] == self._own_NP[n, position]
+            self._shared_N[n] = position
+            left.append(n[~same])
+            n = n[same]
+            if not len(n):
+                break
+        return np.sort(np.concatenate(left))
+
+    def _sample(
+        self, n: NDArray[np.int64], hidden_nH: Tensor, sampler: _Sampler, ends: Sequence[int]
+    ) -> NDArray[np.bool_]:
+        """Draw and record the next token of the branches ``n``; which of them go on."""
+        position = self._lengths_N[n]
+        tokens, logps = sampler(hidden_nH, *(key[n] for key in self._keys), position)
+        self._tokens_NP[n, position], self._logps_NP[n, position] = tokens, logps
+        self._lengths_N[n] += 1
+        going: NDArray[np.bool_] = ~np.isin(tokens, ends)
+        return going & (position + 1 < self._tokens_NP.shape[1])
+
+    def _grow(self, group: NDArray[np.int64], sampler: _Sampler, ends: Sequence[int]) -> None:
         """Decode the branches of ``group``, a token of each per turn, until each has ended."""
         visible_GS = self._visible_trunk(group)
         living = np.arange(len(group))
-        for position in range(self._tokens_NP.shape[1]):
-            n = group[living]
-            tokens, logps = sampler(hidden_GH, *(key[n] for key in self._keys), position)
-            self._tokens_NP[n, position], self._logps_NP[n, position] = tokens, logps
-            self._lengths_N[n] = position + 1
-            going = ~np.isin(tokens, ends)
-            living = living[going]
-            if position + 1 == self._tokens_NP.shape[1] or not len(living):
-                return
-            hidden_GH = self._extend(group[living], tokens[going], position, visible_GS, living)
+        while len(living):
+            hidden_GH = self._extend(group[living], visible_GS, living)
+            living = living[self._sample(group[living], hidden_GH, sampler, ends)]
 
     def _visible_trunk(self, group: NDArray[np.int64]) -> Tensor:
-        """What each branch sees of its row: the trunk before it; its own slots are yet to come."""
+        """What each branch sees of its row: the trunk until it left it; its own slots follow."""
         visible_GS = torch.zeros((len(group), self._room), dtype=torch.bool, device=self._device)
         depths = torch.arange(self._cache.slots, device=self._device)
-        visible_GS[:, : self._cache.slots] = depths < self._on_device(self.start[group, None])
+        seen_G1 = self._on_device((self.start + self._shared_N)[group, None])
+        visible_GS[:, : self._cache.slots] = depths < seen_G1
         return visible_GS
 
     def _extend(
-        self,
-        n: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        position: int,
-        visible_GS: Tensor,
-        living: NDArray[np.int64],
+        self, n: NDArray[np.int64], visible_GS: Tensor, living: NDArray[np.int64]
     ) -> Tensor:
         """Encode the newest token of the branches ``n``; their hidden rows."""
-        places = _places(self.row[n])
-        index = np.stack([self.row[n], places, living, tokens, self.start[n] + position])
+        places, newest = _places(self.row[n]), self._lengths_N[n] - 1
+        tokens = self._tokens_NP[n, newest]
+        index = np.stack([self.row[n], places, living, tokens, self.start[n] + newest])
         rows, columns, living_n, *new = self._on_device(index)
         filled, queries = self._cache.slots, int(places.max()) + 1
         slots = filled + queries
@@ -292,6 +323,16 @@ class _Forest:
         columns = zip(self._tokens_NP, self._logps_NP, self._lengths_N, strict=True)
         flat = iter([Branch(tokens[:n].copy(), logps[:n].copy()) for tokens, logps, n in columns])
         return [[[next(flat) for _ in range(self._samples)] for _ in range(n)] for n in self._steps]
+
+
+def _padded(trunks: Sequence[Trunk], width: int) -> NDArray[np.int64]:
+    """(T, width) the tokens of each step's action, -1 after them."""
+    padded = np.full((sum(trunk.num_steps for trunk in trunks), width), -1, np.int64)
+    steps = ((trunk, span) for trunk in trunks for span in trunk.action_spans)
+    for row, (trunk, (start, stop)) in zip(padded, steps, strict=True):
+        action = trunk.input_ids[start : min(stop, start + width)]
+        row[: len(action)] = action
+    return padded
 
 
 def _places(rows_N: NDArray[np.int64]) -> NDArray[np.int64]:

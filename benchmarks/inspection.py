@@ -10,9 +10,13 @@ the T states of a trajectory, by one Llama with random weights:
 
 All must give the same tokens (one forward has none), or nothing is reported; that first run is also
 the warm-up. Then they are timed in turn in this process, on the wall and in CPU time, which says
-more where other work shares the cores; the medians count. The second table draws k actions per
-state at temperature 1, all in one call. ``--sweep`` adds other T, for inspect and one forward, and
-up to ``--slow-steps`` for state by state.
+more where other work shares the cores; the medians count. ``--sweep`` adds other T, for inspect and
+one forward, and up to ``--slow-steps`` for state by state.
+
+In the first table the agent, untrained, never does what the expert does. The second has
+trajectories whose action is the agent's own at a share of the states, as for an agent that has
+learnt: inspect follows the trajectory there and needs no forward but the first. The third draws k
+actions per state at temperature 1, all in one call.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ RIVALS = WAYS[2:]
 CLOCKS = ("wall", "cpu")
 SWEEP = [5, 10, 20, 40, 80]
 SAMPLES = [1, 2, 4, 8]
+AGREEMENT = [0.5, 0.9, 1.0]
 Decode = Callable[[], np.ndarray]
 
 
@@ -127,6 +132,35 @@ def compare(model: Any, options: argparse.Namespace, steps: int) -> dict[str, An
     return {"steps": steps, "same_tokens_as_inspect": compared, **point}
 
 
+def agreeing(model: Any, options: argparse.Namespace, share: float) -> sa.Trunk:
+    """The trajectory with the model's own greedy action at so many of its states, spread out."""
+    trunk, _ = common.trajectory(options)
+    chosen = np.random.default_rng(1).permutation(trunk.num_steps)[: round(share * trunk.num_steps)]
+    ids = torch.from_numpy(trunk.input_ids.astype(np.int64))
+    for t in sorted(chosen):
+        start, stop = trunk.action_spans[t].tolist()
+        prefix = sa.Trunk(ids[:stop].numpy(), trunk.action_spans[: t + 1])
+        decode = ways(model, prefix, options.action_tokens)["inspect"]
+        ids[start:stop] = torch.from_numpy(decode()[-1])
+    return sa.Trunk(ids.numpy(), trunk.action_spans)
+
+
+def agree(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """inspect and state by state where the agent does as the expert at a share of the states."""
+    points = []
+    for share in AGREEMENT:
+        decoders = ways(model, agreeing(model, options, share), options.action_tokens)
+        decoders = {name: decoders[name] for name in ("inspect", "one forward", "state by state")}
+        same = np.array_equal(decoders["inspect"](), decoders["state by state"]())
+        common.check(same, f"other tokens than state by state at agreement {share}")
+        point = timed(decoders, options.repeats)
+        for clock in CLOCKS:
+            median = point[clock]["seconds"]
+            point[clock]["speedup"] = median["state by state"] / median["inspect"]
+        points.append({"agreement": share, **point})
+    return points
+
+
 def draw_samples(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The cost of k actions per state; the first ones must be those of a run with fewer."""
     trunk, _ = common.trajectory(options)
@@ -168,7 +202,9 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     common.say(f"wrote {path}")
 
 
-def tables(points: list[dict[str, Any]], samples: dict[str, Any]) -> str:
+def tables(
+    points: list[dict[str, Any]], agreements: list[dict[str, Any]], samples: dict[str, Any]
+) -> str:
     def cell(figures: dict[str, float], way: str, unit: str = "") -> str:
         return f"{figures[way]:.1f}{unit}" if way in figures else "–"
 
@@ -184,6 +220,16 @@ def tables(points: list[dict[str, Any]], samples: dict[str, Any]) -> str:
     ]
     header = ["T", "clock", *(f"{way}, ms/step" for way in WAYS)]
     header += ["on state by state (target ≥ 10×)", "on padded batch (target ≥ 20×)"]
+    by_agreement = [
+        [
+            f"{point['agreement']:.0%}",
+            clock,
+            *(f"{1000 * seconds:.0f} ms" for seconds in point[clock]["seconds"].values()),
+            f"{point[clock]['speedup']:.1f}×",
+        ]
+        for point in agreements
+        for clock in CLOCKS
+    ]
     by_samples = [
         [clock]
         + [
@@ -194,7 +240,15 @@ def tables(points: list[dict[str, Any]], samples: dict[str, Any]) -> str:
     ]
     columns = ["clock", *samples["cpu"]["cost"]]
     columns[-1] += " (target ≤ 3×)"
-    return common.table(header, by_steps) + "\n\n" + common.table(columns, by_samples)
+    parts = [
+        common.table(header, by_steps),
+        common.table(
+            ["as the expert", "clock", *agreements[0]["cpu"]["seconds"], "on state by state"],
+            by_agreement,
+        ),
+        common.table(columns, by_samples),
+    ]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -207,14 +261,18 @@ def main() -> None:
     model = common.llama(options).eval()
     sweep = {options.steps, *((options.sweep or SWEEP) if options.sweep is not None else ())}
     points = [compare(model, options, steps) for steps in sorted(sweep)]
+    agreements = agree(model, options)
     samples = draw_samples(model, options)
     shape = common.shape(options, model)
-    result = {"benchmark": "inspection", "shape": shape, "points": points, "samples": samples}
+    measured = {"points": points, "agreements": agreements, "samples": samples}
+    result = {"benchmark": "inspection", "shape": shape, **measured}
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         plot(points, options.json.with_suffix(".png"))
     title = f"Inspection: {common.described(options, model)}"
-    common.report(title, __doc__ or "", tables(points, samples), result, options.json, where)
+    common.report(
+        title, __doc__ or "", tables(points, agreements, samples), result, options.json, where
+    )
 
 
 if __name__ == "__main__":

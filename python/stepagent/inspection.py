@@ -1,12 +1,14 @@
 """Inspection: at every step of a trajectory, what would the agent have done?
 
 StepAgent (arXiv 2411.03817), section "Inspection": the agent acts at each state of the expert's
-trajectory. Branch decoding: one prefill of the trunk gives the state at all T steps; then the
-branches of all steps grow in lock-step, each seeing its own prefix of the trunk and itself.
+trajectory. Branch decoding: one prefill of the trunk gives the state at all T steps, and what comes
+after every token of the trunk's own actions. As long as the agent samples just these, it follows
+the trunk; from where it parts, the branches of all steps grow in lock-step, each seeing its own
+prefix of the trunk and itself.
 
     slots   u o1 a1 o2 | x1 x2 | y1 y2 | …      x, y: first, second tokens of the branches at
-    x2 sees u o1 a1 o2      x2                  steps 1 and 2; a branch that ended asks no more
-    y1 sees u o1         x1      y1
+    x2 sees u o1 a1 o2      x2                  steps 1 and 2 that are not the trunk's own;
+    y1 sees u o1         x1      y1              a branch that ended asks no more
 
 Key: B trunks of a batch, N their branches, G branches that grow together, W slots of a trunk,
 S slots, Q new tokens of a row, H hidden, P tokens of an action.

@@ -11,8 +11,8 @@ Random: uniform over the environment's actions (BabyAI), or over those it lists 
 ScienceWorld, where listing is slow, for ``--random-steps`` steps.
 
 Speed: the first ``--timed-actions`` gold actions of each ScienceWorld task, taken by our ``step``
-and by that of the package ``scienceworld``, whose ``info`` lists the valid actions, in turn; before
-that one task for twice as long, for Java compiles what runs often.
+and by that of the package ``scienceworld``, whose ``info`` lists the valid actions, task by task in
+turn; before that one task for twice as long, for Java compiles what runs often.
 
 A run that was stopped goes on where it was: each part is kept in ``*.partial.json`` beside the
 result. ``--quick`` is a run of a minute that shows only that all parts work.
@@ -235,10 +235,11 @@ def timed_pass(env: TextEnv, raw: Any, task: str, actions: int) -> tuple[list[fl
         action = env.expert_action()
         start = time.perf_counter()
         _, _, over, _, info = env.step(action)
-        between = time.perf_counter()
-        raw.step(path[len(ours)])
-        theirs.append(time.perf_counter() - between)
-        ours.append(between - start)
+        ours.append(time.perf_counter() - start)
+    for action in path[: len(ours)]:
+        start = time.perf_counter()
+        raw.step(action)
+        theirs.append(time.perf_counter() - start)
     reached = round(100 * info["progress"])
     common.check(not over or reached == 100, f"{task}: our gold path ends at {reached}")
     return ours, theirs

@@ -315,7 +315,8 @@ class _Demo:
         """β (log π − log π_sft) of each action that the agent took."""
         agent, sft = self.model(name), self.model("sft")
         for episode in episodes:
-            assert episode.trunk is not None
+            if episode.trunk is None:  # it crashed
+                continue
             (tree,) = pack_step_pairs([episode.trunk], [[[] for _ in episode.actions]])
             difference_N = score_trees(agent, [tree]) - score_trees(sft, [tree])
             rewards_S = self.settings.beta * step_sums(difference_N, tree.step_offsets)

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.?pp)
 CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.modules
 
@@ -14,27 +15,27 @@ $(shell mkdir -p build; echo $(MODULES) | cmp -s - build/.modules || echo $(MODU
 .PHONY: demo test test-all lint format types fuzz bench clean
 
 # A thread that waits for another lets go of its core: with other work about, spinning is far slower.
-demo: $(VENV)/.built
+demo: $(VENV)/.demo
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/stepagent demo
 
 # One process a core, one thread each: the tests' tensors are too small to share between threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-test: $(VENV)/.built
+test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.built
+test-all: $(VENV)/.dev
 	$(PYTEST)
 
-lint: $(VENV)/.built
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard csrc/fuzz/*.?pp)
 
-types: $(VENV)/.built
+types: $(VENV)/.dev
 	$(BIN)/mypy
 
-format: $(VENV)/.built
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(wildcard csrc/fuzz/*.?pp)
@@ -44,7 +45,7 @@ format: $(VENV)/.built
 RUNS     ?= 100000
 FUZZ_CXX ?= $(shell command -v clang++ || command -v c++)
 
-fuzz: $(VENV)/.built
+fuzz: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/fuzz -G Ninja \
 	  -DSTEPAGENT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
 	$(BIN)/cmake --build build/fuzz
@@ -54,7 +55,7 @@ fuzz: $(VENV)/.built
 
 # The benchmarks of the README, but for the three seeds of the demo (benchmarks/demo_seeds.py), and
 # for those against TRL and verl, which are installed by hand (benchmarks/trees.py and packing.py).
-bench: $(VENV)/.built
+bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_pair_update.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/trees.py
@@ -70,9 +71,19 @@ bench: $(VENV)/.built
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# Rebuilt when the C++ sources, the pins or the modules' names change. Without build isolation the CMake cache is kept.
+# The package alone, built without isolation so that CMake's cache is kept. Rebuilt when the C++
+# sources, the pins or the modules' names change.
 $(VENV)/.built: $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt scikit-build-core pybind11 cmake ninja
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	$(PIP) scikit-build-core pybind11 cmake ninja
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+# What it needs, each with the isolation that its own build expects: for the demo, or for all work.
+$(VENV)/.demo: $(VENV)/.built
+	$(PIP) "stepagent[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) "stepagent[dev]"
 	touch $@

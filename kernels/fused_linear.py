@@ -328,7 +328,8 @@ def fused_linear_logprobs(
         return logps_n, entropy_n, max_n, log_sum_n
 
     tma = _tma_reads(hidden_nH) and _tma_reads(weight_VH)
-    config = choose_config(hidden_nH.dtype, softcap, tma)
+    with torch.cuda.device_of(hidden_nH):  # whose capability counts, not the current device's
+        config = choose_config(hidden_nH.dtype, softcap, tma)
     hidden, weight = hidden_nH, weight_VH
     if config.tma:
         hidden = TensorDescriptor.from_tensor(hidden_nH, [config.rows, config.hidden])

@@ -182,13 +182,13 @@ def step_rewards(
 def step_rewards_backward(
     grad_S: Tensor, step_offsets: Tensor, beta: float, N: int, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient of logps_N, in `dtype`.
+    """Gradient of logps_N, in `dtype`; NaN for a token that no step with good offsets holds.
 
     Args:
         grad_S: (S,) float32, any stride.
         step_offsets: as `step_rewards`.
     """
-    grad_logps_N = torch.empty(N, dtype=dtype, device=grad_S.device)
+    grad_logps_N = torch.full((N,), torch.nan, dtype=dtype, device=grad_S.device)
     if len(grad_S):
         with torch.cuda.device_of(grad_S):  # Triton launches on the current device
             _step_rewards_backward_kernel[(len(grad_S),)](
@@ -242,7 +242,7 @@ def step_pair_loss_backward(
     N: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of logps_N, in `dtype`; 0 for a step that is in no pair.
+    """Gradient of logps_N, in `dtype`; 0 for a step that is in no pair, NaN as above.
 
     Args:
         grad_P: (P,) float32, any stride.
@@ -251,7 +251,7 @@ def step_pair_loss_backward(
         expert_steps_P, agent_steps_P: as `step_pair_loss`.
     """
     S, P = step_offsets.shape[0] - 1, len(grad_P)
-    grad_logps_N = torch.empty(N, dtype=dtype, device=grad_P.device)
+    grad_logps_N = torch.full((N,), torch.nan, dtype=dtype, device=grad_P.device)
     # Pair p has two ends, p at the expert's step and P + p at the agent's.
     steps_2P, order_2P = torch.cat([expert_steps_P, agent_steps_P]).sort(stable=True)
     end_offsets = torch.searchsorted(steps_2P, torch.arange(S + 1, device=grad_P.device))

@@ -38,17 +38,42 @@ def head(
     }
 
 
-def run(function: Callable[..., Any], arguments: dict[str, Any], leaves: list[str]) -> list[Tensor]:
-    """Outputs, then gradients of the leaves, with another upstream for every token and output."""
-    fresh = {k: arguments[k].detach().clone().requires_grad_() for k in leaves}
+# Where the ops are run: conftest.py's `triton_path` sets it to the GPU where there is one.
+device = torch.device("cpu")
+
+
+def on_device(value: Any) -> Any:
+    """With its strides, which `.to` does not keep where memory lies between the elements."""
+    if not isinstance(value, Tensor) or device.type == "cpu":
+        return value
+    if not value.numel():
+        return value.to(device)
+    storage = value.untyped_storage()
+    copy = torch.empty(storage.nbytes() // value.itemsize, dtype=value.dtype, device=device)
+    copy.untyped_storage().copy_(storage)
+    return copy.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def run(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    leaves: list[str],
+    clone: Callable[[Tensor], Tensor] = torch.clone,
+) -> list[Tensor]:
+    """Outputs, then gradients of the leaves, with another upstream for every token and output.
+
+    clone: of a leaf; what it returns is what the function gets.
+    """
+    arguments = {name: on_device(value) for name, value in arguments.items()}
+    fresh = {k: clone(arguments[k].detach()).requires_grad_() for k in leaves}
     outputs = function(**{**arguments, **fresh})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not leaves:
+        return [o.cpu() for o in outputs]
     g = torch.Generator().manual_seed(1)
     upstreams = [torch.randn(o.shape, generator=g, dtype=torch.float64) for o in outputs]
-    torch.autograd.backward(
-        outputs, [u.to(o.dtype) for u, o in zip(upstreams, outputs, strict=True)]
-    )
-    return [*(o.detach() for o in outputs), *(fresh[k].grad for k in leaves)]
+    torch.autograd.backward(outputs, [u.to(o) for u, o in zip(upstreams, outputs, strict=True)])
+    return [*(o.detach().cpu() for o in outputs), *(fresh[k].grad.cpu() for k in leaves)]
 
 
 def assert_like_reference(

@@ -26,6 +26,9 @@ TILE = Config(rows=16, vocab=16, hidden=16, num_warps=4, num_stages=2)
 PLAIN = ("nothing", 0, "", "off", False)  # options of the hybrid: it keeps nothing
 
 
+SHIPPED = fused_linear.choose_config
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_linear, "choose_config", lambda *_: TILE)
@@ -279,3 +282,28 @@ def test_the_backward_of_the_torch_path_takes_its_results() -> None:
     ]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes for a shipped tile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 10.0])
+@pytest.mark.parametrize("H", [1000, 1004])  # 16-byte rows of halves, which the copy engine reads
+def test_the_shipped_configuration(
+    dtype: torch.dtype, softcap: float | None, H: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_linear, "choose_config", SHIPPED)
+    monkeypatch.setattr(fused_linear, "SPLIT", 1024)
+    monkeypatch.setattr(fused_linear, "GROUP", 16)
+    monkeypatch.setattr(fused_linear, "JOIN_HIDDEN", 256)
+    hidden_nH, weight_VH, labels_n = random_head(300, 2500, H, dtype)
+    options = {"softcap": softcap, "temperature": torch.linspace(0.5, 2, 300)}
+    truth = reference.linear_logprobs(
+        hidden_nH, weight_VH, labels_n, return_entropy=True, dtype=torch.float64, **options
+    )
+    results = launch(hidden_nH, weight_VH, labels_n, **options)
+    for ours, exact in zip(results[:2], truth, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    some = torch.tensor([299, 7, 130])
+    options["temperature"] = options["temperature"][some]
+    part = launch(hidden_nH[some], weight_VH, labels_n[some], **options)
+    assert torch.equal(bits(part), bits(results)[some])

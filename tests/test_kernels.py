@@ -122,7 +122,8 @@ def assert_like_reference(
     scaled_NV = logits_NV.double() / torch.as_tensor(temperature).reshape(-1, 1)
     largest_N = scaled_NV.amax(1).where(scored, 0.0)
     expected_N = (scaled_NV - largest_N[:, None]).logsumexp(1).where(scored, 0.0)
-    torch.testing.assert_close(max_N.double(), largest_N, rtol=1e-7, atol=0)
+    # A GPU divides by the temperature to 2 units in the last place.
+    torch.testing.assert_close(max_N.double(), largest_N, rtol=3e-7, atol=0)
     torch.testing.assert_close(log_sum_N.double(), expected_N, rtol=2e-6, atol=1e-6)
     logps_only_N, zeros_N, *_ = launch(logits_NV, labels_N, temperature, entropy=False)
     assert torch.equal(logps_only_N, logps_N)

@@ -3,6 +3,7 @@
 Against `stepagent.reference`, on the cases of ``op_cases.py``.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,10 +22,12 @@ from op_cases import (
     run,
     variant,
 )
+from tiny_models import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepagent import ops, reference
-from stepagent.operators import blocks, linear, paths
+from stepagent.models import check_tree_support
+from stepagent.operators import blocks, linear
 from stepagent.operators import head as head_slices
 
 DTYPES = [torch.float64, torch.float32]
@@ -265,18 +268,6 @@ def test_linear_logprob_diff_refuses(
 # ------------------------------------------------------------ Triton's path
 
 
-@pytest.fixture
-def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA runs, on CPU tensors in Triton's interpreter; every token takes part."""
-    pytest.importorskip("triton")
-    from stepagent.kernels import online_softmax
-
-    monkeypatch.setattr(online_softmax, "MAX_BLOCK", 8)
-    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(head_slices, "MIN_SLICE", 10)  # of 17: two slices, each of two tiles or one
-    monkeypatch.setattr(paths, "on_gpu", lambda tensor: True)
-
-
 interpreted = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log 0 = −inf
 
 
@@ -400,3 +391,72 @@ def test_with_rows_nothing_waits_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert leaf.grad is not None
+
+
+# ------------------------------------------------------------ the caller's TF32
+
+
+def _old_way() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def _old_way_of_cuda() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _new_way() -> None:
+    torch.backends.fp32_precision = "tf32"  # what transformers' `tf32=True` sets
+
+
+def _new_way_of_products() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def precision() -> list[str]:
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends)
+    return [backend.fp32_precision for backend in backends]
+
+
+@pytest.fixture
+def restore_precision() -> Iterator[None]:
+    before = precision()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    assert precision() == before
+
+
+@pytest.mark.usefixtures("restore_precision")
+@pytest.mark.parametrize(
+    "allow", [_old_way, _old_way_of_cuda, _new_way, _new_way_of_products], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tf32_rounds_nothing_and_stays_as_the_caller_set_it(
+    allow: Callable[[], None], dtype: torch.dtype
+) -> None:
+    """Before and after a first op. torch refuses to read one way's setting after the other's."""
+    arguments = head(R=40, H=300, N=40, dtype=dtype) | {"rows_N": None}
+    expected = run(ops.linear_logprobs, arguments, HEAD_LEAVES)
+    allow()
+    allowed = precision()
+    for _ in range(2):
+        for a, e in zip(run(ops.linear_logprobs, arguments, HEAD_LEAVES), expected, strict=True):
+            assert torch.equal(a, e)
+        assert precision() == allowed
+
+
+@pytest.mark.usefixtures("restore_precision")
+def test_a_setting_for_all_of_torch_goes_on_to_be_followed() -> None:
+    torch.backends.fp32_precision = "tf32"
+    ops.linear_logprobs(**head())
+    torch.backends.fp32_precision = "ieee"
+    assert precision() == ["ieee"] * 3
+
+
+@pytest.mark.usefixtures("restore_precision")
+def test_a_model_is_supported_where_tf32_is_on() -> None:
+    _new_way()
+    check_tree_support(tiny_model("llama"))

@@ -25,7 +25,7 @@ class Tokens:
     """The n tokens that take part, and the U hidden rows that predict them."""
 
     positions_n: Tensor  # among the N
-    labels_n: Tensor
+    labels_n: Tensor  # contiguous
     temperature: Tensor  # () or (n, 1)
     rows_U: Tensor  # among the R
     row_n: Tensor | None  # each token's row among the U; None where n = U, in order
@@ -45,10 +45,9 @@ class Tokens:
 def select(
     hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor | None, temperature: Tensor
 ) -> Tokens:
+    hidden_dtype = paths.factor_dtype(hidden_RH, temperature.dtype)
     if rows_N is not None and paths.on_gpu(hidden_RH):
-        return _all_tokens(hidden_RH, labels_N, rows_N, temperature)
-    # On CPU no library multiplies halves into float32.
-    hidden_dtype = hidden_RH.dtype if paths.on_gpu(hidden_RH) else temperature.dtype
+        return _all_tokens(hidden_RH, labels_N, rows_N, temperature, hidden_dtype)
     positions_n = scored(labels_N)
     rows_U, row_n = positions_n, None
     if rows_N is not None:
@@ -66,17 +65,23 @@ def select(
     )
 
 
-def _all_tokens(hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor, temperature: Tensor) -> Tokens:
+def _all_tokens(
+    hidden_RH: Tensor,
+    labels_N: Tensor,
+    rows_N: Tensor,
+    temperature: Tensor,
+    hidden_dtype: torch.dtype,
+) -> Tokens:
     """Masked ones too, whose rows count as zeros: whatever they hold would spread in products."""
     positions_N = torch.arange(len(labels_N), device=labels_N.device)
     ignored_N1 = (labels_N == IGNORE)[:, None]
     return Tokens(
         positions_N,
-        labels_N,
+        labels_N.contiguous(),  # as the kernels read it
         per_token(temperature, positions_N),
         rows_N,
         None,
-        hidden_RH[rows_N].masked_fill(ignored_N1, 0.0),
+        hidden_RH[rows_N].masked_fill(ignored_N1, 0.0).to(hidden_dtype),
     )
 
 
@@ -105,7 +110,8 @@ class Head:
         return self.weight_VH[part].to(tokens.hidden_UH.dtype)
 
     def bias_w(self, part: slice) -> Tensor | None:
-        return None if self.bias_V is None else self.bias_V[part]
+        """Contiguous, as the kernels read it."""
+        return None if self.bias_V is None else self.bias_V[part].contiguous()
 
     def capped(self, x_Uw: Tensor, part: slice, out_Uw: Tensor) -> Tensor:
         """Bias and softcap; `x_Uw` itself where there is neither, else in `out_Uw`."""
@@ -181,11 +187,18 @@ def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither the caller's autocast nor TF32 rounds the products inside."""
-    precision = torch.get_float32_matmul_precision()
+    """Neither the caller's autocast nor TF32 (on CPU bfloat16) rounds the products inside.
+
+    The setting is the backend's own: the one for all of torch cannot be read where a caller has
+    used torch's newer names for it, such as transformers does for ``tf32=True``.
+    """
+    matmul = (torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda).matmul
+    before = matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        matmul.fp32_precision = "none"  # follows the setting for all of torch
+        if matmul.fp32_precision != before:
+            matmul.fp32_precision = before

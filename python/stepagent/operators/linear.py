@@ -150,9 +150,10 @@ def _fused(tokens: Tokens, head: Head, with_entropy: bool) -> Results:
     """One kernel in place of products and folds: a row's results are its own."""
     from stepagent.kernels.fused_linear import fused_linear_logprobs
 
+    hidden_UH = tokens.hidden_UH.to(head.weight_VH.dtype)  # upcast for the library's products
     given = (tokens.labels_n, head.bias_V, tokens.temperature.squeeze(-1), head.softcap)
     results: Results = fused_linear_logprobs(
-        tokens.hidden_UH, head.weight_VH, *given, with_entropy=with_entropy
+        hidden_UH, head.weight_VH, *given, with_entropy=with_entropy
     )
     return results
 

@@ -27,10 +27,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stepagent.kernels.online_softmax import IGNORE, entropy_of, floored, join_label, softplus
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from stepagent.kernels.online_softmax import (
+    IGNORE,
+    LN_2,
+    LOG2_E,
+    entropy_of,
+    floored,
+    join_label,
+    softplus,
+)
 
 SPLIT = 1024  # vocabulary entries; (m, s, t) take 12 bytes for each, a row of hidden far more
 GROUP = 16  # row tiles that go through the vocabulary together

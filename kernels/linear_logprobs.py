@@ -18,13 +18,20 @@ from torch import Tensor
 from stepagent.kernels.online_softmax import (
     FLOOR,
     IGNORE,
+    LOG2_E,
     expm1,
+    fold_tile,
     floored,
-    fold,
     grad_label,
-    grad_other,
+    grad_others,
+    join_folds,
+    tile_shape,
     tile_width,
 )
+
+# A frozen head's fold reads a row of the slice twice. With more threads a row, fewer rows are in
+# work at once, and they stay in the L2 cache until their second reading.
+WEIGHTS_WARPS = 16
 
 
 @triton.jit
@@ -36,17 +43,16 @@ def _tanh(u):
 
 
 @triton.jit
-def _load_logits(
+def _load(
     row_ptr,
     bias_ptr,
     column,
     w,
-    temperature,
     softcap,
     WITH_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """z of these columns, −inf beyond the slice, and the softcap's slope."""
+    """x of these columns after bias and cap, −inf outside the slice, and the softcap's slope."""
     inside = (column >= 0) & (column < w)
     x = tl.load(row_ptr + column, mask=inside, other=-float("inf"))
     if WITH_BIAS:
@@ -56,7 +62,7 @@ def _load_logits(
         t = _tanh(x / softcap)
         slope = 1.0 - t * t
         x = tl.where(inside, softcap * t, -float("inf"))
-    return x / temperature, slope
+    return x, slope
 
 
 @triton.jit
@@ -76,6 +82,8 @@ def _fold_slice_kernel(
     w,
     start,
     # strides
+    products_stride_n,
+    weights_stride_n,
     temperature_stride_n,  # 0: one temperature for all tokens
     # constants
     softcap,
@@ -83,46 +91,55 @@ def _fold_slice_kernel(
     CAPPED: tl.constexpr,
     WITH_MOMENT: tl.constexpr,
     WITH_WEIGHTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)  # token * w passes 2³¹
+    token = tl.program_id(0).to(tl.int64)  # token * stride passes 2³¹
     label = tl.load(labels_ptr + token)
     temperature = tl.load(temperature_ptr + token * temperature_stride_n)
-    row_ptr = products_ptr + token * w
-    old_max = tl.load(max_ptr + token)
-    max_others = old_max
-    sum_others = tl.load(sum_ptr + token)
-    moment_others = 0.0
-    if WITH_MOMENT:
-        moment_others = tl.load(moment_ptr + token)
-    local = label - start
+    row_ptr = products_ptr + token * products_stride_n
+    local = (label - start).to(tl.int32)
+    here = (label >= start) & (label < start + w)
     length = tl.where(label == IGNORE, 0, w)  # nothing is read of a token that scores nothing
-    for first in range(0, length, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        z, _ = _load_logits(row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED)
-        z = tl.where(column == local, -float("inf"), z)
-        max_others, sum_others, moment_others = fold(
-            max_others, sum_others, moment_others, z, WITH_MOMENT
-        )
-    tl.store(max_ptr + token, max_others)
-    tl.store(sum_ptr + token, sum_others)
-    z_label, _ = _load_logits(row_ptr, bias_ptr, local, w, temperature, softcap, WITH_BIAS, CAPPED)
-    tl.store(label_ptr + token, z_label, mask=(local >= 0) & (local < w))
+
+    # The slice by itself, then what there was before.
+    scale = LOG2_E / temperature
+    m = tl.full([LANES], -float("inf"), tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    place = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for first in range(0, length, DEPTH * LANES):
+        x, _ = _load(row_ptr, bias_ptr, first + place, w, softcap, WITH_BIAS, CAPPED)
+        x = tl.where(first + place == local, -float("inf"), x)
+        m, s, t = fold_tile(m, s, t, x, scale, WITH_MOMENT)
+    top, sums, moments = join_folds(m, s, t, scale, 0)
+    new = top / temperature
+    old = tl.load(max_ptr + token)
+    new_max = tl.maximum(old, new)
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # −inf − (−inf) is NaN
+    old_decay, new_decay = floored(old - shift), floored(new - shift)
+    old_sum = tl.load(sum_ptr + token)
+    tl.store(max_ptr + token, new_max)
+    tl.store(sum_ptr + token, tl.exp(old_decay) * old_sum + tl.exp(new_decay) * sums)
     if WITH_MOMENT:
-        tl.store(moment_ptr + token, moment_others)
+        old_moment = tl.load(moment_ptr + token)
+        moments = tl.exp(new_decay) * (moments + new_decay * sums)
+        moments += tl.exp(old_decay) * (old_moment + old_decay * old_sum)
+        tl.store(moment_ptr + token, moments)
+    x_label, _ = _load(row_ptr, bias_ptr, local, w, softcap, WITH_BIAS, CAPPED)
+    tl.store(label_ptr + token, x_label / temperature, mask=here)
+
     if WITH_WEIGHTS:
         # The slice once more, against its final maximum.
-        shift = tl.where(max_others == -float("inf"), 0.0, max_others)
-        decay = tl.where(old_max == -float("inf"), FLOOR, old_max - shift)
-        tl.store(shrink_ptr + token, tl.exp(decay))
-        for first in range(0, w, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            z, slope = _load_logits(
-                row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED
-            )
-            weight = tl.where(column == local, 0.0, tl.exp(floored(z - shift)) * slope)
-            weight = tl.where(label == IGNORE, 0.0, weight)
-            tl.store(weights_ptr + token * w + column, weight, mask=column < w)
+        tl.store(shrink_ptr + token, tl.exp(old_decay))
+        max_x = shift * temperature
+        weights_row_ptr = weights_ptr + token * weights_stride_n
+        for first in range(0, w, DEPTH * LANES):
+            column = first + place
+            x, slope = _load(row_ptr, bias_ptr, column, w, softcap, WITH_BIAS, CAPPED)
+            weight = tl.exp2(floored((x - max_x) * scale)) * slope
+            weight = tl.where((column == local) | (label == IGNORE), 0.0, weight)
+            tl.store(weights_row_ptr + column, weight, mask=column < w)
 
 
 @triton.jit
@@ -143,6 +160,8 @@ def _grad_slice_kernel(
     w,
     start,
     # strides
+    products_stride_n,
+    grad_stride_n,
     temperature_stride_n,  # 0: one temperature for all tokens
     # constants
     softcap,
@@ -151,11 +170,12 @@ def _grad_slice_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)  # token * w passes 2³¹
+    token = tl.program_id(0).to(tl.int64)  # token * stride passes 2³¹
     label = tl.load(labels_ptr + token)
     temperature = tl.load(temperature_ptr + token * temperature_stride_n)
-    row_max = tl.load(max_ptr + token)
-    log_sum = tl.load(log_sum_ptr + token)
+    scale = LOG2_E / temperature
+    max_x = tl.load(max_ptr + token) * temperature
+    log2_sum = tl.load(log_sum_ptr + token) * LOG2_E
     logp_label = tl.load(logps_ptr + token)
     grad_logp = tl.load(grad_logps_ptr + token)
     entropy, grad_entropy = 0.0, 0.0
@@ -163,17 +183,26 @@ def _grad_slice_kernel(
         entropy = tl.load(entropy_ptr + token)
         grad_entropy = tl.load(grad_entropy_ptr + token)
     own = grad_label(logp_label, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
-    row_ptr = products_ptr + token * w
-    local = label - start
+    row_ptr = products_ptr + token * products_stride_n
+    grad_row_ptr = grad_ptr + token * grad_stride_n
+    local = (label - start).to(tl.int32)
     for first in range(0, w, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        z, slope = _load_logits(
-            row_ptr, bias_ptr, column, w, temperature, softcap, WITH_BIAS, CAPPED
+        x, slope = _load(row_ptr, bias_ptr, column, w, softcap, WITH_BIAS, CAPPED)
+        grad = grad_others(
+            x, max_x, log2_sum, scale, entropy, grad_logp, grad_entropy, WITH_ENTROPY
         )
-        grad = grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
         grad = tl.where(column == local, own, grad) * slope
         grad = tl.where(label == IGNORE, 0.0, grad)
-        tl.store(grad_ptr + token * w + column, grad, mask=column < w)
+        tl.store(grad_row_ptr + column, grad, mask=column < w)
+
+
+def rows_like(products_nw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room of this shape, whose rows begin at multiples of 16 bytes, as fast products want."""
+    n, w = products_nw.shape
+    per_16_bytes = 16 // dtype.itemsize
+    padded = triton.cdiv(w, per_16_bytes) * per_16_bytes
+    return torch.empty(n, padded, dtype=dtype, device=products_nw.device)[:, :w]
 
 
 def fold_slice(
@@ -195,7 +224,7 @@ def fold_slice(
         state: of each token, (n,) float32: max, Σ exp(z − max) and Σ exp(z − max)(z − max) over the
             logits but the label's, the label's logit, and by how much this slice shrank the sums
             (written with weights only).
-        products_nw: (n, w) float32, contiguous.
+        products_nw: (n, w) float32, contiguous rows.
         bias_w: (w,) any float dtype, contiguous.
         temperature: () or (n, 1) float32.
         weights_dtype: return exp(z − max) s, (n, w) in this dtype, s the slope of the softcap; 0
@@ -204,7 +233,7 @@ def fold_slice(
     n, w = products_nw.shape
     weights_nw = None
     if weights_dtype is not None:
-        weights_nw = torch.empty(n, w, dtype=weights_dtype, device=products_nw.device)
+        weights_nw = rows_like(products_nw, weights_dtype)
     if n:
         with torch.cuda.device_of(products_nw):  # Triton launches on the current device
             _fold_slice_kernel[(n,)](
@@ -216,13 +245,16 @@ def fold_slice(
                 weights_nw,
                 w,
                 start,
+                products_nw.stride(0),
+                0 if weights_nw is None else weights_nw.stride(0),
                 temperature.stride(0) if temperature.ndim else 0,
                 1.0 if softcap is None else softcap,
                 WITH_BIAS=bias_w is not None,
                 CAPPED=softcap is not None,
                 WITH_MOMENT=with_entropy,
                 WITH_WEIGHTS=weights_nw is not None,
-                BLOCK=tile_width(w),
+                **tile_shape(w),
+                num_warps=4 if weights_nw is None else WEIGHTS_WARPS,
                 enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
             )
     return weights_nw
@@ -249,7 +281,7 @@ def grad_slice(
         labels_n, products_nw, bias_w, temperature, softcap, start: as in `fold_slice`.
     """
     n, w = products_nw.shape
-    grad_nw = torch.empty(n, w, dtype=dtype, device=products_nw.device)
+    grad_nw = rows_like(products_nw, dtype)
     if n:
         with torch.cuda.device_of(products_nw):  # Triton launches on the current device
             _grad_slice_kernel[(n,)](
@@ -263,6 +295,8 @@ def grad_slice(
                 grad_nw,
                 w,
                 start,
+                products_nw.stride(0),
+                grad_nw.stride(0),
                 temperature.stride(0) if temperature.ndim else 0,
                 1.0 if softcap is None else softcap,
                 WITH_BIAS=bias_w is not None,

@@ -1,4 +1,4 @@
-"""Log-ratio of labels under the logits of a policy and of its reference: one online pass over both.
+"""Log-ratio of labels under the logits of a policy and of its reference: a pass over each.
 
     z = x / T,    log p_y = z_y − log Σ_j exp z_j,    diff = log π(y) − log π_ref(y)
 
@@ -15,12 +15,11 @@ from torch import Tensor
 
 from stepagent.kernels.online_softmax import (
     IGNORE,
-    fold,
+    fold_row,
     join_label,
     load_label,
-    load_others,
     softplus,
-    tile_width,
+    tile_shape,
 )
 
 
@@ -44,7 +43,8 @@ def _logprob_diff_kernel(
     ref_logits_stride_v,
     temperature_stride_n,  # 0: one temperature for all rows
     # constants
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2³¹
     label = tl.load(labels_ptr + row)
@@ -52,16 +52,14 @@ def _logprob_diff_kernel(
     row_ptr = logits_ptr + row * logits_stride_n
     ref_row_ptr = ref_logits_ptr + row * ref_logits_stride_n
 
-    max_others, ref_max_others = -float("inf"), -float("inf")
-    sum_others, ref_sum_others = 0.0, 0.0
     ignored = label == IGNORE
     length = tl.where(ignored, 0, V)  # nothing is read of a row that scores nothing
-    for start in range(0, length, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = load_others(row_ptr, column, logits_stride_v, V, label, temperature)
-        ref_z = load_others(ref_row_ptr, column, ref_logits_stride_v, V, label, temperature)
-        max_others, sum_others, _ = fold(max_others, sum_others, 0.0, z, False)
-        ref_max_others, ref_sum_others, _ = fold(ref_max_others, ref_sum_others, 0.0, ref_z, False)
+    max_others, sum_others, _ = fold_row(
+        row_ptr, logits_stride_v, length, label, temperature, False, DEPTH, LANES
+    )
+    ref_max_others, ref_sum_others, _ = fold_row(
+        ref_row_ptr, ref_logits_stride_v, length, label, temperature, False, DEPTH, LANES
+    )
     z_label = load_label(row_ptr, logits_stride_v, V, label, temperature)
     d, max_all, log_sum_all = join_label(z_label, max_others, sum_others)
     ref_z_label = load_label(ref_row_ptr, ref_logits_stride_v, V, label, temperature)
@@ -101,7 +99,7 @@ def logprob_diff(
                 *logits_NV.stride(),
                 *ref_logits_NV.stride(),
                 temperature.stride(0) if temperature.ndim else 0,
-                BLOCK=tile_width(V),
+                **tile_shape(V),
                 enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
             )
     return diff_N, logps_N, max_N, log_sum_N

@@ -2,9 +2,12 @@
 
     z = x / T,    m = max z,    s = Σ exp(z − m),    t = Σ exp(z − m)(z − m)
 
-m, s and t run over the logits other than the label's; a larger maximum rescales s and t. The label
-joins last: with d = log s − (z_y − m) its log-prob is −softplus(d), which keeps its digits where
-the probability is close to 1.
+m, s and t run over the logits other than the label's; a larger maximum rescales s and t. A tile is
+(DEPTH, LANES), and each lane keeps m, s and t of its own, so that no tile waits for a sum over
+threads; the lanes join at the end of the row, always in the same order. Inside, m is of x and the
+exponents are of 2: one subtraction, one product and one exp2 a logit. The label joins last: with
+d = log s − (z_y − m) its log-prob is −softplus(d), which keeps its digits where the probability is
+close to 1.
 """
 
 import triton
@@ -12,7 +15,10 @@ import triton.language as tl
 
 IGNORE = tl.constexpr(-100)
 FLOOR = tl.constexpr(-1.0e4)  # exp(FLOOR) = 0, and unlike −inf it survives a product with 0
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 MAX_BLOCK = 4096  # logits in a tile
+DEPTH = 4  # of a tile: logits that a lane folds at once
 
 
 @triton.jit
@@ -55,25 +61,65 @@ def floored(x):
 
 
 @triton.jit
-def load_others(row_ptr, column, stride_v, V, label, temperature):
-    """z of these columns; −inf, which the fold skips, for the label and beyond the vocabulary."""
-    inside = column < V
-    x = tl.load(row_ptr + column.to(tl.int64) * stride_v, mask=inside, other=-float("inf"))
-    return tl.where(column == label, -float("inf"), x.to(tl.float32) / temperature)
+def fold_tile(m, s, t, x, scale, WITH_MOMENT: tl.constexpr):
+    """m, s and t of each lane (LANES,) after one more tile; t is in units of log 2.
+
+    x: (DEPTH, LANES), -inf where there is nothing to fold; scale: log2(e) / T.
+    """
+    new_m = tl.maximum(m, tl.max(x, 0))
+    shift = tl.where(new_m == -float("inf"), 0.0, new_m)  # −inf − (−inf) is NaN
+    decay = floored((m - shift) * scale)
+    shrink = tl.exp2(decay)
+    centred = (x - shift[None, :]) * scale
+    if WITH_MOMENT:
+        centred = floored(centred)
+    exp = tl.exp2(centred)
+    if WITH_MOMENT:
+        t = shrink * (t + decay * s) + tl.sum(exp * centred, 0)
+    return new_m, shrink * s + tl.sum(exp, 0), t
 
 
 @triton.jit
-def fold(max_others, sum_others, moment_others, z, WITH_MOMENT: tl.constexpr):
-    """m, s and t after one more tile."""
-    new_max = tl.maximum(max_others, tl.max(z, 0))
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # −inf − (−inf) is NaN
-    decay = tl.where(max_others == -float("inf"), FLOOR, max_others - shift)
-    shrink = tl.exp(decay)
-    centred = floored(z - shift)
-    exp = tl.exp(centred)
-    if WITH_MOMENT:
-        moment_others = shrink * (moment_others + decay * sum_others) + tl.sum(centred * exp, 0)
-    return new_max, shrink * sum_others + tl.sum(exp, 0), moment_others
+def join_folds(m, s, t, scale, axis: tl.constexpr):
+    """m of x, s and t of a row, from those of its parts along `axis`; t leaves units of log 2."""
+    top = tl.max(m, axis)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    decay = floored((m - tl.expand_dims(shift, axis)) * scale)
+    shrink = tl.exp2(decay)
+    moment = LN_2 * tl.sum(shrink * (t + decay * s), axis)
+    return top, tl.sum(shrink * s, axis), moment
+
+
+@triton.jit
+def fold_row(
+    row_ptr,
+    stride_v,
+    V,
+    label,
+    temperature,
+    WITH_MOMENT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """m, s and t of a row of logits other than its label's."""
+    scale = LOG2_E / temperature
+    m = tl.full([LANES], -float("inf"), tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    place = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    whole = V // (DEPTH * LANES) * (DEPTH * LANES)
+    for start in range(0, whole, DEPTH * LANES):
+        x = tl.load(row_ptr + (start + place).to(tl.int64) * stride_v).to(tl.float32)
+        x = tl.where(place == (label - start).to(tl.int32), -float("inf"), x)
+        m, s, t = fold_tile(m, s, t, x, scale, WITH_MOMENT)
+    if whole < V:
+        column = whole + place
+        inside = column < V
+        x = tl.load(row_ptr + column.to(tl.int64) * stride_v, mask=inside, other=-float("inf"))
+        x = tl.where(column == label.to(tl.int32), -float("inf"), x.to(tl.float32))
+        m, s, t = fold_tile(m, s, t, x, scale, WITH_MOMENT)
+    top, sums, moment = join_folds(m, s, t, scale, 0)
+    return top / temperature, sums, moment
 
 
 @triton.jit
@@ -96,13 +142,19 @@ def join_label(z_label, max_others, sum_others):
 
 
 @triton.jit
-def grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY: tl.constexpr):
-    """−(g + g_H (log p_j + H)) p_j: the gradient of a logit z_j other than the label's."""
-    logp = floored(z - row_max - log_sum)
+def grad_others(
+    x, max_x, log2_sum, scale, entropy, grad_logp, grad_entropy, WITH_ENTROPY: tl.constexpr
+):
+    """−(g + g_H (log p_j + H)) p_j: the gradients of logits z_j other than the label's.
+
+    max_x: the maximum of x = z T; log2_sum: log2 Σ_j exp(z_j − max z); scale: log2(e) / T.
+    """
+    log2_p = (x - max_x) * scale - log2_sum
     pull = grad_logp
     if WITH_ENTROPY:
-        pull += grad_entropy * (logp + entropy)
-    return -pull * tl.exp(logp)
+        log2_p = floored(log2_p)
+        pull += grad_entropy * (LN_2 * log2_p + entropy)
+    return -pull * tl.exp2(log2_p)
 
 
 @triton.jit
@@ -127,5 +179,11 @@ def entropy_of(d, logp, sum_others, moment_others):
 
 
 def tile_width(V: int) -> int:
-    """BLOCK of a kernel: the whole row where it is short."""
+    """Logits in a tile: the whole row where it is short."""
     return min(int(triton.next_power_of_2(V)), MAX_BLOCK)
+
+
+def tile_shape(V: int) -> dict[str, int]:
+    """DEPTH and LANES of a kernel that folds."""
+    lanes = max(tile_width(V) // DEPTH, 1)
+    return {"DEPTH": tile_width(V) // lanes, "LANES": lanes}

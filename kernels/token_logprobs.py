@@ -25,14 +25,15 @@ from torch import Tensor
 
 from stepagent.kernels.online_softmax import (
     IGNORE,
+    LOG2_E,
     entropy_of,
-    fold,
+    fold_row,
     grad_label,
-    grad_other,
+    grad_others,
     join_label,
     load_label,
-    load_others,
     softplus,
+    tile_shape,
     tile_width,
 )
 
@@ -55,28 +56,23 @@ def _token_logprobs_kernel(
     temperature_stride_n,  # 0: one temperature for all rows
     # constants
     WITH_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2³¹
     label = tl.load(labels_ptr + row)
     temperature = tl.load(temperature_ptr + row * temperature_stride_n)
     row_ptr = logits_ptr + row * logits_stride_n
 
-    max_others = -float("inf")
-    sum_others = 0.0
-    moment_others = 0.0
-    length = tl.where(label == IGNORE, 0, V)  # nothing is read of a row that scores nothing
-    for start in range(0, length, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = load_others(row_ptr, column, logits_stride_v, V, label, temperature)
-        max_others, sum_others, moment_others = fold(
-            max_others, sum_others, moment_others, z, WITH_ENTROPY
-        )
+    ignored = label == IGNORE
+    length = tl.where(ignored, 0, V)  # nothing is read of a row that scores nothing
+    max_others, sum_others, moment_others = fold_row(
+        row_ptr, logits_stride_v, length, label, temperature, WITH_ENTROPY, DEPTH, LANES
+    )
     z_label = load_label(row_ptr, logits_stride_v, V, label, temperature)
     d, max_all, log_sum_all = join_label(z_label, max_others, sum_others)
     logp = -softplus(d)
 
-    ignored = label == IGNORE
     tl.store(logps_ptr + row, tl.where(ignored, 0.0, logp))
     tl.store(max_ptr + row, tl.where(ignored, 0.0, max_all))
     tl.store(log_sum_ptr + row, tl.where(ignored, 0.0, log_sum_all))
@@ -128,13 +124,21 @@ def _token_logprobs_backward_kernel(
     grad_row_ptr = grad_logits_ptr + row * grad_logits_stride_n
     ignored = label == IGNORE
     length = tl.where(ignored, 0, V)  # nothing is read of a row that scores nothing
+    scale = LOG2_E / temperature
+    max_x, log2_sum = row_max * temperature, log_sum * LOG2_E
+    grad_logp, grad_entropy, own = (
+        grad_logp / temperature,
+        grad_entropy / temperature,
+        own / temperature,
+    )
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         offset = column.to(tl.int64)
         x = tl.load(row_ptr + offset * logits_stride_v, mask=column < length, other=0.0)
-        z = x.to(tl.float32) / temperature
-        grad = grad_other(z, row_max, log_sum, entropy, grad_logp, grad_entropy, WITH_ENTROPY)
-        grad = tl.where(column == label, own, grad) / temperature
+        grad = grad_others(
+            x.to(tl.float32), max_x, log2_sum, scale, entropy, grad_logp, grad_entropy, WITH_ENTROPY
+        )
+        grad = tl.where(column == label.to(tl.int32), own, grad)
         grad = tl.where(ignored, 0.0, grad)
         tl.store(grad_row_ptr + offset * grad_logits_stride_v, grad, mask=column < V)
 
@@ -168,7 +172,7 @@ def token_logprobs(
                 *logits_NV.stride(),
                 temperature.stride(0) if temperature.ndim else 0,
                 WITH_ENTROPY=with_entropy,
-                BLOCK=tile_width(V),
+                **tile_shape(V),
                 enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
             )
     return logps_N, entropy_N, max_N, log_sum_N

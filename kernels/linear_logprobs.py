@@ -16,15 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from stepagent.kernels.online_softmax import (
-    FLOOR,
     IGNORE,
     LOG2_E,
+    entropy_of,
     expm1,
-    fold_tile,
     floored,
+    fold_tile,
     grad_label,
     grad_others,
     join_folds,
+    join_label,
+    softplus,
     tile_shape,
     tile_width,
 )
@@ -32,6 +34,7 @@ from stepagent.kernels.online_softmax import (
 # A frozen head's fold reads a row of the slice twice. With more threads a row, fewer rows are in
 # work at once, and they stay in the L2 cache until their second reading.
 WEIGHTS_WARPS = 16
+FINISH_BLOCK = 256  # tokens a program
 
 
 @triton.jit
@@ -197,6 +200,42 @@ def _grad_slice_kernel(
         tl.store(grad_row_ptr + column, grad, mask=column < w)
 
 
+@triton.jit(do_not_specialize=["n"])
+def _finish_kernel(
+    # data
+    labels_ptr,
+    max_ptr,
+    sum_ptr,
+    moment_ptr,
+    label_ptr,
+    logps_ptr,
+    entropy_ptr,
+    max_all_ptr,
+    log_sum_ptr,
+    # shapes
+    n,
+    # constants
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < n
+    ignored = tl.load(labels_ptr + token, mask=inside, other=IGNORE) == IGNORE
+    sum_others = tl.load(sum_ptr + token, mask=inside, other=1.0)
+    max_others = tl.load(max_ptr + token, mask=inside, other=0.0)
+    z_label = tl.load(label_ptr + token, mask=inside, other=0.0)
+    d, max_all, log_sum = join_label(z_label, max_others, sum_others)
+    logp = -softplus(d)
+    entropy = tl.zeros([BLOCK], tl.float32)
+    if WITH_ENTROPY:
+        moment = tl.load(moment_ptr + token, mask=inside, other=0.0)
+        entropy = entropy_of(d, logp, sum_others, moment)
+    tl.store(logps_ptr + token, tl.where(ignored, 0.0, logp), mask=inside)
+    tl.store(entropy_ptr + token, tl.where(ignored, 0.0, entropy), mask=inside)
+    tl.store(max_all_ptr + token, tl.where(ignored, 0.0, max_all), mask=inside)
+    tl.store(log_sum_ptr + token, tl.where(ignored, 0.0, log_sum), mask=inside)
+
+
 def rows_like(products_nw: Tensor, dtype: torch.dtype) -> Tensor:
     """Room of this shape, whose rows begin at multiples of 16 bytes, as fast products want."""
     n, w = products_nw.shape
@@ -258,6 +297,35 @@ def fold_slice(
                 enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
             )
     return weights_nw
+
+
+def finish(
+    labels_n: Tensor, state: tuple[Tensor, Tensor, Tensor, Tensor], *, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps_n, entropy_n (0 unless asked for), max_n and log_sum_n, once all slices are folded.
+
+    Args:
+        labels_n: (n,) int64, contiguous; -100 gives 0.
+        state: the first four of `fold_slice`; a label whose logit is still NaN gives NaN.
+    """
+    n = labels_n.shape[0]
+    logps_n = torch.empty(n, dtype=torch.float32, device=labels_n.device)
+    entropy_n, max_n, log_sum_n = (torch.empty_like(logps_n) for _ in range(3))
+    if n:
+        with torch.cuda.device_of(labels_n):  # Triton launches on the current device
+            _finish_kernel[(triton.cdiv(n, FINISH_BLOCK),)](
+                labels_n,
+                *state,
+                logps_n,
+                entropy_n,
+                max_n,
+                log_sum_n,
+                n,
+                WITH_ENTROPY=with_entropy,
+                BLOCK=FINISH_BLOCK,
+                enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
+            )
+    return logps_n, entropy_n, max_n, log_sum_n
 
 
 def grad_slice(

@@ -43,6 +43,7 @@ POISONED = (
     "stepagent.operators.steps",
     "stepagent.operators.tokens",
     "stepagent.kernels.fused_linear",
+    "stepagent.kernels.labels",
     "stepagent.kernels.linear_logprobs",
     "stepagent.kernels.logprob_diff",
     "stepagent.kernels.step_gae",
@@ -86,6 +87,8 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
     monkeypatch.setattr(blocks, "GPU_WORKSPACE_BYTES", 1)
     monkeypatch.setattr(head, "MIN_SLICE", 10)  # of 17: two slices, each of two tiles or one
+    monkeypatch.setattr(head, "GPU_MIN_SLICE", 10)
+    monkeypatch.setattr(head, "GPU_CHUNK", 4)  # of 9 tokens: three chunks of a frozen head
     if torch.cuda.is_available():
         monkeypatch.setattr(op_cases, "device", torch.device("cuda"))
     else:

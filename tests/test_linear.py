@@ -160,11 +160,11 @@ def test_without_grad_nothing_is_kept() -> None:
     """No second product for a gradient that nobody will ask for."""
     hidden_RH = torch.randn(3, 4, requires_grad=True)
     weight_VH, labels_N = torch.randn(5, 4), torch.tensor([0, 1, 2])
-    assert ops._kept(hidden_RH, weight_VH, None, False, 0) == "gradient"
-    assert ops._kept(hidden_RH, weight_VH, None, True, 0) == "nothing"
-    assert ops._kept(hidden_RH.detach(), weight_VH, None, False, 10) == "nothing"
+    assert ops._kept(hidden_RH, weight_VH, None, False, 0) == ("gradient", 0)
+    assert ops._kept(hidden_RH, weight_VH, None, True, 0) == ("nothing", 0)
+    assert ops._kept(hidden_RH.detach(), weight_VH, None, False, 10) == ("nothing", 0)
     with torch.no_grad():
-        assert ops._kept(hidden_RH, weight_VH, None, False, 10) == "nothing"
+        assert ops._kept(hidden_RH, weight_VH, None, False, 10) == ("nothing", 0)
         assert not ops.linear_logprobs(hidden_RH, weight_VH, labels_N).requires_grad
 
 

@@ -24,6 +24,7 @@ from stepagent.checks import (
     compute_dtype,
 )
 from stepagent.operators import paths
+from stepagent.operators.head import UNASKED
 from stepagent.operators.linear import linear_logprob_diff_op, linear_logprobs_op
 from stepagent.operators.steps import step_pair_loss_op, step_rewards_op, step_sums_op
 from stepagent.operators.tokens import logprob_diff_op, token_logprobs_op
@@ -43,7 +44,7 @@ def linear_logprobs(
     softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
     group: ProcessGroup | None = ...,
-    keep_bytes: int = ...,
+    keep_bytes: int | None = ...,
     check_labels: LabelCheck = ...,
     batch_invariant: bool = ...,
 ) -> Tensor: ...
@@ -59,7 +60,7 @@ def linear_logprobs(
     softcap: float | None = ...,
     return_entropy: Literal[True],
     group: ProcessGroup | None = ...,
-    keep_bytes: int = ...,
+    keep_bytes: int | None = ...,
     check_labels: LabelCheck = ...,
     batch_invariant: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -74,7 +75,7 @@ def linear_logprobs(
     softcap: float | None = None,
     return_entropy: bool = False,
     group: ProcessGroup | None = None,
-    keep_bytes: int = 0,
+    keep_bytes: int | None = None,
     check_labels: LabelCheck = "device",
     batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -104,6 +105,7 @@ def linear_logprobs(
             `hidden_RH` is summed over the ranks.
         keep_bytes: for a head that learns, memory in which the forward may keep logits for the
             backward, which then computes fewer of them again: 6NHV where all fit, else up to 8NHV.
+            By default all of them on CUDA, where they fit a quarter of its free memory, else none.
         check_labels: what happens to a label outside [0, V). On CPU it is a ValueError that names
             it; on CUDA "device" is an assertion there that names the rule, "sync" the ValueError at
             the price of a host sync. "off": it scores NaN.
@@ -125,8 +127,10 @@ def linear_logprobs(
     if softcap is not None:
         check_positive("softcap", softcap)
     check_choice("check_labels", check_labels, LABEL_CHECKS)
+    keep = _kept(hidden_RH, weight_VH, bias_V, return_entropy, keep_bytes)
     if batch_invariant:
         _check_batch_invariance(hidden_RH, group)
+        keep = ("nothing", 0)
     logps_N, entropy_N, *_ = linear_logprobs_op(
         hidden_RH,
         weight_VH,
@@ -136,10 +140,7 @@ def linear_logprobs(
         as_temperature(temperature, labels_N, compute_dtype(hidden_RH)),
         softcap,
         return_entropy,
-        "nothing"
-        if batch_invariant
-        else _kept(hidden_RH, weight_VH, bias_V, return_entropy, keep_bytes),
-        keep_bytes,
+        *keep,
         "" if group is None else group.group_name,
         check_labels,
         batch_invariant,
@@ -163,7 +164,7 @@ def linear_logprob_diff(
     softcap: float | None = ...,
     return_kl: Literal[False] = ...,
     group: ProcessGroup | None = ...,
-    keep_bytes: int = ...,
+    keep_bytes: int | None = ...,
     check_labels: LabelCheck = ...,
 ) -> Tensor: ...
 @overload
@@ -182,7 +183,7 @@ def linear_logprob_diff(
     softcap: float | None = ...,
     return_kl: Literal[True],
     group: ProcessGroup | None = ...,
-    keep_bytes: int = ...,
+    keep_bytes: int | None = ...,
     check_labels: LabelCheck = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_logprob_diff(
@@ -200,7 +201,7 @@ def linear_logprob_diff(
     softcap: float | None = None,
     return_kl: bool = False,
     group: ProcessGroup | None = None,
-    keep_bytes: int = 0,
+    keep_bytes: int | None = None,
     check_labels: LabelCheck = "device",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log π(y) − log π_ref(y) of each label, both from hidden rows and a head; no N×V logits.
@@ -247,8 +248,7 @@ def linear_logprob_diff(
         ref_bias_V,
         as_temperature(temperature, labels_N, compute_dtype(hidden_RH)),
         softcap,
-        _kept(hidden_RH, weight_VH, bias_V, False, keep_bytes),
-        keep_bytes,
+        *_kept(hidden_RH, weight_VH, bias_V, False, keep_bytes),
         "" if group is None else group.group_name,
         check_labels,
     )
@@ -310,17 +310,23 @@ def _check_batch_invariance(hidden_RH: Tensor, group: ProcessGroup | None) -> No
 
 
 def _kept(
-    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, entropy: bool, keep_bytes: int
-) -> str:
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    entropy: bool,
+    keep_bytes: int | None,
+) -> tuple[str, int]:
     """What the forward keeps for the backward, as ``operators/linear.py`` knows it."""
-    if keep_bytes < 0:
+    if keep_bytes is None:
+        keep_bytes = UNASKED if hidden_RH.is_cuda else 0
+    elif keep_bytes < 0:
         raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}")
     head_learns = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if not torch.is_grad_enabled() or not (head_learns or hidden_RH.requires_grad):
-        return "nothing"
+        return "nothing", 0
     if not head_learns and not entropy:
-        return "gradient"
-    return "logits" if keep_bytes else "nothing"
+        return "gradient", 0
+    return ("logits", keep_bytes) if keep_bytes else ("nothing", 0)
 
 
 @overload

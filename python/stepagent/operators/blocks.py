@@ -25,11 +25,21 @@ from stepagent.checks import IGNORE
 # caches; on a GPU a narrow product wastes the machine.
 WORKSPACE_BYTES = 16 * 2**20
 GPU_WORKSPACE_BYTES = 2**30
+KEPT_SHARE = 4  # of a GPU's free memory, a quarter may hold logits for the backward
 FLOOR = -1e4  # exp(FLOOR) = 0 in float64 too, and unlike −inf it survives a product with 0
 
 
 def workspace_bytes(device: torch.device) -> int:
     return WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+
+
+def spare_bytes(device: torch.device) -> int:
+    """What logits may take that are kept unasked: on a GPU, a share of what is free."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + cached) // KEPT_SHARE
 
 
 # logps_N, entropy_N (0 unless asked for), and for the backward max_N and log_sum_N: max_j z_j and
@@ -165,8 +175,11 @@ def scored(labels_N: Tensor) -> Tensor:
     return (labels_N != IGNORE).nonzero().squeeze(1)
 
 
-def per_token(temperature: Tensor, tokens_n: Tensor) -> Tensor:
-    return temperature[tokens_n, None] if temperature.ndim else temperature
+def per_token(temperature: Tensor, tokens_n: Tensor | None) -> Tensor:
+    """() or (n, 1); None: all tokens."""
+    if not temperature.ndim:
+        return temperature
+    return temperature[:, None] if tokens_n is None else temperature[tokens_n, None]
 
 
 def divide(z: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
@@ -177,7 +190,7 @@ def divide(z: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
 
 
 def upstream_of(
-    tokens_n: Tensor,
+    tokens_n: Tensor | None,
     labels_n: Tensor,
     temperature: Tensor,
     results: list[Tensor],
@@ -186,13 +199,17 @@ def upstream_of(
 ) -> Upstream:
     """What the backward to z · T needs of these tokens; temperature () or (n, 1).
 
-    A masked label's row gives 0 whatever it and its upstream gradients hold.
+    A masked label's row gives 0 whatever it and its upstream gradients hold. tokens_n None: all.
     """
     ignored_n = labels_n == IGNORE
-    logps_n, entropy_n, max_n, log_sum_n = (result_N[tokens_n] for result_N in results)
+
+    def of_tokens(values_N: Tensor) -> Tensor:
+        return values_N if tokens_n is None else values_N[tokens_n]
+
+    logps_n, entropy_n, max_n, log_sum_n = map(of_tokens, results)
 
     def scaled(grad_N: Tensor) -> Tensor:
-        grad_n1 = grad_N[tokens_n].masked_fill_(ignored_n, 0.0)[:, None]
+        grad_n1 = of_tokens(grad_N).masked_fill(ignored_n, 0.0)[:, None]
         return divide(grad_n1, temperature, grad_n1).squeeze(1)
 
     return Upstream(
@@ -212,8 +229,10 @@ def like_results(labels_N: Tensor, dtype: torch.dtype) -> Results:
     return a, b, c, d
 
 
-def spread(results_n: Results, tokens_n: Tensor, N: int) -> Results:
-    """Results of the scored tokens at their positions among all N, 0 elsewhere."""
+def spread(results_n: Results, tokens_n: Tensor | None, N: int) -> Results:
+    """Results of the scored tokens at their positions among all N, 0 elsewhere; None: of all."""
+    if tokens_n is None:
+        return results_n
     a, b, c, d = (r_n.new_zeros(N).index_copy_(0, tokens_n, r_n) for r_n in results_n)
     return a, b, c, d
 

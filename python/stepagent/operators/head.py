@@ -6,7 +6,7 @@ hidden rows for them, w vocabulary entries in a slice.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,21 +15,37 @@ from stepagent.checks import IGNORE
 from stepagent.operators import blocks, paths
 from stepagent.operators.blocks import per_token, scored, sum_rows
 
-MIN_SLICE = (
-    256  # vocabulary entries, of which a slice is a multiple; narrower ones waste the machine
-)
+MIN_SLICE = 256  # vocabulary entries, of which a slice is a multiple
+GPU_MIN_SLICE = 8192  # narrower ones read and write ∂h too often
+UNASKED = -1  # of keep_bytes: as many logits as a GPU has room for
+GPU_CHUNK = 8192  # tokens; more make slices so narrow that a frozen head's ∂h is rescaled too often
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The n tokens that take part, and the U hidden rows that predict them."""
 
-    positions_n: Tensor  # among the N
+    positions_n: Tensor | None  # among the N; None: all of them
     labels_n: Tensor  # contiguous
     temperature: Tensor  # () or (n, 1)
     rows_U: Tensor  # among the R
     row_n: Tensor | None  # each token's row among the U; None where n = U, in order
     hidden_UH: Tensor  # in the dtype of the products
+
+    def chunks(self) -> Iterator["Tokens"]:
+        """On a GPU a bounded number at a time, each with a row of its own; on CPU all at once."""
+        n = len(self.labels_n)
+        size = GPU_CHUNK if paths.on_gpu(self.hidden_UH) and self.row_n is None else n
+        for start in range(0, n, size) if n > size else (0,):
+            part = slice(start, start + size)
+            yield replace(
+                self,
+                positions_n=None if self.positions_n is None else self.positions_n[part],
+                labels_n=self.labels_n[part],
+                temperature=self.temperature[part] if self.temperature.ndim else self.temperature,
+                rows_U=self.rows_U[part] if n > size else self.rows_U,
+                hidden_UH=self.hidden_UH[part] if n > size else self.hidden_UH,
+            )
 
     def logits_of(self, x_Uw: Tensor) -> Tensor:
         """A row of logits for each token; `x_Uw` itself where no row is shared."""
@@ -73,12 +89,11 @@ def _all_tokens(
     hidden_dtype: torch.dtype,
 ) -> Tokens:
     """Masked ones too, whose rows count as zeros: whatever they hold would spread in products."""
-    positions_N = torch.arange(len(labels_N), device=labels_N.device)
     ignored_N1 = (labels_N == IGNORE)[:, None]
     return Tokens(
-        positions_N,
+        None,
         labels_N.contiguous(),  # as the kernels read it
-        per_token(temperature, positions_N),
+        per_token(temperature, None),
         rows_N,
         None,
         hidden_RH[rows_N].masked_fill(ignored_N1, 0.0).to(hidden_dtype),
@@ -99,11 +114,12 @@ class Head:
         return paths.runs_triton(self.weight_VH)
 
     def slices(self, tokens: Tokens) -> list[slice]:
-        """Such that neither logits nor upcast weights of one outgrow the workspace."""
+        """Such that neither logits nor upcast weights of one outgrow the workspace, if they can."""
         V, H = self.weight_VH.shape
         longest = max(len(tokens.labels_n), H, 1)
         room = blocks.workspace_bytes(self.weight_VH.device) // (self.dtype.itemsize * longest)
-        width = min(max(room // MIN_SLICE, 1) * MIN_SLICE, V)
+        least = MIN_SLICE if self.weight_VH.device.type == "cpu" else GPU_MIN_SLICE
+        width = min(max(room // MIN_SLICE * MIN_SLICE, least), V)
         return [slice(start, min(start + width, V)) for start in range(0, V, width)]
 
     def weight_wH(self, part: slice, tokens: Tokens) -> Tensor:
@@ -148,33 +164,42 @@ class Products:
         self.tokens, self.head, self.kept, self.compute = tokens, head, kept, compute
         self.U = tokens.hidden_UH.shape[0]
         self.parts = head.slices(tokens)
-        device = tokens.hidden_UH.device
-        largest = self.U * (self.parts[0].stop if self.parts else 0)
-        self.workspace = torch.empty(largest, dtype=head.dtype, device=device)
+        largest = self.U * padded(self.parts[0].stop if self.parts else 0, tokens)
+        self.workspace = torch.empty(largest, dtype=head.dtype, device=tokens.hidden_UH.device)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Each slice, its weights, its product, and room of that shape: the product's own, or,
         where the product is kept, other room."""
         for part in self.parts:
             weight_wH, w = self.head.weight_wH(part, self.tokens), part.stop - part.start
-            room_Uw = self.workspace[: self.U * w].view(self.U, w)
-            keeps = self.U * part.stop <= len(self.kept)
-            x_Uw = room_Uw
-            if keeps:
-                x_Uw = self.kept[self.U * part.start : self.U * part.stop].view(self.U, w)
+            room_Uw = self._rows(self.workspace, w)
+            stop = self.U * padded(part.stop, self.tokens)
+            keeps = stop <= len(self.kept)
+            x_Uw = self._rows(self.kept[self.U * part.start : stop], w) if keeps else room_Uw
             if self.compute or not keeps:
                 product(self.tokens.hidden_UH, weight_wH.T, x_Uw)
             yield part, weight_wH, x_Uw, room_Uw
 
+    def _rows(self, memory: Tensor, w: int) -> Tensor:
+        stride = padded(w, self.tokens)
+        return memory[: self.U * stride].view(self.U, stride)[:, :w]
+
+
+def padded(w: int, tokens: Tokens) -> int:
+    """So long is a row of w logits: a GPU's products want rows that begin at 16 bytes."""
+    return -(-w // 8) * 8 if paths.on_gpu(tokens.hidden_UH) else w
+
 
 def room_for_logits(tokens: Tokens, head: Head, keep_bytes: int) -> Tensor:
-    """For the products of the first slices, as many as fit."""
+    """For the products of the first slices, as many as fit; `UNASKED`: all of them or none."""
     U = tokens.hidden_UH.shape[0]
-    entries = max(
-        (p.stop for p in head.slices(tokens) if U * p.stop * head.dtype.itemsize <= keep_bytes),
-        default=0,
-    )
-    return torch.empty(U * entries, dtype=head.dtype, device=tokens.hidden_UH.device)
+    sizes = [U * padded(p.stop, tokens) * head.dtype.itemsize for p in head.slices(tokens)]
+    if keep_bytes == UNASKED:
+        spare = blocks.spare_bytes(tokens.hidden_UH.device)
+        keep_bytes = sizes[-1] if sizes[-1] <= spare else 0
+    largest = max((size for size in sizes if size <= keep_bytes), default=0)
+    entries = largest // head.dtype.itemsize
+    return torch.empty(entries, dtype=head.dtype, device=tokens.hidden_UH.device)
 
 
 def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:

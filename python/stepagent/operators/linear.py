@@ -9,7 +9,11 @@ slice once. What the backward needs of the logits is computed again, unless the 
     keep = "gradient"   ∂log p_y/∂h = (1 − p_y)/T · (s_y w_y − Σ_{j≠y} p_j s_j w_j / (1 − p_y)),
                         s the slope of the softcap. It does not depend on the loss: where the head
                         is frozen, the backward scales a row by its upstream gradient.
-    keep = "logits"     the first slices of h · wᵀ, as many as fit the given number of bytes.
+    keep = "logits"     the first slices of h · wᵀ, as many as fit the given number of bytes; on
+                        CUDA, unasked, all of them where they fit a quarter of the free memory.
+
+A frozen head goes through its tokens a chunk at a time on CUDA, so that slices of the vocabulary
+stay wide.
 
 On CPU, and wherever no `rows_N` is given, masked tokens are left out and shared rows multiplied
 once; in the backward tokens without upstream gradient are left out too. To count them is a host
@@ -132,18 +136,52 @@ def _forward(
     learners: int | None = None,
 ) -> tuple[Results, Tensor]:
     """Results, and what is kept for the backward of the first `learners` tokens, else of all."""
+    if keep != "gradient":
+        results, kept = _forward_chunk(tokens, head, with_entropy, keep, keep_bytes, group, 0)
+        return results, kept.flatten()
+    learners = len(tokens.labels_n) if learners is None else learners
+    parts = []
+    for chunk in tokens.chunks():
+        pulled = min(len(chunk.labels_n), learners)
+        parts.append(_forward_chunk(chunk, head, with_entropy, keep, 0, group, pulled))
+        learners -= pulled
+    if len(parts) == 1:
+        ((results, kept),) = parts
+        return results, kept.flatten()
+    a, b, c, d = map(torch.cat, zip(*(results for results, _ in parts), strict=True))
+    return (a, b, c, d), torch.cat([kept for _, kept in parts]).flatten()
+
+
+def _forward_chunk(
+    tokens: Tokens,
+    head: Head,
+    with_entropy: bool,
+    keep: str,
+    keep_bytes: int,
+    group: str,
+    pulled: int,
+) -> tuple[Results, Tensor]:
+    """Results, and the products that are kept, or the gradient (pulled, H) of the first tokens."""
     V = head.weight_VH.shape[0]
     labels_n = local_labels(tokens.labels_n, V, group)
     kept = room_for_logits(tokens, head, keep_bytes if keep == "logits" else 0)
-    learners = len(labels_n) if learners is None else learners
-    pulled = learners if keep == "gradient" else 0
     fold, pull_nH = _fold_all(tokens, head, labels_n, with_entropy, kept, pulled)
     whole = merge(fold, tokens.labels_n, V, group) if group else fold
-    results = whole.finish()
-    if pulled:
+    results = _finish(whole, head)
+    if keep == "gradient":
         kept = _gradient_nH(tokens, head, fold, whole, results[0], pull_nH)
         sum_over(group, kept)
-    return results, kept.flatten()
+    return results, kept
+
+
+def _finish(fold: Fold, head: Head) -> Results:
+    if not head.triton:
+        return fold.finish()
+    from stepagent.kernels.linear_logprobs import finish
+
+    state = (fold.max_n, fold.sum_n, fold.moment_n, fold.label_n)
+    results: Results = finish(fold.labels_n, state, with_entropy=fold.with_entropy)
+    return results
 
 
 def _fused(tokens: Tokens, head: Head, with_entropy: bool) -> Results:
@@ -243,7 +281,8 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden_RH, weight_VH and bias_V, in the order of `needs`."""
     needs_hidden, needs_weight, needs_bias = needs
-    if keep == "nothing" and not (paths.on_gpu(hidden_RH) and rows_N is not None):
+    computed_again = keep != "gradient" and not len(kept)
+    if computed_again and not (paths.on_gpu(hidden_RH) and rows_N is not None):
         labels_N = labels_N.masked_fill(_without_upstream(grad_logps_N, grad_entropy_N), IGNORE)
     head = Head(weight_VH, bias_V, softcap, temperature.dtype)
     grad_weight_VH = _gradient_of(weight_VH, needs_weight)
@@ -279,7 +318,8 @@ def _without_upstream(grad_logps_N: Tensor, grad_entropy_N: Tensor | None) -> Te
 
 def _scaled_rows(kept: Tensor, grad_logps_N: Tensor, tokens: Tokens) -> Tensor:
     """g ∂log p/∂h; 0 where g is, as where the logits are computed again."""
-    grad_n = grad_logps_N[tokens.positions_n].masked_fill(tokens.labels_n == IGNORE, 0.0)
+    grad_n = grad_logps_N if tokens.positions_n is None else grad_logps_N[tokens.positions_n]
+    grad_n = grad_n.masked_fill(tokens.labels_n == IGNORE, 0.0)
     gradient_nH = kept.view(len(grad_n), tokens.hidden_UH.shape[1])
     return (gradient_nH * grad_n[:, None]).masked_fill_((grad_n == 0)[:, None], 0.0)
 
@@ -420,7 +460,7 @@ def _stacked(tokens: Tokens, ref_tokens: Tokens) -> Tokens:
         ]
         row_n = torch.cat([own[0], own[1] + U])
     return Tokens(
-        torch.cat([t.positions_n for t in pair]),
+        None,  # twice those of either
         torch.cat([t.labels_n for t in pair]),
         torch.cat([t.temperature for t in pair]) if tokens.temperature.ndim else tokens.temperature,
         torch.cat([t.rows_U for t in pair]),

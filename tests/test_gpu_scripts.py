@@ -1,0 +1,87 @@
+"""Dry runs of the scripts for a GPU machine, on the CPU at tiny sizes."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
+
+
+def run(script: str, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code and lines of a script, which must be JSON each."""
+    command = [sys.executable, str(FOLDER / f"{script}.py"), "--device=cpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.stdout, done.stderr
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_smoke_passes_on_a_cpu() -> None:
+    code, lines = run("smoke")
+    environment, *cases, counts = lines
+    assert "torch" in environment["environment"]
+    assert [case for case in cases if case["ok"] is False] == []
+    outcomes = [case["ok"] for case in cases]
+    assert counts == {
+        "passed": outcomes.count(True),
+        "failed": 0,
+        "skipped": outcomes.count(None),
+        "not_reached": 0,
+    }
+    assert counts["passed"] > 90
+    assert code == 0
+
+
+def test_smoke_reports_what_it_did_not_reach() -> None:
+    code, lines = run("smoke", "--only=steps", "--seconds=0")
+    assert lines[-1] == {"passed": 0, "failed": 0, "skipped": 0, "not_reached": 3}
+    assert code == 1
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("lines")
+    sys.modules.pop("lines", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "ok"), [(0.5, True), (1.0, True), (1.5, False), (math.nan, False), (math.inf, False)]
+)
+def test_a_figure_is_withheld_where_a_check_failed(
+    lines: Any, capsys: pytest.CaptureFixture[str], error: float, ok: bool
+) -> None:
+    def work() -> Any:
+        findings = lines.Findings(figures={"ms": 3.0})
+        findings.add("value", error, 1.0)
+        return findings
+
+    counts = lines.Counts()
+    lines.attempt("case", {"N": 2}, work, counts)
+    line = json.loads(capsys.readouterr().out)
+    assert line["ok"] is ok
+    assert (line["figures"] == {"ms": 3.0}) is ok
+    assert (counts.passed, counts.failed, counts.skipped) == (ok, not ok, 0)
+
+
+def test_what_raises_is_a_line(lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def breaks() -> Any:
+        raise RuntimeError("no kernel image")
+
+    def skips() -> Any:
+        raise lines.Skip("needs CUDA")
+
+    counts = lines.Counts()
+    lines.attempt("broken", {}, breaks, counts)
+    lines.attempt("elsewhere", {}, skips, counts)
+    broken, elsewhere = map(json.loads, capsys.readouterr().out.splitlines())
+    assert broken["ok"] is False
+    assert broken["raised"] == "RuntimeError: no kernel image"
+    assert elsewhere["skipped"] == "needs CUDA"
+    assert counts == lines.Counts(passed=0, failed=1, skipped=1)

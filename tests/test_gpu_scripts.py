@@ -85,3 +85,19 @@ def test_what_raises_is_a_line(lines: Any, capsys: pytest.CaptureFixture[str]) -
     assert broken["raised"] == "RuntimeError: no kernel image"
     assert elsewhere["skipped"] == "needs CUDA"
     assert counts == lines.Counts(passed=0, failed=1, skipped=1)
+
+
+@pytest.mark.slow
+def test_system_passes_on_a_cpu() -> None:
+    code, lines = run("system")
+    environment, *cases, counts = lines
+    assert environment["environment"]["model"]["vocab_size"] == 500
+    assert [case for case in cases if case["ok"] is False] == []
+    skipped = [case for case in cases if case["ok"] is None]
+    assert {case["skipped"] for case in skipped} == {
+        "FlexAttention has no backward on a CPU",
+        "batch_invariant runs on a GPU only",
+    }
+    assert all(case["figures"] for case in cases if case["ok"])
+    assert counts == {"passed": len(cases) - len(skipped), "failed": 0, "skipped": len(skipped)}
+    assert code == 0

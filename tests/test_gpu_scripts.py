@@ -3,8 +3,11 @@
 import importlib
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,33 @@ def test_system_passes_on_a_cpu() -> None:
     assert all(case["figures"] for case in cases if case["ok"])
     assert counts == {"passed": len(cases) - len(skipped), "failed": 0, "skipped": len(skipped)}
     assert code == 0
+
+
+def test_the_kit_takes_the_versions_that_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    kit = importlib.import_module("kit")
+    sys.modules.pop("kit")
+    pins = (FOLDER.parent.parent / "constraints.txt").read_text().lower().replace("_", "-")
+    pinned = {line.partition("==")[0] for line in pins.splitlines() if "==" in line}
+    assert {*kit.RIVALS, *kit.NEEDS} <= pinned
+
+
+def test_a_kit_installs_beside_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "import os\nprint(os.environ['TRITON_CACHE_DIR'])\n")
+        info = "carried-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    shutil.copy(FOLDER / "install.sh", tmp_path)
+    commands = f"set -eu; source {tmp_path}/install.sh; python3 -c 'import carried'"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", commands],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**os.environ, "PATH": path, "PYTHONPATH": ""},
+    )
+    assert done.stdout.strip() == str(tmp_path / "triton-cache"), done.stderr

@@ -8,10 +8,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import stepagent
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
 
@@ -48,10 +53,19 @@ def test_smoke_reports_what_it_did_not_reach() -> None:
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Any:
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Load a module of the folder, as the scripts do."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("lines")
-    sys.modules.pop("lines", None)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def lines(script: Any) -> Any:
+    return script("lines")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +104,49 @@ def test_what_raises_is_a_line(lines: Any, capsys: pytest.CaptureFixture[str]) -
     assert counts == lines.Counts(passed=0, failed=1, skipped=1)
 
 
+def test_smoke_sees_wrong_values_and_wrong_gradients(script: Any) -> None:
+    ops = script("smoke_ops")
+    arguments, leaves, _ = ops.linear_arguments(
+        ops.TINY.middle(), ops.EVERYTHING, ops.Draw(torch.device("cpu"))
+    )
+    truth = ops.Truth("linear_logprobs", arguments, leaves)
+
+    def rounded(**given: Any) -> Any:
+        """What a product rounded to halves would do to the logits, and so to the log-probs."""
+        logps_N, entropy_N = stepagent.linear_logprobs(**given)
+        return logps_N.bfloat16().float(), entropy_N
+
+    def frozen(**given: Any) -> Any:
+        """Half of the gradient of the bias is lost."""
+        bias_V = given["bias_V"]
+        given["bias_V"] = (bias_V + bias_V.detach()) / 2
+        return stepagent.linear_logprobs(**given)
+
+    assert truth.judge().ok
+    wrong = truth.judge(rounded)
+    assert not wrong.errors["value"] <= wrong.allowed["value"]
+    wrong = truth.judge(frozen)
+    assert wrong.errors["value"] <= wrong.allowed["value"]
+    assert not wrong.errors["d_bias_V"] <= wrong.allowed["d_bias_V"]
+
+
+@pytest.mark.slow
+# The older names, which transformers 5.17 knows too.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_system_sees_a_wrong_mask(script: Any) -> None:
+    model, trees = script("system_model"), script("system_trees")
+    device = torch.device("cpu")
+    system = trees.System(model.build(model.TINY, device), model.TINY, device)
+    tree = model.Pairs(model.TINY, 3).tree()
+    seen = tree.attention_mask(torch.bool)
+    sibling = seen.clone()  # one more token of a branch is seen by what comes after it
+    branch = int((~seen[0, 0, -1]).nonzero()[0])
+    sibling[0, 0, branch + 1 :, branch] = True
+    for mask, ok in ((seen, True), (sibling, False), (torch.ones_like(seen).tril(), False)):
+        scored = model.learn(system.model, partial(trees.score_by_hand, system, tree, mask))
+        assert trees.truth(system, 3).findings(*scored).ok is ok
+
+
 @pytest.mark.slow
 def test_system_passes_on_a_cpu() -> None:
     code, lines = run("system")
@@ -106,10 +163,8 @@ def test_system_passes_on_a_cpu() -> None:
     assert code == 0
 
 
-def test_the_kit_takes_the_versions_that_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    kit = importlib.import_module("kit")
-    sys.modules.pop("kit")
+def test_the_kit_takes_the_versions_that_are_tested(script: Any) -> None:
+    kit = script("kit")
     pins = (FOLDER.parent.parent / "constraints.txt").read_text().lower().replace("_", "-")
     pinned = {line.partition("==")[0] for line in pins.splitlines() if "==" in line}
     assert {*kit.RIVALS, *kit.NEEDS} <= pinned

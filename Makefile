@@ -12,7 +12,7 @@ CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.module
 MODULES := $(sort $(shell find python/stepagent -name '*.py'))
 $(shell mkdir -p build; echo $(MODULES) | cmp -s - build/.modules || echo $(MODULES) > build/.modules)
 
-.PHONY: demo test test-all lint format types fuzz bench clean
+.PHONY: demo test test-all lint format types fuzz bench gpu-kit gpu-kit-cute clean
 
 # A thread that waits for another lets go of its core: with other work about, spinning is far slower.
 demo: $(VENV)/.demo
@@ -67,6 +67,18 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/wheel.py
+
+# What a bare GPU machine without internet needs, into build/gpu-kit (benchmarks/gpu/README.md): with
+# a Python 3.12 and, for the compiled kernels, one that has the torch of that machine.
+PYTHON312       ?= python3.12
+PYTHON312_TORCH ?= $(PYTHON312)
+GPU_KIT = $(PYTHON) benchmarks/gpu/kit.py --python $(PYTHON312) --torch-python $(PYTHON312_TORCH)
+
+gpu-kit:
+	$(GPU_KIT)
+
+gpu-kit-cute:
+	$(GPU_KIT) --cute
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -209,6 +209,7 @@ def test_block_masks_in_bfloat16(trees, blocks):
     assert errors[0] <= 1.5 * errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [[None], [None, 64], [64, 100]])
 def test_lengths_and_windows_are_compiled_once(windows, trees, blocks):
     """Once for the first length, once for all others; a window costs nothing but its first."""

@@ -59,6 +59,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_pair_update.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/trees.py
+	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/stepagent bench --suite cpu --op linear_logprobs

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from stepagent import TokenTree
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--steps=3", "--observation-tokens=5", "--action-tokens=3", "--layers=1", "--hidden=64"]
 TINY += ["--threads=1", "--repeats=1"]
@@ -181,6 +183,33 @@ def test_trees_refuses_a_tree_that_sees_too_much(benchmark: Any) -> None:
     tree.subtree_end[:] = len(tree.input_ids)
     with pytest.raises(SystemExit, match="packed: a token sees another sequence"):
         module.check_tree(case, tree, "packed")
+
+
+@pytest.mark.slow
+def test_masks_reports_bytes_and_a_ratio_after_its_checks(tmp_path: Path) -> None:
+    shape = ["--steps=2", "--layers=1", "--hidden=64", "--threads=1", "--repeats=1"]
+    sizes = ["--tokens", "300", "600", "--largest-dense=400"]
+    result = run("masks", *shape, *sizes, f"--json={tmp_path / 'r.json'}")
+    small, large = result["memory"]
+    assert small["bytes"]["additive"] == 2 * small["tokens"] ** 2
+    assert large["bytes"]["block"] < large["bytes"]["additive"]
+    assert [sorted(point["seconds"]) for point in (small, large)] == [
+        ["additive", "block"],
+        ["block"],
+    ]
+    assert result["update"]["loss_relative_error"] <= 1e-5
+    assert result["update"]["seconds"]["ratio"] > 0
+
+
+def test_masks_refuses_masks_that_differ(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("masks")
+    options = argparse.Namespace(
+        observation_tokens=8, action_tokens=3, largest_dense=400, repeats=1
+    )
+    block_mask = TokenTree.block_mask
+    monkeypatch.setattr(TokenTree, "block_mask", lambda tree: block_mask(tree, window=1))
+    with pytest.raises(SystemExit, match="the masks differ"):
+        module.measure_memory(50, options)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import attention_masks, hidden_states
+from .attention import attention_masks, dense_attention
+from .models import hidden_states
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -73,14 +74,15 @@ class SlotCache:
         attention_mask: Tensor | dict[str, Tensor] | None = None,
     ) -> Tensor:
         self._depths = torch.cat([self._depths, depths_BQ], dim=1)
-        return hidden_states(
-            self._model,
-            input_ids=tokens_BQ,
-            position_ids=depths_BQ,
-            attention_mask=attention_mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with dense_attention(self._model):
+            return hidden_states(
+                self._model,
+                input_ids=tokens_BQ,
+                position_ids=depths_BQ,
+                attention_mask=attention_mask,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
 
     def truncate(self, slots: int) -> None:
         """Forget all but the first ``slots`` of each row."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .attention import TREE_ATTENTION, choose_mask
+
 # The modules that each extra of pyproject.toml brings.
 EXTRAS = {
     "train": ("peft", "datasets", "tensorboard"),
@@ -52,6 +54,7 @@ def diagnose() -> dict[str, Any]:
         "triton": triton,
         "transformers": version("transformers"),
         "core": _probe("stepagent._core"),
+        "tree_masks": _tree_masks(),
         "ops": {op: _path(triton["error"]) for op in _OPS},
         "extras": {extra: _extra(extra) for extra in EXTRAS},
     }
@@ -60,6 +63,7 @@ def diagnose() -> dict[str, Any]:
 def describe(report: dict[str, Any]) -> str:
     """The report of :func:`diagnose` for a person."""
     machine, triton, core = report["torch"], report["triton"], report["core"]
+    masks = report["tree_masks"].items()
     ops, extras = report["ops"].items(), report["extras"].items()
     rows = [
         ("stepagent", report["stepagent"]),
@@ -69,6 +73,7 @@ def describe(report: dict[str, Any]) -> str:
         ("triton", triton["error"] or triton["version"]),
         ("transformers", report["transformers"]),
         ("C++ core", core["error"] or f"loads from {core['path']}"),
+        *((name, f"{mask['mask']} masks for trees: {mask['why']}") for name, mask in masks),
         *((op, f"{path['path']}: {path['why']}") for op, path in ops),
         *((f"[{extra}]", found["install"] or "installed") for extra, found in extras),
     ]
@@ -83,6 +88,13 @@ def _torch() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(count)],
     }
+
+
+def _tree_masks() -> dict[str, dict[str, str]]:
+    """What trees get in a model loaded with each ``attn_implementation``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    choices = {name: choose_mask(name, device) for name in TREE_ATTENTION}
+    return {name: {"mask": choice.kind, "why": choice.why} for name, choice in choices.items()}
 
 
 def _probe(name: str) -> dict[str, str | None]:

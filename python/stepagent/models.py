@@ -13,15 +13,26 @@ import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .attention import (
+    TREE_ATTENTION,
+    UNIFORM_WINDOW_MODELS,
+    dense_attention,
+    lay_out,
+    tree_attention,
+    tree_inputs,
+)
+from .attention import attention_masks as attention_masks
+from .decoder import text_config as text_config
+from .decoder import unwrapped as unwrapped
 from .encoding import Trunk
 from .ops import linear_logprobs
-from .tree import TokenTree, additive_mask, layer_windows, pack_step_pairs, visible_tokens
+from .tree import TokenTree, pack_step_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,9 +40,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedModel
 
-# Without `layer_types`, these apply one `sliding_window` to every layer.
-_UNIFORM_WINDOW_MODELS = {"mistral", "mixtral", "phi3", "starcoder2"}
-_MASKED_ATTENTION = {"sdpa", "eager"}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Options of windows that models build inside, by the order of the tokens and not by their depth.
 _INNER_WINDOWS = ("window_size", "attention_window_size", "attention_chunk_size", "local_attention")
@@ -82,19 +90,6 @@ class LMHead:
         return logits_RV / self.temperature
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP or FSDP wrappers and PEFT adapters."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return cast("PreTrainedModel", getattr(inner, "get_base_model", lambda: inner)())
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the text decoder."""
-    return unwrapped(model).config.get_text_config()
-
-
 def lm_head(model: nn.Module) -> LMHead:
     """The model's language-model head. Granite and Cohere scale their logits: a temperature."""
     base = unwrapped(model)
@@ -141,30 +136,6 @@ def check_fits(model: nn.Module, what: str, ids: ArrayLike, positions: int) -> N
         raise ValueError(f"{what} holds token {largest}, the model has vocab_size={vocabulary}")
 
 
-def attention_masks(
-    model: nn.Module, visible_BQK: Tensor, depths_BQ: Tensor, depths_BK: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """The attention mask(s) that the model's ``forward`` takes.
-
-    :param visible_BQK: bool, what each query may see before any window.
-    :param depths_BQ: depth of each query, its place in its own sequence; depths_BK: of each key.
-    :return: (B, 1, Q, K), or one such mask per layer type for models that mix them.
-    """
-    config = text_config(model)
-    window = getattr(config, "sliding_window", None)
-    eager = config._attn_implementation == "eager"
-
-    def mask(window: int | None) -> Tensor:
-        seen = visible_BQK
-        if window is not None:
-            seen = seen & (depths_BQ.unsqueeze(2) - depths_BK.unsqueeze(1) < window)
-        return (additive_mask(seen, unwrapped(model).dtype) if eager else seen).unsqueeze(1)
-
-    if getattr(config, "layer_types", None):
-        return {kind: mask(window) for kind, window in layer_windows(config).items()}
-    return mask(window if config.model_type in _UNIFORM_WINDOW_MODELS else None)
-
-
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """The decoder's last hidden state (B, L, H) of one forward through ``model`` itself.
 
@@ -194,8 +165,9 @@ def score_trees(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs (N,), fp32, of the labels of all ``trees`` in order, in one forward.
 
-    Each tree is a row of the batch; padding tokens see only themselves. Gradients flow to the
-    model. With ``return_entropy`` also the entropies (N,) of what the labels are drawn from.
+    The trees lie in one row or in a row each (:func:`stepagent.attention.lay_out`); padding tokens
+    see only themselves. Gradients flow to the model. With ``return_entropy`` also the entropies
+    (N,) of what the labels are drawn from.
 
     :raises ValueError: no trees, a token or a depth that the model does not have, or a model that a
         tree would make wrong (:func:`check_tree_support`).
@@ -213,10 +185,10 @@ def read_trees(
     :raises ValueError: as :func:`score_trees`.
     """
     _check_trees(model, trees)
-    hidden_RH, width = _tree_hidden(model, trees)
-    flat = np.concatenate([row + i * width for i, row in enumerate(rows)])
+    hidden_RH, starts = _tree_hidden(model, trees)
+    flat = np.concatenate([row + start for row, start in zip(rows, starts, strict=True)])
     states_KH = hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
-    return states_KH, _head_logprobs(model, trees, hidden_RH, width)
+    return states_KH, _head_logprobs(model, trees, hidden_RH, starts)
 
 
 def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
@@ -237,36 +209,22 @@ def _head_logprobs(
     model: nn.Module,
     trees: Sequence[TokenTree],
     hidden_RH: Tensor,
-    width: int,
+    starts: NDArray[np.int64],
     return_entropy: bool = False,
 ) -> Any:
     head = lm_head(model)
-    rows_N = torch.cat([_long(tree.label_rows, head) + i * width for i, tree in enumerate(trees)])
+    rows = [_long(tree.label_rows, head) for tree in trees]
+    rows_N = torch.cat([row + int(start) for row, start in zip(rows, starts, strict=True)])
     labels_N = torch.cat([_long(tree.labels, head) for tree in trees])
     return head.logprobs(hidden_RH, labels_N, rows_N, return_entropy)
 
 
-def _tree_hidden(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Tensor, int]:
-    """Hidden states (R, H) of the trees, each a row of ``width`` tokens, and that width."""
-    head = lm_head(model)
-    width = max(len(tree.input_ids) for tree in trees)
-
-    def batch(name: str, padding: Tensor) -> Tensor:
-        rows = (_long(getattr(tree, name), head) for tree in trees)
-        return torch.stack([torch.cat([row, padding[len(row) :]]) for row in rows])
-
-    zeros, indices = _long(np.zeros(width), head), _long(np.arange(width), head)
-    position_ids = batch("position_ids", zeros)
-    # A padding token's subtree is itself.
-    visible = visible_tokens(batch("subtree_end", indices + 1))
-    hidden_BLH = hidden_states(
-        model,
-        input_ids=batch("input_ids", zeros),
-        position_ids=position_ids,
-        attention_mask=attention_masks(model, visible, position_ids, position_ids),
-        use_cache=False,
-    )
-    return hidden_BLH.flatten(0, 1), width
+def _tree_hidden(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Tensor, NDArray[np.int64]]:
+    """Hidden states (R, H) of the trees and of padding, and the row at which each tree begins."""
+    batch = lay_out(model, trees)
+    with tree_attention(model):
+        hidden_BLH = hidden_states(model, **tree_inputs(model, batch.rows))
+    return hidden_BLH.flatten(0, 1), batch.starts
 
 
 def _long(array: Any, head: LMHead) -> Tensor:
@@ -306,17 +264,17 @@ def _check_config(model: PreTrainedModel) -> None:
         raise _refusal(model, f"it has {', '.join(unknown)} layers")
     if getattr(model, "_is_stateful", False):
         raise _refusal(model, "it has recurrent layers")
-    if config._attn_implementation not in _MASKED_ATTENTION:
+    if config._attn_implementation not in TREE_ATTENTION:
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} takes no tree mask; "
-            f"load {type(model).__name__} with one of {sorted(_MASKED_ATTENTION)}"
+            f"load {type(model).__name__} with one of {list(TREE_ATTENTION)}"
         )
     for name in _INNER_WINDOWS:
         if getattr(config, name, None):
             size = getattr(config, name)
             raise _refusal(model, f"it has attention windows of its own, {name}={size}")
     window = getattr(config, "sliding_window", None)
-    known = layer_types or config.model_type in _UNIFORM_WINDOW_MODELS
+    known = layer_types or config.model_type in UNIFORM_WINDOW_MODELS
     if window is not None and getattr(config, "use_sliding_window", True) and not known:
         raise _refusal(model, f"it does not say which layers use sliding_window={window}")
 
@@ -328,7 +286,8 @@ def _probe(model: PreTrainedModel) -> None:
     (tree,) = pack_step_pairs([trunk], [branches])
     with evaluation_mode(model):
         try:
-            separate = _separate_logps(model, trunk, branches)
+            with dense_attention(model):
+                separate = _separate_logps(model, trunk, branches)
             if not bool(torch.isfinite(separate).all()):
                 raise FloatingPointError(
                     f"the log-probs of {type(model).__name__} hold NaN or infinity; "

@@ -192,7 +192,9 @@ class TokenTree:
         if window is None:
             return lambda b, h, q, k: (k <= q) & (q < ends[k])
         depth = torch.as_tensor(self.position_ids, device=device)
-        return lambda b, h, q, k: (k <= q) & (q < ends[k]) & (depth[q] - depth[k] < window)
+        # Tensors only: a number would be compiled in, anew for each window.
+        horizon = depth - window
+        return lambda b, h, q, k: (k <= q) & (q < ends[k]) & (depth[k] > horizon[q])
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:

@@ -17,14 +17,19 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    path: str | Path, device: str | None = None
+    path: str | Path, device: str | None = None, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer."""
+    """A causal language model and its tokenizer; None: the attention that transformers chooses."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(path)
     with _loading(path):
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, device_map=device)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            use_safetensors=True,
+            device_map=device,
+            attn_implementation=attn_implementation,
+        )
     return model, tokenizer
 
 

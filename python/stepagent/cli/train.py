@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
+from ..attention import TREE_ATTENTION
 from ..doctor import require
 from ..encoding import encode
 from ..trajectory import load_trajectories
@@ -70,6 +71,12 @@ def _field_help(field: Field[Any]) -> str:
     type=POSITIVE,
     help="Train a LoRA adapter of this rank on all linear layers.",
 )
+@click.option(
+    "--attn-implementation",
+    "--attn_implementation",
+    type=click.Choice(TREE_ATTENTION),
+    help="Load the model with it; on a GPU flex_attention is the fast one.",
+)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
 @reports
@@ -78,6 +85,7 @@ def train(
     data: Path,
     env: str | None,
     lora_rank: int | None,
+    attn_implementation: str | None,
     resume: bool,
     options: tuple[str, ...],
 ) -> tuple[dict[str, Any], str]:
@@ -88,7 +96,7 @@ def train(
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
     trajectories = load_trajectories(data)
     adapter = None if lora_rank is None else _lora(lora_rank)
-    agent, tokenizer = load_model(model)
+    agent, tokenizer = load_model(model, attn_implementation=attn_implementation)
     # Whoever loads the trained model is told by it what ends an action.
     agent.generation_config.eos_token_id = end_tokens([encode(trajectories[0], tokenizer)])
     from ..trainer import StepAgentTrainer

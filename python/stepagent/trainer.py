@@ -216,6 +216,7 @@ class StepAgentTrainer(Trainer):
             self._comparisons, figures = broadcast_object_list([prepared])[0]
             self._cycle_log |= figures
 
+    @torch.no_grad()
     def _publish_policy(self, cycle: int) -> dict[str, float]:
         """Have the engine, if any, act as the policy does now; its gap at one trunk."""
         if self._on_engine is None:

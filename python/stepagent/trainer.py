@@ -37,7 +37,7 @@ from .cycle import (
 )
 from .encoding import Trunk, encode
 from .engines import CompletionsEngine, Engine
-from .engines.adapters import PolicyOnEngine, check_adapter, logp_gap
+from .engines.adapters import PolicyOnEngine, check_adapter, first_state, logp_gap
 from .envs.pool import EnvFactory
 from .evaluation import agreement
 from .inspection import inspect
@@ -53,7 +53,7 @@ from .preflight import (
 )
 from .rollout import Expert, rollout_and_query
 from .trajectory import Trajectory
-from .tree import TokenTree
+from .tree import TokenTree, pack_step_pairs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 _CYCLE_FILE = "cycle.safetensors"
 _SCORES = ("ref_logps", "old_logps", "advantages")
+_PROBES = 8  # actions at one state, by which an engine is told from another policy
 # Whose adapter is whole in each process; FSDP2's is gathered.
 _TRAINED_WITH_ENGINE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -218,24 +219,27 @@ class StepAgentTrainer(Trainer):
 
     @torch.no_grad()
     def _publish_policy(self, cycle: int) -> dict[str, float]:
-        """Have the engine, if any, act as the policy does now; its gap at one trunk."""
+        """Have the engine, if any, act as the policy does now; see at one state that it does."""
         if self._on_engine is None:
             return {}
-        trunk = min(self._trunks, key=lambda trunk: len(trunk.input_ids))
-        (steps,) = self._on_engine.publish(
+        state = first_state(self._trunks)
+        ((branches,),) = self._on_engine.publish(
             self._policy,
             cycle,
             lambda actor: inspect(
                 actor,
-                [trunk],
+                [state],
+                samples=_PROBES,
                 max_new_tokens=self._max_new_tokens,
                 eos_token_id=self._end_tokens,
                 seed=self._cycle_seed(cycle),
             ),
         )
-        branches = [[branch.token_ids for branch in tried] for tried in steps]
-        (logps_N,) = self._scored(self._policy, [Comparison(trunk, branches, expert_trunk=True)])
-        return {"engine_gap": logp_gap(steps, trunk, logps_N)}
+        trees = pack_step_pairs([state], [[[branch.token_ids for branch in branches]]])
+        with evaluation_mode(self._policy):
+            logps_N, _ = self._logps(self._policy, trees)
+        expert = len(state.input_ids) - int(state.action_spans[0, 0])  # its action comes first
+        return {"engine_gap": logp_gap(branches, logps_N[expert:].float().cpu().numpy())}
 
     def withdraw_policy(self) -> None:
         """Leave the engine, if any, without the adapter."""

@@ -9,24 +9,23 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..tree import pack_step_pairs
+from ..encoding import Trunk
 from .base import Engine, EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from peft import LoraConfig
 
-    from ..encoding import Trunk
     from ..inspection import Branch
 
 T = TypeVar("T")
@@ -129,7 +128,7 @@ class PolicyOnEngine:
         self.actor = self._engine.with_adapter(name)
         return result  # type: ignore[no-any-return]
 
-    def _hand_over(self, policy: Any, tensors: Mapping[str, Tensor], cycle: int) -> str:
+    def _hand_over(self, policy: Any, tensors: Mapping[str, Any], cycle: int) -> str:
         self.withdraw()  # first: a server has room for one
         name = f"stepagent-{uuid.uuid4().hex[:12]}-cycle-{cycle}"
         (adapter,) = policy.peft_config
@@ -156,22 +155,24 @@ class PolicyOnEngine:
         self._name = None
 
 
-def logp_gap(steps: list[list[Branch]], trunk: Trunk, logps_N: NDArray[np.float32]) -> float:
-    """Mean |Δ log π| of the tokens of ``steps``, the engine's against the policy's own.
+def first_state(trunks: Sequence[Trunk]) -> Trunk:
+    """The shortest state there is, with its action: where every policy can act."""
+    trunk = min(trunks, key=lambda trunk: int(trunk.action_spans[0, 0]))
+    return Trunk(trunk.input_ids[: trunk.action_spans[0, 1]], trunk.action_spans[:1])
+
+
+def logp_gap(branches: Sequence[Branch], logps_N: NDArray[np.float32]) -> float:
+    """Mean |Δ log π| of the tokens of ``branches``, the engine's against the policy's own.
 
     Args:
-        steps: what an engine did at the T states of ``trunk``, one action each.
-        logps_N: (N,) fp32 under the policy, in the order of the trunk's tree.
+        branches: what an engine did at one state.
+        logps_N: (N,) fp32 of the same tokens under the policy.
 
     Raises:
         EngineError: where it is so large that the engine acts as another policy.
     """
-    (tree,) = pack_step_pairs(
-        [trunk], [[[branch.token_ids] for branch in tried] for tried in steps]
-    )
-    own_N = np.repeat(tree.step_branch, np.diff(tree.step_offsets)) == 0
-    engines = np.concatenate([branch.logps for tried in steps for branch in tried])
-    gap = float(np.abs(engines - logps_N[~own_N]).mean())
+    engines_N = np.concatenate([branch.logps for branch in branches])
+    gap = float(np.abs(engines_N - logps_N).mean())
     if not gap <= _ANOTHER_POLICY:
         raise EngineError(
             f"the engine acts as another policy: its log-probs differ from those here by {gap:.3g} "

@@ -62,11 +62,11 @@ def trained(folder: str, url: str) -> dict[str, Any]:
         max_new_tokens=5,
         cycles=2,
     )
+    data = trajectories()
+    with pytest.raises(ValueError, match="Deaf is in one process, but 2 train: start a server"):
+        Watched(tiny_agent(), args, data, TOKENIZER, peft_config=lora(), engine=Deaf())
     torch.manual_seed(0)
-    model = tiny_agent()
-    made = Watched(
-        model, args, trajectories(), processing_class=TOKENIZER, peft_config=lora(), engine=url
-    )
+    made = Watched(tiny_agent(), args, data, TOKENIZER, peft_config=lora(), engine=url)
     assert made.accelerator.num_processes == RANKS
     made.train()
     acted = [(here, [tokens(one) for one in there]) for here, there in made.cycles]

@@ -6,10 +6,12 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from completions_server import ModelServer, drop
 from peft import LoraConfig, get_peft_model
 from tiny_models import babyai_tokenizer, tiny_agent
@@ -380,6 +382,14 @@ def test_other_kinds_of_adapters_are_refused(server, trainer):
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     with pytest.raises(ValueError, match=r"but this one is of type .*IA3"):
         trainer(engine=server.url, peft_config=config)
+
+
+def test_weights_that_lie_in_parts_elsewhere_are_refused(server):
+    """DeepSpeed does not run everywhere: what decides is what accelerate says of the run."""
+    said = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
+    said.num_processes = 2
+    with pytest.raises(ValueError, match=r"of DDP and of FSDP2, but this run is .*DEEPSPEED"):
+        StepAgentTrainer._reach(SimpleNamespace(accelerator=said), server.url)
 
 
 def test_the_folder_is_given_as_seen_from_anywhere(server, trainer, tmp_path, monkeypatch):

@@ -131,7 +131,8 @@ def test_what_was_learnt_in_a_cycle_acts_in_the_next(server, trainer, method, st
     assert all(entry["engine_gap"] < 1e-4 for entry in figures)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param(AGENT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, AGENT])
 def test_a_run_with_an_engine_ends_as_one_without(server, trainer, options):
     there, here = trainer(engine=server.url, **options), trainer(**options)
     start = adapter_of(there)
@@ -191,6 +192,7 @@ def test_one_adapter_at_a_time_each_under_a_name_of_its_own(server, trainer, tmp
     assert len(set(seen)) == 6
 
 
+@pytest.mark.slow
 def test_another_run_finds_the_model_beside_the_adapter_of_a_stopped_one(server, trainer):
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
@@ -206,6 +208,7 @@ def test_another_run_finds_the_model_beside_the_adapter_of_a_stopped_one(server,
     assert len(server.adapters) == 1
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_a_cycle_publishes_at_the_next(server, trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
     whole = trainer(engine=server.url, cycles=2, output_dir=str(tmp_path / "whole"), **options)
@@ -220,6 +223,7 @@ def test_a_run_resumed_within_a_cycle_publishes_at_the_next(server, trainer, tmp
     assert torch.equal(adapter_of(resumed), adapter_of(whole))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_name_is_found_too(server, trainer):
     model = get_peft_model(tiny_agent(), lora(), adapter_name="mine")
     made = trainer(Watched, model=model, peft_config=None, engine=server.url, cycles=2)
@@ -283,6 +287,7 @@ def test_a_folder_that_the_server_does_not_see_is_named(server, trainer, monkeyp
         trainer(engine=engine(server)).train()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_between_is_named_and_checkpoints_stay(server, trainer, tmp_path):
     class Kill(TrainerCallback):
         def on_epoch_end(self, args, state, control, **_):
@@ -301,6 +306,7 @@ def test_a_server_that_dies_in_between_is_named_and_checkpoints_stay(server, tra
     assert resumed.state.global_step == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_was_started_anew_is_gone_on_with(server, trainer):
     class Forget(TrainerCallback):
         def on_epoch_end(self, args, state, control, **_):

@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks vLLM's completions protocol, with recorded answers, and chats."""
+"""Real HTTP servers that speak vLLM's protocol: with recorded answers, or acting with a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from stepagent.encoding import Trunk
 from stepagent.inspection import Branch
@@ -61,6 +66,13 @@ class CompletionsServer(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
+    @property
+    def cards(self) -> list[dict[str, Any]]:
+        return [{"id": name} for name in self.models]
+
+    def adapt(self, path: str, request: dict[str, Any]) -> tuple[int, str] | None:
+        return None
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         tried = self.recorded[tuple(request["prompt"])][: request["n"]]
         choices = [
@@ -82,13 +94,101 @@ class CompletionsServer(ThreadingHTTPServer):
         return {"object": "chat.completion", "model": request["model"], "choices": [choice]}
 
 
+class ModelServer(CompletionsServer):
+    """Acts with a model, and with the LoRA adapters it is told to load, as vLLM answers and fails.
+
+    ``told`` are the requests that adapters are loaded and unloaded with, in their order.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__([], [])
+        self.takes_adapters = True
+        self.adapters: dict[str, torch.nn.Module] = {}
+        self.told: list[tuple[str, str]] = []
+        self._base = model
+        self._decoding = threading.Lock()
+
+    @property
+    def cards(self) -> list[dict[str, Any]]:
+        adapters = [{"id": name, "parent": self.models[0]} for name in self.adapters]
+        return [{"id": name, "parent": None} for name in self.models] + adapters
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        model = self.adapters.get(request["model"], self._base)
+        choices = []
+        for k in range(request["n"]):
+            with torch.no_grad(), self._decoding:
+                ids, logps = decode(model, request, request["seed"] + k)
+            choices.append(
+                {
+                    "index": k,
+                    "prompt_token_ids": request["prompt"],
+                    "token_ids": ids,
+                    "logprobs": {"token_logprobs": logps},
+                }
+            )
+        return {"model": request["model"], "choices": choices}
+
+    def load(self, name: str, folder: str) -> tuple[int, str]:
+        from peft import PeftModel
+
+        self.told.append(("load", name))
+        if name in self.adapters:
+            return 400, f"The lora adapter '{name}' has already been loaded."
+        if not Path(folder, "adapter_config.json").exists():
+            return 404, f"The lora adapter '{name}' was not found at {folder}."
+        with self._decoding:
+            try:
+                loaded = PeftModel.from_pretrained(deepcopy(self._base), folder)
+            except RuntimeError as error:
+                return 500, str(error)
+        self.adapters[name] = loaded
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, name: str) -> tuple[int, str]:
+        self.told.append(("unload", name))
+        if self.adapters.pop(name, None) is None:
+            return 404, f"The lora adapter '{name}' cannot be found."
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
+
+    def adapt(self, path: str, request: dict[str, Any]) -> tuple[int, str] | None:
+        """What a request for a change of adapters is answered with; None for any other."""
+        if not self.takes_adapters:
+            return None
+        if path == "/v1/load_lora_adapter":
+            return self.load(request["lora_name"], request["lora_path"])
+        if path == "/v1/unload_lora_adapter":
+            return self.unload(request["lora_name"])
+        return None
+
+
+def decode(
+    model: torch.nn.Module, request: dict[str, Any], seed: int
+) -> tuple[list[int], list[float]]:
+    """One action, a forward a token; its log-probs are those at temperature 1."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    logps: list[float] = []
+    while len(ids) < request["max_tokens"] and not set(ids) & set(request["stop_token_ids"]):
+        tokens = torch.tensor([request["prompt"] + ids])
+        logits = model(input_ids=tokens, use_cache=False).logits[0, -1]
+        if request["temperature"]:
+            shares = (logits / request["temperature"]).softmax(-1)
+            token = int(torch.multinomial(shares, 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        ids.append(token)
+        logps.append(float(logits.log_softmax(-1)[token]))
+    return ids, logps
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: CompletionsServer
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
-        self.reply({"object": "list", "data": [{"id": name} for name in self.server.models]})
+        self.reply({"object": "list", "data": self.server.cards})
 
     def do_POST(self) -> None:
         server = self.server
@@ -108,7 +208,8 @@ class Handler(BaseHTTPRequestHandler):
             elif self.path == "/v1/chat/completions":
                 self.reply(server.change(server.answer_chat(request)))
             else:
-                self.send(404, b"no such path")
+                status, text = server.adapt(self.path, request) or (404, '{"detail":"Not Found"}')
+                self.send(status, text.encode())
         finally:
             with server.lock:
                 server.under_way -= 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from completions_server import ModelServer
 from hostile_envs import Labelled, hostile
 
 from stepagent import __version__, envs, load_trajectories
@@ -416,6 +417,18 @@ def test_a_supervised_adapter_learns_the_experts_words(folder: Path, tmp_path: P
     assert "agreement with the expert" in run("inspect", "--model", output, *data)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_server_acts_with_the_adapter_in_training(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    options = ("--cycles", 2, "--lora-rank", 4, "--output_dir", tmp_path / "agent")
+    with ModelServer(AutoModelForCausalLM.from_pretrained(folder / "model")) as server:
+        trained = report(*train(folder, *options, "--engine", server.url))
+    assert [verb for verb, _ in server.told] == ["load", "unload"] * 2
+    assert all(cycle["engine_gap"] < 1e-4 for cycle in trained["cycles"])
+
+
 def test_the_agents_own_states_are_answered_by_the_environments_expert(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -492,6 +505,8 @@ def test_a_bad_line_is_named_by_file_and_number(
         (("--env", ENV), 2, "--env is of no use with --states expert"),
         (("--states", "agent"), 1, "states='agent' needs env"),
         (("--lora-rank", "0"), 2, "'--lora-rank'"),
+        (("--engine", "vllm"), 2, "'vllm' is no server's URL"),
+        (("--engine", "http://localhost:1"), 1, "has none: give a peft_config"),
         (("--resume",), 1, "there is no checkpoint in"),
         (("--max_tokens", "5"), 1, "more than max_tokens=5"),
     ],

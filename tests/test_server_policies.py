@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from completions_server import CompletionsServer, drop, hang, status
+from completions_server import CompletionsServer, ModelServer, drop, hang, status
 from hostile_envs import LEVEL, Steered
-from tiny_models import END, babyai_tokenizer, generate, separate_logprobs, tiny_agent
+from tiny_models import END, babyai_tokenizer, tiny_agent
 
 import stepagent as sa
 from stepagent import load_trajectories
@@ -29,39 +27,28 @@ SEEDS = [3, 1, 4]
 NEW = 3
 
 
-class ModelServer(CompletionsServer):
-    """Decodes greedily with a tiny model, from token ids or from messages."""
+class ChattingServer(ModelServer):
+    """Acts with a tiny model, from token ids or greedily from messages."""
 
     def __init__(self) -> None:
-        super().__init__([], [])
-        self.model, self.tokenizer = tiny_agent(), babyai_tokenizer()
+        super().__init__(tiny_agent())
+        self.tokenizer = babyai_tokenizer()
         self.chat = self.speak
-        self._decoding = threading.Lock()
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        prompt = request["prompt"]
-        ids = self._decode(np.array(prompt), request["max_tokens"])
-        trunk = sa.Trunk(prompt + ids, [[len(prompt), len(prompt) + len(ids)]])
-        with torch.no_grad(), self._decoding:
-            logps = separate_logprobs(self.model, [trunk], [[[]]]).tolist()
-        choice = {"index": 0, "prompt_token_ids": prompt, "token_ids": ids}
-        return {"choices": [choice | {"logprobs": {"token_logprobs": logps}}]}
 
     def speak(self, messages: list[dict[str, str]]) -> str:
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        ids = self._decode(np.array(self.tokenizer(text).input_ids), NEW)
+        request = {"prompt": self.tokenizer(text).input_ids, "max_tokens": NEW, "n": 1, "seed": 0}
+        greedy = {"model": "tiny", "temperature": 0.0, "stop_token_ids": [END]}
+        (choice,) = self.answer(request | greedy)["choices"]
+        ids = choice["token_ids"]
         return f" {self.tokenizer.decode(ids[:-1] if ids[-1] == END else ids)}\n"
-
-    def _decode(self, prompt: np.ndarray, limit: int) -> list[int]:
-        with self._decoding:
-            return generate(self.model, prompt, limit)
 
 
 @pytest.fixture
-def server() -> Iterator[ModelServer]:
-    with ModelServer() as server:
+def server() -> Iterator[ChattingServer]:
+    with ChattingServer() as server:
         yield server
 
 

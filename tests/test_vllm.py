@@ -1,4 +1,5 @@
-"""The real vLLM, in this process and as a server, against `inspect` with the same weights.
+"""The real vLLM, in this process and as a server: it acts as `inspect` with the same weights, and
+as the adapter that is trained.
 
 VLLM_CPU_KVCACHE_SPACE=1 python -m pytest tests/test_vllm.py
 """
@@ -20,11 +21,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import END, random_trunks, separate_logprobs, tiny_model
+from test_engine_training import LEVEL, TOKENIZER, Watched
+from test_engine_training import tokens as tokens_of
+from tiny_models import END, random_trunks, separate_logprobs, tiny_agent, tiny_model
 from transformers import PreTrainedModel
 
-from stepagent import Branch, Trunk, inspect
-from stepagent.engines import CompletionsEngine, Engine, VLLMEngine
+from stepagent import Branch, StepAgentConfig, Trunk, inspect
+from stepagent.engines import CompletionsEngine, Engine, EngineError, VLLMEngine
+from stepagent.policies import ExpertPolicy
+from stepagent.rollout import run_episodes
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,23 +72,28 @@ def engine(
 
 
 @contextmanager
-def in_process(folder: Path) -> Iterator[VLLMEngine]:
+def in_process(folder: Path, **options: Any) -> Iterator[VLLMEngine]:
     import vllm
 
-    yield VLLMEngine(vllm.LLM(model=str(folder), **LLM, **LIMITS))
+    yield VLLMEngine(vllm.LLM(model=str(folder), **{**LLM, **LIMITS, **options}))
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[CompletionsEngine]:
+def served(folder: Path, **more: Any) -> Iterator[CompletionsEngine]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    options = [f"--{name.replace('_', '-')}" for name, value in LLM.items() if value is True]
-    options += ["--dtype", "float32", "--port", str(port)]
-    options += [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
+    options = ["--port", str(port)]
+    for name, value in {**LLM, **LIMITS, **more}.items():
+        flag = f"--{name.replace('_', '-')}"
+        options.append(flag if value is True else f"{flag}={value}")
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *options],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if more else {}),
+        },
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -140,3 +150,52 @@ def test_vllms_logps_are_the_policys_at_temperature_1(engine, model, trunks):
     )
     sampled = ~np.isnan(logps)
     np.testing.assert_allclose(logps[sampled], scored[sampled], rtol=0, atol=1e-3)
+
+
+def test_a_vllm_that_takes_no_adapters_says_how_it_would(engine, tmp_path):
+    with pytest.raises(EngineError, match=r"enable_lora=True|status 404.*--enable-lora"):
+        engine.load_adapter("mine", tmp_path)
+
+
+# ------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("where", [in_process, served])
+def test_what_was_learnt_in_a_cycle_acts_in_the_next(where, tmp_path):
+    from peft import LoraConfig
+
+    model = tiny_agent(**SHAPE)
+    model.save_pretrained(tmp_path / "model")
+    episodes = run_episodes(LEVEL, ExpertPolicy(), range(4))
+    args = StepAgentConfig(
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        learning_rate=1e-2,
+        temperature=0.0,
+        max_new_tokens=5,
+        cycles=3,
+    )
+    adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_model_len": 512}
+    with where(tmp_path / "model", **options) as engine:
+        made = Watched(
+            model,
+            args,
+            [episode.trajectory() for episode in episodes],
+            TOKENIZER,
+            peft_config=adapter,
+            engine=engine,
+        )
+        made.train()
+        with pytest.raises(EngineError, match=r"No adapter found for|does not load"):
+            engine.load_adapter("mine", tmp_path / "nowhere")
+    acted = [here for here, _ in made.cycles]
+    assert acted[0] != acted[1] != acted[2]
+    for here, learnt_from in made.cycles:
+        assert [tokens_of(comparison) for comparison in learnt_from] == here
+    figures = [entry for entry in made.state.log_history if "cycle" in entry]
+    assert all(entry["engine_gap"] < 1e-4 for entry in figures)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from .decoding import check_count
 from .encoding import Trunk, encode
@@ -19,11 +20,14 @@ from .envs.pool import EnvFactory
 from .episodes import Episode
 from .lockstep import Expert, Options, Start, own_expert, roll_out
 from .policies import ModelPolicy, Policy
+from .server_policies import EnginePolicy
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .engines import Engine
 
 __all__ = [
     "Continuations",
@@ -154,7 +158,7 @@ def _key(*place: int) -> int:
 
 
 def rollout_and_query(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Engine,
     env: str | EnvFactory,
     expert: Expert | None = None,
     *,
@@ -176,18 +180,23 @@ def rollout_and_query(
     action, or none where the expert has no answer. :func:`stepagent.pack_step_pairs` takes both.
     A rollout that crashed is left out, with a warning. Further options: `run_episodes`.
 
+    :param model: a model, or an engine of :mod:`stepagent.engines`, which needs ``eos_token_id``.
     :param expert: asked for its action in an environment; None: the environment's own expert. With
         ``workers`` it sees what a :class:`stepagent.envs.TextEnv` shows.
     :raises RuntimeError: where all rollouts crashed.
     """
-    policy = ModelPolicy(
-        model,
-        tokenizer,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        eos_token_id=eos_token_id,
-        seed=seed,
-    )
+    acting: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    policy: Policy
+    if isinstance(model, nn.Module):
+        policy = ModelPolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
+    elif eos_token_id is None:
+        raise ValueError("an engine needs eos_token_id: the ids of the tokens that end a turn")
+    else:
+        policy = EnginePolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
     episodes = run_episodes(
         env,
         policy,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -36,6 +36,8 @@ from .cycle import (
     unique_tokens,
 )
 from .encoding import Trunk, encode
+from .engines import CompletionsEngine, Engine
+from .engines.adapters import PolicyOnEngine, check_adapter, first_state, logp_gap
 from .envs.pool import EnvFactory
 from .evaluation import agreement
 from .inspection import inspect
@@ -51,7 +53,7 @@ from .preflight import (
 )
 from .rollout import Expert, rollout_and_query
 from .trajectory import Trajectory
-from .tree import TokenTree
+from .tree import TokenTree, pack_step_pairs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
 
 _CYCLE_FILE = "cycle.safetensors"
 _SCORES = ("ref_logps", "old_logps", "advantages")
+_PROBES = 8  # actions at one state, by which an engine is told from another policy
+# Whose adapter is whole in each process; FSDP2's is gathered.
+_TRAINED_WITH_ENGINE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class StepAgentTrainer(Trainer):
@@ -74,6 +79,9 @@ class StepAgentTrainer(Trainer):
     :param expert: answers at the agent's states; None: the environment's own expert.
     :param discriminator: a decoder of the same tokenizer for the discriminator and the value
         function of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
+    :param engine: acts in place of the model here, which only learns: an engine of
+        :mod:`stepagent.engines`, or the URL of a server. It is given the adapter in training where
+        a cycle begins, and is left without it where training ends. See docs/engines.md.
     """
 
     args: StepAgentConfig
@@ -90,18 +98,23 @@ class StepAgentTrainer(Trainer):
         env: str | EnvFactory | None = None,
         expert: Expert | None = None,
         discriminator: PreTrainedModel | None = None,
+        engine: Engine | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if not isinstance(args, StepAgentConfig):
             raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
         if args.states == "agent" and env is None:
             raise ValueError("states='agent' needs env: an environment name or factory")
+        if engine is not None and not args.has_cycles:
+            raise ValueError("engine is given, but method='sft' at the expert's states never acts")
         policy = _load_policy(model, peft_config)
         check_tree_support(policy)
         check_reference(ref_model, policy, args)
         check_discriminator(discriminator, policy, args)
         if args.method == "inverse":
             check_no_dropout(policy)
+        if engine is not None:
+            check_adapter(policy)
         trunks = _encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
         self._env, self._expert = env, expert
         self._end_tokens = sorted(
@@ -125,10 +138,24 @@ class StepAgentTrainer(Trainer):
                 f"one process cannot train on {args.n_gpu} GPUs: start one per GPU with "
                 "`accelerate launch` or `torchrun`, or show it one by CUDA_VISIBLE_DEVICES"
             )
+        self._on_engine = None if engine is None else self._reach(engine)
         self._ref_model = ref_model
         if ref_model is not None:
             torch.nn.Module.to(ref_model, args.device)
         self._start()
+
+    def _reach(self, engine: Engine | str) -> PolicyOnEngine:
+        if isinstance(engine, str):
+            engine = CompletionsEngine(engine)
+        kind, processes = self.accelerator.distributed_type, self.accelerator.num_processes
+        if kind not in _TRAINED_WITH_ENGINE and not self.accelerator.is_fsdp2:
+            raise ValueError(f"engine= takes adapters of DDP and of FSDP2, but this run is {kind}")
+        if processes > 1 and not engine.shared:
+            raise ValueError(
+                f"{type(engine).__name__} is in one process, but {processes} train: "
+                "start a server, which all can ask, and give its URL"
+            )
+        return PolicyOnEngine(engine, Path(str(self.args.output_dir), "engine"))
 
     def train(
         self,
@@ -168,6 +195,7 @@ class StepAgentTrainer(Trainer):
 
     def _begin_cycle(self, cycle: int) -> None:
         self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end
+        published = self._publish_policy(cycle)
         make = self._at_agent_states if self.args.states == "agent" else self._at_expert_states
         # Every process makes the same; the broadcast guards against differences in rounding.
         fresh = broadcast_object_list([make(cycle)])[0]
@@ -177,6 +205,7 @@ class StepAgentTrainer(Trainer):
             "agreement": agreement([c.trunk for c in fresh], [c.branches for c in fresh]),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
+            **published,
         }
         self._means, self._far = _RunningMeans(), False
         if self.args.method == "sft":
@@ -188,6 +217,35 @@ class StepAgentTrainer(Trainer):
             self._comparisons, figures = broadcast_object_list([prepared])[0]
             self._cycle_log |= figures
 
+    @torch.no_grad()
+    def _publish_policy(self, cycle: int) -> dict[str, float]:
+        """Have the engine, if any, act as the policy does now; see at one state that it does."""
+        if self._on_engine is None:
+            return {}
+        state = first_state(self._trunks)
+        ((branches,),) = self._on_engine.publish(
+            self._policy,
+            cycle,
+            lambda actor: inspect(
+                actor,
+                [state],
+                samples=_PROBES,
+                max_new_tokens=self._max_new_tokens,
+                eos_token_id=self._end_tokens,
+                seed=self._cycle_seed(cycle),
+            ),
+        )
+        trees = pack_step_pairs([state], [[[branch.token_ids for branch in branches]]])
+        with evaluation_mode(self._policy):
+            logps_N, _ = self._logps(self._policy, trees)
+        expert = len(state.input_ids) - int(state.action_spans[0, 0])  # its action comes first
+        return {"engine_gap": logp_gap(branches, logps_N[expert:].float().cpu().numpy())}
+
+    def withdraw_policy(self) -> None:
+        """Leave the engine, if any, without the adapter."""
+        if self._on_engine is not None:
+            self._on_engine.withdraw()
+
     def log_cycle(self) -> None:
         """Log the present cycle's figures, once."""
         if self._cycle_log:
@@ -196,7 +254,7 @@ class StepAgentTrainer(Trainer):
 
     def _at_expert_states(self, cycle: int) -> list[Comparison]:
         branches = inspect(
-            self._policy,
+            self._actor,
             self._trunks,
             samples=self.args.samples,
             max_new_tokens=self._max_new_tokens,
@@ -215,7 +273,7 @@ class StepAgentTrainer(Trainer):
         count = len(cast(_CycleData, self.train_dataset))
         first = self.args.rollout_seed_start + cycle * count
         trunks, branches = rollout_and_query(
-            self._policy,
+            self._actor,
             self._env,
             self._expert,
             tokenizer=cast("PreTrainedTokenizerBase", self.processing_class),
@@ -232,6 +290,10 @@ class StepAgentTrainer(Trainer):
     @property
     def _policy(self) -> PreTrainedModel:
         return cast("PreTrainedModel", self.model)
+
+    @property
+    def _actor(self) -> PreTrainedModel | Engine:
+        return self._policy if self._on_engine is None else self._on_engine.actor
 
     def _cycle_seed(self, cycle: int) -> int:
         return self.args.seed * 1_000_003 + cycle
@@ -415,6 +477,7 @@ class _CycleCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.log_cycle()
+        self._trainer.withdraw_policy()
 
 
 class _CycleData(Dataset[Comparison]):

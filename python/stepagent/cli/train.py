@@ -61,6 +61,12 @@ def _field_help(field: Field[Any]) -> str:
     return text if field.default is None else f"{text}  [default: {field.default}]"
 
 
+def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{value!r} is no server's URL")
+    return value
+
+
 @click.command(cls=_TrainCommand, context_settings={"ignore_unknown_options": True})
 @click.option("--model", required=True, metavar="NAME_OR_PATH", help="Model, with its tokenizer.")
 @click.option("--data", type=FILE, required=True, help="Expert trajectories.")
@@ -77,6 +83,12 @@ def _field_help(field: Field[Any]) -> str:
     type=click.Choice(TREE_ATTENTION),
     help="Load the model with it; on a GPU flex_attention is the fast one.",
 )
+@click.option(
+    "--engine",
+    metavar="URL",
+    callback=_check_url,
+    help="Of a `vllm serve` that acts in place of the model here, with its adapter (--lora-rank).",
+)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
 @reports
@@ -86,6 +98,7 @@ def train(
     env: str | None,
     lora_rank: int | None,
     attn_implementation: str | None,
+    engine: str | None,
     resume: bool,
     options: tuple[str, ...],
 ) -> tuple[dict[str, Any], str]:
@@ -101,7 +114,9 @@ def train(
     agent.generation_config.eos_token_id = end_tokens([encode(trajectories[0], tokenizer)])
     from ..trainer import StepAgentTrainer
 
-    trainer = StepAgentTrainer(agent, config, trajectories, tokenizer, peft_config=adapter, env=env)
+    trainer = StepAgentTrainer(
+        agent, config, trajectories, tokenizer, peft_config=adapter, env=env, engine=engine
+    )
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -49,6 +50,9 @@ class Engine(ABC):
     Log-probs are those the engine reports, in its precision; ``score_trees`` gives the exact ones.
     """
 
+    # Whether all processes of a run ask one and the same, so that what one loads all can name.
+    shared: ClassVar[bool] = False
+
     @abstractmethod
     def sample(
         self, states: Sequence[State], sampling: Sampling, progress: bool
@@ -58,6 +62,18 @@ class Engine(ABC):
         An action ends with one of ``end_tokens``, which its tokens include, and with nothing else,
         or is cut at ``max_new_tokens``.
         """
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Take up the LoRA adapter that PEFT saved in ``folder``; EngineError where it cannot."""
+        raise EngineError(f"{type(self).__name__} takes no adapters")
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget it; EngineError where it is not there."""
+        raise EngineError(f"{type(self).__name__} takes no adapters")
+
+    def with_adapter(self, name: str) -> Engine:
+        """The same engine, acting with an adapter that it has taken up."""
+        raise EngineError(f"{type(self).__name__} takes no adapters")
 
     def draw(
         self, states: Sequence[State], sampling: Sampling, progress: bool = False

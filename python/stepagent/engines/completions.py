@@ -6,9 +6,11 @@ server's prefix cache shares what the states of a trunk have in common.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -27,6 +29,12 @@ _WHOLE_SOFTMAX = {
     "frequency_penalty": 0.0,
 }
 
+_TAKES_ADAPTERS = (
+    "A server takes adapters that was started as "
+    "`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank RANK`, "
+    "with the base model and at least the rank of the adapter, where it can read the folder"
+)
+
 
 class CompletionsEngine(Engine):
     """A running server, such as ``vllm serve MODEL`` (0.10.2 or later) or TRL's ``trl vllm-serve``.
@@ -35,6 +43,8 @@ class CompletionsEngine(Engine):
 
     :param api_key: None: the environment's ``VLLM_API_KEY``, if any.
     """
+
+    shared: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -69,6 +79,27 @@ class CompletionsEngine(Engine):
                 return _branches(states[place], answer)
 
             return self._server.post("/completions", requests, read)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """As :meth:`Engine.load_adapter`; ``folder`` is read by the server, where that runs."""
+        self._server.check_model()
+        request = {"lora_name": name, "lora_path": str(folder)}
+        try:
+            self._server.tell("/load_lora_adapter", request)
+        except EngineError as error:
+            # Another try of a request whose answer was lost is refused: it is loaded already.
+            if name not in self._server.models():
+                raise EngineError(f"{error}. {_TAKES_ADAPTERS}: {folder}") from error
+
+    def unload_adapter(self, name: str) -> None:
+        """As :meth:`Engine.unload_adapter`."""
+        self._server.tell("/unload_lora_adapter", {"lora_name": name})
+
+    def with_adapter(self, name: str) -> CompletionsEngine:
+        """As :meth:`Engine.with_adapter`: requests name it as their model."""
+        other = copy.copy(self)
+        other._server = self._server.named(name)
+        return other
 
 
 def _request(state: State, sampling: Sampling) -> dict[str, Any]:

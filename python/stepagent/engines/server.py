@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..decoding import check_count
@@ -61,28 +62,11 @@ class Server:
 
         :raises EngineError: where the server cannot be reached or refuses.
         """
-        from anyio.from_thread import start_blocking_portal
 
-        # A loop in a thread of its own: a notebook's loop is in the way of none, and Ctrl-C here
-        # cancels what is under way there, which tells the server to stop.
-        with start_blocking_portal("asyncio") as portal:
-            return portal.call(self._post, path, requests, read)
-
-    async def _post(
-        self, path: str, requests: Sequence[dict[str, Any]], read: Callable[[int, Any], T]
-    ) -> list[T]:
-        from httpx2 import AsyncClient, Limits
-
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        client = AsyncClient(
-            headers=headers,
-            timeout=self._timeout,
-            limits=Limits(max_connections=self._concurrency),
-        )
-        free = asyncio.Semaphore(self._concurrency)
-        async with client:
+        async def ask_all(client: AsyncClient) -> list[T]:
             if self._model is None:
                 self._model = await self._only_model(client)
+            free = asyncio.Semaphore(self._concurrency)
 
             async def ask(place: int, request: dict[str, Any]) -> T:
                 async with free:
@@ -92,26 +76,79 @@ class Server:
 
             return await _gather([ask(*numbered) for numbered in enumerate(requests)])
 
+        return self._connected(ask_all)
+
+    def tell(self, path: str, request: dict[str, Any]) -> None:
+        """One request whose answer is its status alone; EngineError as :meth:`post`."""
+        self._connected(lambda client: self._answered(client, "POST", path, request))
+
+    def models(self) -> dict[str, str | None]:
+        """What is served by which name, and of an adapter the name of the model under it."""
+        return self._connected(self._models)
+
+    def named(self, model: str) -> Server:
+        """The same server, asked for what it serves as ``model``."""
+        other = copy.copy(self)
+        other._model = model
+        return other
+
+    def check_model(self) -> None:
+        """EngineError unless the server can be reached and serves the model that was named."""
+        served = self.models()
+        if self._model is not None and self._model not in served:
+            raise EngineError(f"{self._url} serves {list(served)}, and no {self._model!r}")
+
+    def _connected(self, work: Callable[[AsyncClient], Awaitable[T]]) -> T:
+        from anyio.from_thread import start_blocking_portal
+        from httpx2 import AsyncClient, Limits
+
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        client = AsyncClient(
+            headers=headers,
+            timeout=self._timeout,
+            limits=Limits(max_connections=self._concurrency),
+        )
+
+        async def connect() -> T:
+            async with client:
+                return await work(client)
+
+        # A loop in a thread of its own: a notebook's loop is in the way of none, and Ctrl-C here
+        # cancels what is under way there, which tells the server to stop.
+        with start_blocking_portal("asyncio") as portal:
+            return portal.call(connect)
+
     async def _only_model(self, client: AsyncClient) -> str:
-        answer = await self._call(client, "GET", "/models")
-        try:
-            names = [str(model["id"]) for model in answer["data"]]
-        except (KeyError, TypeError) as error:
-            raise EngineError(f"{self._url}/models lists no models: {excerpt(answer)}") from error
+        # A run that was stopped may have left its adapter; each has its model as its parent.
+        served = await self._models(client)
+        names = [name for name, parent in served.items() if parent is None]
         if len(names) != 1:
             raise EngineError(f"{self._url} serves {len(names)} models, name one: {names}")
         return names[0]
 
+    async def _models(self, client: AsyncClient) -> dict[str, str | None]:
+        answer = await self._call(client, "GET", "/models")
+        try:
+            return {str(model["id"]): model.get("parent") for model in answer["data"]}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise EngineError(f"{self._url}/models lists no models: {excerpt(answer)}") from error
+
     async def _call(self, client: AsyncClient, method: str, path: str, json: Any = None) -> Any:
-        response = await self._response(client, method, self._url + path, json)
-        if response.status_code != 200:
-            what = f"status {response.status_code}: {excerpt(response.text)}"
-            raise EngineError(f"{method} {response.url} was answered with {what}")
+        response = await self._answered(client, method, path, json)
         try:
             return response.json()
         except ValueError as error:
             what = f"what is not JSON: {excerpt(response.text)}"
             raise EngineError(f"{method} {response.url} was answered with {what}") from error
+
+    async def _answered(
+        self, client: AsyncClient, method: str, path: str, json: Any = None
+    ) -> Response:
+        response = await self._response(client, method, self._url + path, json)
+        if response.status_code != 200:
+            what = f"status {response.status_code}: {excerpt(response.text)}"
+            raise EngineError(f"{method} {response.url} was answered with {what}")
+        return response
 
     async def _response(self, client: AsyncClient, method: str, url: str, json: Any) -> Response:
         """The first answer that is not a passing failure."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,9 @@ class VLLMEngine(Engine):
         if mode != "raw_logprobs":
             raise ValueError(f"logprobs_mode must be 'raw_logprobs', the llm has {mode!r}")
         self._llm = llm
+        self._adapters: dict[str, Any] = {}  # by name, as requests are given them
+        self._adapter: Any = None
+        self._ids = itertools.count(1)
 
     def sample(
         self, states: Sequence[State], sampling: Sampling, progress: bool
@@ -46,11 +52,39 @@ class VLLMEngine(Engine):
                 for state in states
             ],
             use_tqdm=progress,
+            lora_request=self._adapter,
         )
         for state, output in zip(states, outputs, strict=True):
             if list(output.prompt_token_ids) != state.token_ids.tolist():
                 raise EngineError(f"{state.name}: vLLM read other tokens than were given")
         return [[_branch(choice) for choice in output.outputs] for output in outputs]
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """As :meth:`Engine.load_adapter`; the llm needs ``enable_lora=True``."""
+        from vllm.lora.request import LoRARequest
+
+        if self._llm.llm_engine.vllm_config.lora_config is None:
+            raise EngineError("an llm takes adapters that was built with enable_lora=True")
+        adapter = LoRARequest(name, next(self._ids), str(folder))
+        try:
+            self._llm.llm_engine.add_lora(adapter)
+        except Exception as error:  # vLLM's own are of many types
+            raise EngineError(f"vLLM does not load the adapter in {folder}: {error}") from error
+        self._adapters[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """As :meth:`Engine.unload_adapter`."""
+        adapter = self._adapters.pop(name, None)
+        if adapter is None or not self._llm.llm_engine.remove_lora(adapter.lora_int_id):
+            raise EngineError(f"vLLM has no adapter {name!r}")
+
+    def with_adapter(self, name: str) -> VLLMEngine:
+        """As :meth:`Engine.with_adapter`."""
+        if name not in self._adapters:
+            raise EngineError(f"vLLM has no adapter {name!r}")
+        other = copy.copy(self)
+        other._adapter = self._adapters[name]
+        return other
 
 
 def _branch(choice: Any) -> Branch:

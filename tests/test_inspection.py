@@ -236,9 +236,7 @@ def test_truncated_frequencies_are_those_of_the_tokens_left(truncation):
 def test_truncation_comes_in_the_order_of_generate():
     """top_p = 0.6 keeps one token of the best three renormalised, and three of all."""
     logits = torch.tensor([[0.4, 0.15, 0.11, 0.1, 0.09, 0.08, 0.07]]).log().expand(1000, -1)
-    picked = sample_tokens(
-        logits, 1.0, drawn(0, np.arange(1000)), make_truncations(3, 0.6, None)
-    )
+    picked = sample_tokens(logits, 1.0, drawn(0, np.arange(1000)), make_truncations(3, 0.6, None))
     assert set(picked.tolist()) == {0}
 
 

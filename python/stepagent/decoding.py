@@ -10,7 +10,8 @@ so one cache holds a trunk and every branch that grows from it, or rows of unequ
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .grouped_attention import grouped_attention, query_groups
 from .models import attention_masks, hidden_states
 
 if TYPE_CHECKING:
@@ -93,12 +95,19 @@ class SlotCache:
         :param visible_BQS: bool over the whole room of the cache.
         """
         self._depths.index_copy_(1, slots_Q, depths_BQ)
-        masks = attention_masks(self._model, visible_BQS, depths_BQ, self._depths)
+        groups = query_groups(self._model)
+        visible, depths = visible_BQS.repeat(1, groups, 1), depths_BQ.repeat(1, groups)
+        masks = attention_masks(self._model, visible, depths, self._depths)
+        with self._written_at(slots_Q), grouped_attention(self._model, groups):
+            return self._forward(tokens_BQ, depths_BQ, masks)
+
+    @contextmanager
+    def _written_at(self, slots_Q: Tensor) -> Iterator[None]:
         layers: Any = self._cache.layers
         for layer in layers:
             layer.at = slots_Q
         try:
-            return self._forward(tokens_BQ, depths_BQ, masks)
+            yield
         finally:
             for layer in layers:
                 layer.at = None

@@ -116,7 +116,14 @@ class Forest:
         own_TP = _padded(trunks, max_new_tokens)
         # On the device. A branch that has ended goes on writing behind its end, where nobody reads.
         self._start_N, self._streams_N, self._first_N, self._step_N = self.on_device(
-            np.stack([self.start, keys, np.repeat(first_T, samples), np.repeat(np.arange(len(spans)), samples)])
+            np.stack(
+                [
+                    self.start,
+                    keys,
+                    np.repeat(first_T, samples),
+                    np.repeat(np.arange(len(spans)), samples),
+                ]
+            )
         )
         self._own_TP, self._ends_E = self.on_device(own_TP), self.on_device(np.array(sampler.ends))
         self._tokens_NP = self._start_N.new_zeros((len(self.row), max_new_tokens + 1))
@@ -244,7 +251,7 @@ class _Group:
         self._live_R = torch.ones_like(self._branch_R, dtype=torch.bool)
         self._step: Callable[[], Tensor] = self._grow
         if self._fixed and self._live_R.is_cuda:
-            self._step = Replayed(self._grow)
+            self._step = Replayed(self._grow, self._live_R.device)
 
     def grow(self) -> None:
         """Decode, a token of each per turn, until each has ended."""

@@ -21,8 +21,8 @@ class Replayed:
     :param step: must be able to run again after it has failed half-way.
     """
 
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self._step = step
+    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
+        self._step, self._device = step, device
         self._run = self._first
 
     def __call__(self) -> Tensor:
@@ -48,7 +48,15 @@ class Replayed:
     def _capture(self) -> Tensor:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # The first brings the stream back where a capture fails: the second then does not.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(
+                    graph,
+                    stream=torch.cuda.Stream(self._device),
+                    capture_error_mode="thread_local",
+                ),
+            ):
                 result = self._step()
         except RuntimeError as failure:
             self._give_up(failure)

@@ -262,14 +262,14 @@ def next_uniforms(streams: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArra
 @overload
 def next_uniforms(streams: Tensor, keys: Tensor) -> Tensor: ...
 def next_uniforms(streams: Any, keys: Any) -> Any:
-    """``uniforms(seed, *first, keys)`` of ``streams(seed, *first)``: the same bits on any device."""
+    """``uniforms(seed, *first, keys)`` of ``streams(seed, *first)``, the same bits anywhere."""
     with np.errstate(over="ignore"):
         bits = _shifted(_mix(streams ^ _mix(keys)), 11)
     return (bits.double() if isinstance(bits, Tensor) else bits.astype(np.float64)) * 2.0**-53
 
 
 def _mix(state: Any) -> Any:
-    """Of int64, which wraps as the generator's uint64 does; torch has no arithmetic of the latter."""
+    """Of int64, which wraps as the generator's uint64 does and which torch can multiply."""
     state = state + _signed(0x9E3779B97F4A7C15)
     state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)

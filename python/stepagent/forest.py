@@ -7,14 +7,14 @@
 What is drawn stays on the model's device. Each token is one forward for all branches, and the host
 reads one byte a branch: whether it goes on.
 
-Key: B trunks of a batch, N their branches, R branches that grow together, C = B·Q cells of a forward
-of Q new tokens a row, S slots, H hidden, P tokens of an action, K rows along the trunks' actions, E
-end tokens.
+Key: B trunks of a batch, N their branches, T their steps, R branches that grow together, C = B·Q
+cells of a forward of Q new tokens a row, S slots, H hidden, P tokens of an action, K rows along the
+trunks' actions, E end tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from .decoding import SlotCache, check_finite, finite_rows, next_uniforms, sampl
 from .encoding import Trunk
 from .models import LMHead
 from .ops import token_logprobs
-from .replay import Replayed, can_replay
+from .replay import Replay, can_replay
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,19 +113,13 @@ class Forest:
         self._column_K = np.arange(along_T.sum()) + np.repeat(spans[:, 0] - 1 - first_T, along_T)
         # Tokens of the trunk that a branch begins with.
         self.shared = np.zeros(len(self.row), np.int64)
-        own_TP = _padded(trunks, max_new_tokens)
         # On the device. A branch that has ended goes on writing behind its end, where nobody reads.
-        self._start_N, self._streams_N, self._first_N, self._step_N = self.on_device(
-            np.stack(
-                [
-                    self.start,
-                    keys,
-                    np.repeat(first_T, samples),
-                    np.repeat(np.arange(len(spans)), samples),
-                ]
-            )
+        step_N = np.repeat(np.arange(len(spans)), samples)
+        self._start_N, self._streams_N, self._step_N, self._first_N = self.on_device(
+            np.stack([self.start, keys, step_N, first_T[step_N]])
         )
-        self._own_TP, self._ends_E = self.on_device(own_TP), self.on_device(np.array(sampler.ends))
+        self._own_TP = self.on_device(_padded(trunks, max_new_tokens))
+        self._ends_E = self.on_device(np.array(sampler.ends))
         self._tokens_NP = self._start_N.new_zeros((len(self.row), max_new_tokens + 1))
         self._logps_NP = torch.zeros_like(self._tokens_NP, dtype=torch.float32)
         self._lengths_N = torch.zeros_like(self._start_N)
@@ -147,9 +141,11 @@ class Forest:
         self.cache = SlotCache(model, len(self._trunks), self.room)
         left = self._follow(self._prefill(width, budget))
         places = _places(self.row[left])
-        for first in range(0, int(places.max(initial=-1)) + 1, together):
+        end = int(places.max(initial=-1)) + 1
+        for first in range(0, end, together):
             self.cache.truncate(width)
-            _Group(self, left[(first <= places) & (places < first + together)]).grow()
+            group = left[(first <= places) & (places < first + together)]
+            _Group(self, group, last=first + together >= end).grow()
 
     def _prefill(self, width: int, chunk: int) -> Tensor:
         """Read the trunks; the hidden rows (K, H) along which they are followed.
@@ -229,49 +225,62 @@ class _Group:
     else it is dropped at once.
     """
 
-    def __init__(self, forest: Forest, branches: NDArray[np.int64]) -> None:
-        self._forest, self._cache, self._fixed = forest, forest.cache, forest.fixed
-        depths_S = torch.arange(forest.room, device=forest.cache.device)
-        seen = forest.on_device(forest.start[branches] + forest.shared[branches])
-        # What each branch sees of its row: the trunk until it left it, and its own slots.
-        visible_RS = depths_S < seen[:, None]
+    def __init__(self, forest: Forest, branches: NDArray[np.int64], last: bool) -> None:
+        self._forest, self._cache, self._last = forest, forest.cache, last
+        self._rows = np.arange(self._cache.rows)  # of the forest, that are still in the cache
+        depths_S = torch.arange(forest.room, device=self._cache.device)
+        seen_R = forest.on_device(forest.start[branches] + forest.shared[branches])
         self._slot = torch.full((), self._cache.slots, device=depths_S.device)
-        self._take(branches, visible_RS)
+        # What each branch sees of its row: the trunk until it left it, and its own slots.
+        self._place(branches, depths_S < seen_R[:, None])
 
-    def _take(self, branches: NDArray[np.int64], visible_RS: Tensor) -> None:
+    def _place(self, branches: NDArray[np.int64], visible_RS: Tensor) -> None:
         """Give each of these branches a cell."""
-        row, column = self._forest.row[branches], _places(self._forest.row[branches])
-        self._branches = branches
+        self._branches, self._visible_RS = branches, visible_RS
+        column = _places(self._forest.row[branches])
         self._columns = int(column.max(initial=-1)) + 1
-        cells = row * self._columns + column
+        cell = np.searchsorted(self._rows, self._forest.row[branches]) * self._columns + column
         self._branch_R, self._cell_R, self._column_R = self._forest.on_device(
-            np.stack([branches, cells, column])
+            np.stack([branches, cell, column])
         )
-        self._visible_RS = visible_RS
         self._live_R = torch.ones_like(self._branch_R, dtype=torch.bool)
-        self._step: Callable[[], Tensor] = self._grow
-        if self._fixed and self._live_R.is_cuda:
-            self._step = Replayed(self._grow, self._live_R.device)
+        self._replay = Replay(self._live_R.device)
 
     def grow(self) -> None:
         """Decode, a token of each per turn, until each has ended."""
         while len(self._branches):
-            going = np.flatnonzero(read(self._step()) == _GOES_ON)
-            if self._worth_dropping(going):
-                kept = self._forest.on_device(going)
-                self._take(self._branches[going], self._visible_RS[kept])
+            status_R = self._replay(self._step) if self._forest.fixed else self._step()
+            going = np.flatnonzero(read(status_R) == _GOES_ON)
+            if len(going) == 0 or self._worth_dropping(going):
+                self._keep(going)
 
     def _worth_dropping(self, going: NDArray[np.int64]) -> bool:
-        if not self._fixed or not len(going):
+        """Whether the branches that have ended are worth a new shape."""
+        if not self._forest.fixed:
             return len(going) < len(self._branches)
-        needed = int(_places(self._forest.row[self._branches[going]]).max()) + 1
-        return 2 * needed <= self._columns and self._cells > _FEW_CELLS
+        needed = self._forest.row[self._branches[going]]
+        columns, rows = int(_places(needed).max()) + 1, len(np.unique(needed))
+        cells = columns * (rows if self._may_drop(rows) else len(self._rows))
+        return 2 * cells <= len(self._rows) * self._columns and self._cells > _FEW_CELLS
+
+    def _keep(self, going: NDArray[np.int64]) -> None:
+        branches = self._branches[going]
+        rows = np.unique(self._forest.row[branches])
+        if self._may_drop(len(rows)):
+            kept = np.searchsorted(self._rows, rows)
+            self._cache.keep_rows(self._forest.on_device(kept))
+            self._rows = rows
+        self._place(branches, self._visible_RS[self._forest.on_device(going)])
+
+    def _may_drop(self, rows: int) -> bool:
+        """Rows of the cache: a copy of the others, worth it for half of them."""
+        return self._last and 0 < 2 * rows <= len(self._rows)
 
     @property
     def _cells(self) -> int:
-        return self._cache.rows * self._columns
+        return len(self._rows) * self._columns
 
-    def _grow(self) -> Tensor:
+    def _step(self) -> Tensor:
         """Encode the newest token of each branch and draw the next; what becomes of each."""
         hidden_BQH = self._encode(*self._forest.newest(self._branch_R))
         hidden_RH = hidden_BQH.flatten(0, 1)[self._cell_R]
@@ -281,10 +290,9 @@ class _Group:
         return status_R
 
     def _encode(self, tokens_R: Tensor, depths_R: Tensor) -> Tensor:
-        shape = self._cache.rows, self._columns
-        filled = self._slot if self._fixed else self._cache.slots
-        slots = self._forest.room if self._fixed else self._cache.slots + self._columns
-        self._visible_RS.scatter_(1, (filled + self._column_R)[:, None], value=True)
+        fixed, shape = self._forest.fixed, (len(self._rows), self._columns)
+        slots = self._forest.room if fixed else self._cache.slots + self._columns
+        self._visible_RS.scatter_(1, (self._slot + self._column_R)[:, None], value=True)
         visible_CS = self._visible_RS.new_zeros((self._cells, slots))
         visible_CS[:, 0] = True  # for filler tokens: attention over nothing would be NaN
         visible_CS[self._cell_R] = self._visible_RS[:, :slots]
@@ -293,7 +301,7 @@ class _Group:
             for new_R in (tokens_R, depths_R)
         )
         visible_BQS = visible_CS.view(*shape, slots)
-        if not self._fixed:
+        if not fixed:
             return self._cache.extend(tokens_BQ, depths_BQ, visible_BQS)
         slots_Q = self._slot + torch.arange(self._columns, device=self._slot.device)
         return self._cache.write(tokens_BQ, depths_BQ, visible_BQS, slots_Q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -11,76 +12,66 @@ from torch import Tensor, nn
 _log = logging.getLogger(__name__)
 
 
-class Replayed:
-    """``step``, which works on tensors that keep their place and asks the host nothing.
+class Replay:
+    """Runs a step that works on tensors which keep their place and asks the host nothing.
 
     The first call runs it as it is, the second captures it, and from then on it is replayed: one
     launch instead of some thousand. Where that cannot be, it is run as it is every time, which is
-    logged once with the reason.
-
-    :param step: must be able to run again after it has failed half-way.
+    logged with the reason.
     """
 
-    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
-        self._step, self._device = step, device
-        self._run = self._first
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm, self._possible = False, device.type == "cuda"
 
-    def __call__(self) -> Tensor:
-        return self._run()
-
-    def _first(self) -> Tensor:
-        """Also the warm-up: what is compiled or made at first use is there before the capture."""
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")  # a capture that fails leaves torch in disorder
+    def __call__(self, step: Callable[[], Tensor]) -> Tensor:
+        """The result of ``step``, the same one in every call, able to run again after a failure."""
+        if not self._possible:
+            return step()
         try:
-            result = self._step()
+            if not self._warm:
+                return self._first(step)
+            if self._graph is None:
+                self._graph, self._result = self._capture(step)
         except (torch.OutOfMemoryError, FloatingPointError):
             raise
         except RuntimeError as failure:
-            self._give_up(failure)
-        else:
-            self._run = self._capture
-            return result
+            self._possible = False
+            _warn(str(failure).partition("\n")[0])
+            return step()
+        self._graph.replay()
+        return self._result
+
+    def _first(self, step: Callable[[], Tensor]) -> Tensor:
+        """A warm-up: what is compiled or made at first use must be there before the capture.
+
+        A capture that fails leaves torch in disorder, so what would make it fail fails here.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = step()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        return self._step()
+        self._warm = True
+        return result
 
-    def _capture(self) -> Tensor:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # The first brings the stream back where a capture fails: the second then does not.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream(self._device)),
-                torch.cuda.graph(
-                    graph,
-                    stream=torch.cuda.Stream(self._device),
-                    capture_error_mode="thread_local",
-                ),
-            ):
-                result = self._step()
-        except RuntimeError as failure:
-            self._give_up(failure)
-            return self._step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        self._run = replay
-        return replay()
-
-    def _give_up(self, failure: RuntimeError) -> None:
-        self._run = self._step
-        _warn(str(failure).partition("\n")[0])
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        # The first context brings the stream back where a capture fails: the second then does not.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            result = step()
+        return graph, result
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        _log.warning("decoding runs without a CUDA graph, and slower: %s", reason)
+    """Once."""
+    _log.warning("decoding runs without a CUDA graph, and slower: %s", reason)
 
 
 def can_replay(model: nn.Module) -> bool:

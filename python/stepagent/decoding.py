@@ -251,7 +251,7 @@ def uniforms(seed: int, *keys: ArrayLike) -> NDArray[np.float64]:
 def streams(seed: int, *keys: ArrayLike) -> NDArray[np.int64]:
     """The state of the generator after ``seed`` and ``keys``."""
     with np.errstate(over="ignore"):
-        state = _mix(np.asarray(seed, dtype=np.int64))
+        state: NDArray[np.int64] = _mix(np.asarray(seed, dtype=np.int64))
         for key in keys:
             state = _mix(state ^ _mix(np.asarray(key, dtype=np.int64)))
     return state

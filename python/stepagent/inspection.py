@@ -137,8 +137,9 @@ def _bytes_per_token(model: PreTrainedModel) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     cache = 2 * config.num_hidden_layers * kv_heads * head_dim
-    attention = (4 * heads + 2 * kv_heads) * head_dim  # its keys and values once for each head
-    return (cache + attention + 4 * hidden + 3 * intermediate) * model.dtype.itemsize
+    attention = (4 * heads + 2 * kv_heads) * head_dim
+    numbers = cache + attention + 4 * hidden + 3 * intermediate
+    return int(numbers * model.dtype.itemsize)
 
 
 def end_tokens(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> list[int]:

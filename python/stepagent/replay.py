@@ -61,7 +61,8 @@ class Replay:
         return result
 
     def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         # The first context brings the stream back where a capture fails: the second then does not.
         with (
             torch.cuda.stream(torch.cuda.current_stream(self._device)),

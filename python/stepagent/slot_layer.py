@@ -22,6 +22,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
+        self._buffers: list[Tensor] = []
         self.at: Tensor | None = None
 
     def update(
@@ -30,9 +31,9 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Append (B, heads, n, D) of each, or write it ``at``; all keys and all values."""
         if self.at is not None:
             keys, values = self._buffers
-            return keys.index_copy_(2, self.at, key_states), values.index_copy_(
-                2, self.at, value_states
-            )
+            keys.index_copy_(2, self.at, key_states)
+            values.index_copy_(2, self.at, value_states)
+            return keys, values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]

@@ -22,7 +22,7 @@ from stepagent.decoding import (
 from stepagent.encoding import Trunk
 from stepagent.inspection import Branch, default_batch_tokens, inspect
 from stepagent.models import check_tree_support, lm_head
-from stepagent.replay import Replay
+from stepagent.replay import Replay, _warn
 
 ENDS = [END, *range(10, 26)]
 NEW = 8
@@ -108,6 +108,16 @@ def test_heads_that_share_keys_read_them_once(trunks, fixed, monkeypatch):
     inspect(model, trunks, max_new_tokens=NEW, eos_token_id=ENDS)
     assert shapes == {(2, 2, 1)}  # of 4 query heads and 2 key heads
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_branches_that_have_ended_stay_within_the_positions_of_the_model(fixed, monkeypatch):
+    """They are fillers for as long as others grow; GPT-2 has no embedding of a position more."""
+    monkeypatch.setattr(forest, "_FEW_CELLS", 10**6)
+    trunk = random_trunks(np.random.default_rng(3), count=4)[0][-1]
+    model = tiny_model("gpt2", n_positions=int(trunk.action_spans[-1, 0]) + NEW)
+    options = {"samples": 4, "max_new_tokens": NEW, "eos_token_id": ENDS}
+    found = inspect(model, [trunk], **options)
+    assert {1, NEW} < {len(branch.token_ids) for branch in found[0][-1]}
 
 
 class Shapes(SlotCache):
@@ -298,6 +308,7 @@ def test_a_gpu_replays_and_draws_what_the_cpu_draws(name, trunks, monkeypatch, c
 
 @cuda
 def test_a_step_that_waits_for_the_host_is_run_as_it_is_and_said_once(caplog):
+    _warn.cache_clear()
     device = torch.device("cuda")
     total = torch.zeros((), device=device)
 

@@ -384,6 +384,7 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
 
     path = tmp_path / "steps.jsonl"
     options = ("--data", folder / "expert.jsonl", "--output", path, "--samples", 2)
+    options += ("--max-batch-tokens", 200)
     inspected = report("inspect", "--model", output, *options)
     trajectories = load_trajectories(folder / "expert.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -391,6 +392,7 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
     agreed = []
     for index, (record, trajectory) in enumerate(zip(records, trajectories, strict=True)):
         assert (record["index"], record["id"]) == (index, trajectory.id)
+        assert record["run"]["max_batch_tokens"] == 200  # it decides the rounding
         experts = [m["content"] for m in trajectory.messages if m["role"] == "assistant"]
         for step, expert in zip(record["steps"], experts, strict=True):
             assert step["expert"] == expert

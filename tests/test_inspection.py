@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import END, VOCAB, generate, random_trunks, tiny_model
 
-from stepagent import inspection
+from stepagent import forest
 from stepagent.decoding import SlotCache, make_truncations, sample_tokens, uniforms
 from stepagent.encoding import Trunk
 from stepagent.inspection import Branch, end_tokens, inspect
@@ -173,11 +173,15 @@ def test_samples_depend_on_seed_and_place_and_not_on_the_batch(truncation, trunk
     assert len({tuple(ids) for ids in tokens(first)}) > len(tokens(first)) / 2
 
 
+def drawn(seed: int, *keys) -> torch.Tensor:
+    return torch.from_numpy(uniforms(seed, *keys))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_sampled_frequencies_are_the_softmax(temperature):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
     draws = 20_000
-    numbers = uniforms(7, np.arange(draws), 3, 1)
+    numbers = drawn(7, np.arange(draws), 3, 1)
     picked = sample_tokens(logits.expand(draws, -1), temperature, numbers)
     counts = np.bincount(picked.numpy(), minlength=12)
     assert_drawn_from(counts, torch.softmax(logits.double() / temperature, 0).numpy())
@@ -218,7 +222,7 @@ def test_truncated_frequencies_are_those_of_the_tokens_left(truncation):
     expected = truncated(whole, **truncation)
     options = [truncation.get(name) for name in ("top_k", "top_p", "min_p")]
     draws = 20_000
-    numbers = uniforms(8, np.arange(draws), 3, 1)
+    numbers = drawn(8, np.arange(draws), 3, 1)
     picked = sample_tokens(logits.expand(draws, -1), 1.3, numbers, make_truncations(*options))
     counts = np.bincount(picked.numpy(), minlength=12)
     left = expected > 0
@@ -232,9 +236,7 @@ def test_truncated_frequencies_are_those_of_the_tokens_left(truncation):
 def test_truncation_comes_in_the_order_of_generate():
     """top_p = 0.6 keeps one token of the best three renormalised, and three of all."""
     logits = torch.tensor([[0.4, 0.15, 0.11, 0.1, 0.09, 0.08, 0.07]]).log().expand(1000, -1)
-    picked = sample_tokens(
-        logits, 1.0, uniforms(0, np.arange(1000)), make_truncations(3, 0.6, None)
-    )
+    picked = sample_tokens(logits, 1.0, drawn(0, np.arange(1000)), make_truncations(3, 0.6, None))
     assert set(picked.tolist()) == {0}
 
 
@@ -256,7 +258,7 @@ def test_one_token_left_is_the_greedy_one(trunks):
 
 def test_sampling_never_picks_a_token_of_probability_zero():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
-    numbers = np.array([0.0, 0.5 - 1e-9, 0.5, 1 - 2.0**-53])
+    numbers = torch.tensor([0.0, 0.5 - 1e-9, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     assert sample_tokens(logits, 1.0, numbers).tolist() == [1, 1, 3, 3]
 
 
@@ -388,7 +390,7 @@ def test_a_budget_bounds_the_cache_and_the_forward_and_changes_nothing(name, bud
         )
 
     whole = sampled(8192)
-    monkeypatch.setattr(inspection, "SlotCache", Recorded)
+    monkeypatch.setattr(forest, "SlotCache", Recorded)
     hook = model.register_forward_pre_hook(
         lambda _model, _args, inputs: forwards.append(inputs["input_ids"].numel()),
         with_kwargs=True,
@@ -416,7 +418,7 @@ def test_logits_exist_for_a_few_rows_at_a_time(trunks, monkeypatch):
     options = {"samples": 3, "max_new_tokens": NEW, "eos_token_id": ENDS}
     model = tiny_model("llama")
     whole = inspect(model, trunks, **options)
-    monkeypatch.setattr(inspection, "_LOGITS", 2 * VOCAB)
+    monkeypatch.setattr(forest, "_LOGITS", 2 * VOCAB)
     parts = inspect(model, trunks, **options)
     assert tokens(parts) == tokens(whole)
     for part, one in zip(flat(parts), flat(whole), strict=True):

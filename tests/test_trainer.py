@@ -358,6 +358,18 @@ def test_implicit_cycles_raise_the_agreement(trainer):
     assert np.mean([entry["reward_accuracy"] for entry in logged]) > 0.5
 
 
+def test_inspection_keeps_to_its_budget(trainer):
+    made = trainer(inspect_batch_tokens=30, cycles=1)
+    forwards = []
+    made.model.register_forward_pre_hook(
+        lambda _model, _args, inputs: forwards.append(inputs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    made._at_expert_states(0)
+    assert max(forwards) == 30
+    assert max(len(trunk.input_ids) for trunk in made._trunks) > 30
+
+
 def test_agent_states_come_from_rollouts_in_the_environment(trainer):
     asked = []
 
@@ -703,6 +715,7 @@ def test_a_model_can_be_named_by_its_folder(trainer, tmp_path):
         ({"epochs_per_cycle": 0}, "epochs_per_cycle must be a whole number >= 1, got 0"),
         ({"samples": -1}, "samples must be a whole number >= 1, got -1"),
         ({"max_tokens": 0}, "max_tokens must be a whole number >= 1, got 0"),
+        ({"inspect_batch_tokens": 0}, "inspect_batch_tokens must be a whole number >= 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number >= 1, got 0"),
         ({"rollouts": 0}, "rollouts must be a whole number >= 1, got 0"),
         ({"max_steps_per_episode": 0}, "max_steps_per_episode must be a whole number >= 1"),

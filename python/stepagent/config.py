@@ -23,6 +23,7 @@ _COUNTS = (
     "samples",
     "max_tokens",
     "max_new_tokens",
+    "inspect_batch_tokens",
     "rollouts",
     "max_steps_per_episode",
     "discriminators",
@@ -102,6 +103,13 @@ class StepAgentConfig(TrainingArguments):
     max_tokens: int = field(
         default=4096,
         metadata={"help": "token budget of one tree; shorter trajectories share a tree"},
+    )
+    inspect_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens that are inspected together, the max_batch_tokens of inspect; default: "
+            "8192 on the CPU, on CUDA up to 131072 as memory allows"
+        },
     )
     rollouts: int | None = field(
         default=None,

@@ -1,6 +1,7 @@
 """Decoding many branches in lock-step on one key-value cache.
 
-Key: B rows of the batch, Q new tokens of a row, S cache slots, H hidden, V vocabulary, R rows.
+Key: B rows of the batch, Q new tokens of a row, S cache slots, H hidden, V vocabulary, R rows, K
+weights of a row.
 
 A slot of the cache belongs to one token. Which slots a new token may see is given token by token,
 so one cache holds a trunk and every branch that grows from it, or rows of unequal length.
@@ -9,20 +10,25 @@ so one cache holds a trunk and every branch that grows from it, or rows of unequ
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import attention_masks, dense_attention
+from .grouped_attention import grouped_attention, query_groups
 from .models import hidden_states
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from transformers import LogitsProcessor, PreTrainedModel
+
+# Entries of the vocabulary whose probabilities are summed first when a token is sampled.
+_BLOCK = 512
 
 
 class SlotCache:
@@ -41,12 +47,23 @@ class SlotCache:
         # different branches are not in the order of their depth.
         make_layer: Any = functools.partial(SlotLayer, slots)
         self._cache = Cache(layer_class_to_replicate=make_layer)
-        self._depths = torch.zeros((rows, 0), dtype=torch.long, device=model.device)
+        self._depths = torch.zeros((rows, slots), dtype=torch.long, device=model.device)
+        self._slots = 0
 
     @property
     def slots(self) -> int:
         """How many slots of each row are filled."""
-        return self._depths.shape[1]
+        return self._slots
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self._depths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._depths.device
 
     def prefill(self, tokens_BQ: Tensor) -> Tensor:
         """Append the next tokens of plain sequences; their hidden states (B, Q, H).
@@ -56,24 +73,62 @@ class SlotCache:
         """
         end = self.slots + tokens_BQ.shape[1]
         depths_BQ = torch.arange(self.slots, end, device=tokens_BQ.device).expand_as(tokens_BQ)
-        return self._append(tokens_BQ, depths_BQ)
+        self._append(depths_BQ)
+        return self._forward(tokens_BQ, depths_BQ, None)
 
     def extend(self, tokens_BQ: Tensor, depths_BQ: Tensor, visible_BQS: Tensor) -> Tensor:
         """Append tokens and return their hidden states (B, Q, H).
 
         :param visible_BQS: bool over all slots, the Q new ones last. Every token must see a slot.
         """
-        depths_BS = torch.cat([self._depths, depths_BQ], dim=1)
+        depths_BS = self._append(depths_BQ)
         masks = attention_masks(self._model, visible_BQS, depths_BQ, depths_BS)
-        return self._append(tokens_BQ, depths_BQ, masks)
+        return self._forward(tokens_BQ, depths_BQ, masks)
 
-    def _append(
+    def write(
+        self, tokens_BQ: Tensor, depths_BQ: Tensor, visible_BQS: Tensor, slots_Q: Tensor
+    ) -> Tensor:
+        """Write tokens into the slots ``slots_Q``; their hidden states (B, Q, H).
+
+        As :meth:`extend`, but in shapes that do not depend on how many slots are filled, so that a
+        CUDA graph of it can be replayed. ``slots`` stays what it was.
+
+        :param visible_BQS: bool over the whole room of the cache.
+        """
+        self._depths.index_copy_(1, slots_Q, depths_BQ)
+        with dense_attention(self._model), self._written_at(slots_Q):
+            groups = query_groups(self._model)
+            visible, depths = visible_BQS.repeat(1, groups, 1), depths_BQ.repeat(1, groups)
+            masks = attention_masks(self._model, visible, depths, self._depths)
+            with grouped_attention(self._model, groups):
+                return self._forward(tokens_BQ, depths_BQ, masks)
+
+    @contextmanager
+    def _written_at(self, slots_Q: Tensor) -> Iterator[None]:
+        layers: Any = self._cache.layers
+        for layer in layers:
+            layer.at = slots_Q
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.at = None
+
+    def _append(self, depths_BQ: Tensor) -> Tensor:
+        """Take note of new slots; the depths (B, S) of all."""
+        start, end = self._slots, self._slots + depths_BQ.shape[1]
+        if end > self._depths.shape[1]:
+            self._depths = nn.functional.pad(self._depths, (0, end - self._depths.shape[1]))
+        self._depths[:, start:end] = depths_BQ
+        self._slots = end
+        return self._depths[:, :end]
+
+    def _forward(
         self,
         tokens_BQ: Tensor,
         depths_BQ: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None,
     ) -> Tensor:
-        self._depths = torch.cat([self._depths, depths_BQ], dim=1)
         with dense_attention(self._model):
             return hidden_states(
                 self._model,
@@ -88,7 +143,7 @@ class SlotCache:
         """Forget all but the first ``slots`` of each row."""
         if slots < self.slots:
             self._cache.crop(slots - self.slots)
-            self._depths = self._depths[:, :slots]
+            self._slots = slots
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only these rows of the batch."""
@@ -96,32 +151,59 @@ class SlotCache:
         self._depths = self._depths[rows]
 
 
+def finite_rows(logits_RV: Tensor) -> Tensor:
+    """(R,) bool: the row has a finite maximum, so no NaN and no infinity that counts."""
+    return torch.isfinite(logits_RV.amax(dim=-1))
+
+
+def check_finite(finite: bool) -> None:
+    """:raises FloatingPointError: unless all rows that were sampled from were finite."""
+    if not finite:
+        raise FloatingPointError(
+            "the model's logits hold NaN or infinity; look for a broken weight"
+        )
+
+
 def sample_tokens(
     logits_RV: Tensor,
     temperature: float,
-    uniforms_R: NDArray[np.float64],
+    uniforms_R: Tensor,
     truncations: Sequence[LogitsProcessor] = (),
 ) -> Tensor:
     """One token a row: the argmax at temperature 0, else by inverting the softmax's cumulative sum.
 
-    :param uniforms_R: in [0, 1). All is computed in float64, so a token of probability p is drawn
-        for a set of uniforms of measure p to 1e-12.
+    The host is asked nothing. A row that is not finite (:func:`finite_rows`) gives any token.
+
+    :param uniforms_R: in [0, 1), float64. All is computed in float64, so a token of probability p
+        is drawn for a set of uniforms of measure p to 1e-12.
     :param truncations: as :func:`make_truncations` gives them; the argmax is always kept.
-    :raises FloatingPointError: where a row has no finite maximum: NaN or infinity in the model.
     """
-    if not bool(torch.isfinite(logits_RV.amax(dim=-1)).all()):
-        raise FloatingPointError(
-            "the model's logits hold NaN or infinity; look for a broken weight"
-        )
     if temperature == 0:
         return logits_RV.argmax(dim=-1)
     scores = logits_RV.double() / temperature
     for truncate in truncations:
         scores = truncate(None, scores)  # they do not look at the tokens so far
-    cumulative = torch.softmax(scores, dim=-1).cumsum(dim=-1)
-    thresholds = torch.from_numpy(uniforms_R).to(cumulative.device) * cumulative[:, -1]
-    tokens = torch.searchsorted(cumulative, thresholds.unsqueeze(1), right=True).squeeze(1)
-    return tokens.clamp_(max=logits_RV.shape[1] - 1)
+    # First the block of the vocabulary, then the token in it: only sums are needed of the others.
+    R, V = scores.shape
+    weights = scores.new_zeros((R, -(-V // _BLOCK), _BLOCK))
+    torch.exp(scores - scores.amax(dim=-1, keepdim=True), out=weights.view(R, -1)[:, :V])
+    sums = weights.sum(dim=-1)
+    block, rest = _invert(sums, uniforms_R * sums.sum(dim=-1))
+    within = weights.gather(1, block.view(R, 1, 1).expand(R, 1, _BLOCK)).squeeze(1)
+    token, _ = _invert(within, rest)
+    return (block * _BLOCK + token).clamp_(max=V - 1)  # NaN may have led to the padding
+
+
+def _invert(weights_RK: Tensor, thresholds_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum passes the threshold, always at a positive weight; what is left."""
+    cumulative = weights_RK.cumsum(dim=-1)
+    # Sums of the same numbers in another order may differ in the last bit.
+    last = torch.nextafter(cumulative[:, -1], torch.zeros_like(thresholds_R))
+    thresholds = thresholds_R.clamp(min=0).minimum(last).unsqueeze(1)
+    index = torch.searchsorted(cumulative, thresholds, right=True)
+    index.clamp_(max=weights_RK.shape[1] - 1)  # of a row with NaN
+    before = cumulative.gather(1, index) - weights_RK.gather(1, index)
+    return index.squeeze(1), (thresholds - before).squeeze(1)
 
 
 def make_truncations(
@@ -166,15 +248,41 @@ def uniforms(seed: int, *keys: ArrayLike) -> NDArray[np.float64]:
     A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014, over the keys in
     turn): the number for (trunk, step, sample, token) is the same whatever else is in the batch.
     """
+    return next_uniforms(streams(seed, *keys[:-1]), np.asarray(keys[-1], dtype=np.int64))
+
+
+def streams(seed: int, *keys: ArrayLike) -> NDArray[np.int64]:
+    """The state of the generator after ``seed`` and ``keys``."""
     with np.errstate(over="ignore"):
-        state = _mix(np.asarray(seed, dtype=np.int64).astype(np.uint64))
+        state: NDArray[np.int64] = _mix(np.asarray(seed, dtype=np.int64))
         for key in keys:
-            state = _mix(state ^ _mix(np.asarray(key, dtype=np.int64).astype(np.uint64)))
-    return np.asarray(state >> np.uint64(11), dtype=np.float64) * 2.0**-53
+            state = _mix(state ^ _mix(np.asarray(key, dtype=np.int64)))
+    return state
 
 
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+@overload
+def next_uniforms(streams: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.float64]: ...
+@overload
+def next_uniforms(streams: Tensor, keys: Tensor) -> Tensor: ...
+def next_uniforms(streams: Any, keys: Any) -> Any:
+    """``uniforms(seed, *first, keys)`` of ``streams(seed, *first)``, the same bits anywhere."""
+    with np.errstate(over="ignore"):
+        bits = _shifted(_mix(streams ^ _mix(keys)), 11)
+    return (bits.double() if isinstance(bits, Tensor) else bits.astype(np.float64)) * 2.0**-53
+
+
+def _mix(state: Any) -> Any:
+    """Of int64, which wraps as the generator's uint64 does and which torch can multiply."""
+    state = state + _signed(0x9E3779B97F4A7C15)
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Any, bits: int) -> Any:
+    """To the right, zeros moving in."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits

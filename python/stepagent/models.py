@@ -31,6 +31,7 @@ from .attention import attention_masks as attention_masks
 from .decoder import text_config as text_config
 from .decoder import unwrapped as unwrapped
 from .encoding import Trunk
+from .operators.head import full_precision
 from .ops import linear_logprobs
 from .tree import TokenTree, pack_step_pairs
 
@@ -82,12 +83,22 @@ class LMHead:
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits (R, V), fp32 or float64, for sampling from a few rows."""
         dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
-        logits_RV = hidden_RH.to(dtype) @ self.weight_VH.to(dtype).T
+        with full_precision(self.weight_VH.device):
+            logits_RV = _product(hidden_RH, self.weight_VH, dtype)
         if self.bias_V is not None:
             logits_RV += self.bias_V
         if self.softcap is not None:
             logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
-        return logits_RV / self.temperature
+        return logits_RV if self.temperature == 1 else logits_RV / self.temperature
+
+
+def _product(hidden_RH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """``hidden @ weight.T``, rounded to ``dtype`` only."""
+    # CUDA alone multiplies halves into float32; ROCm and the CPU would need a copy of the weight.
+    halves = hidden_RH.dtype == weight_VH.dtype != dtype
+    if halves and weight_VH.is_cuda and torch.version.hip is None:
+        return torch.mm(hidden_RH, weight_VH.T, out_dtype=dtype)
+    return hidden_RH.to(dtype) @ weight_VH.to(dtype).T
 
 
 def lm_head(model: nn.Module) -> LMHead:

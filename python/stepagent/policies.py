@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import SlotCache, sample_tokens, uniforms
+from .decoding import SlotCache, check_finite, finite_rows, sample_tokens, uniforms
 from .dialogues import Dialogues
 from .encoding import Trunk
 from .envs.pool import expert_actions
@@ -187,10 +187,12 @@ class ModelPolicy(Dialogues):
         active = np.arange(len(self._dialogues))
         for position in range(self._max_new_tokens):
             logits = self._head.logits(self._encode_new(active))
+            check_finite(bool(finite_rows(logits).all()))
             seeds = [self._dialogues[row].seed for row in active]
             turns = [len(self._dialogues[row].action_spans) for row in active]
             draws = uniforms(self._seed, seeds, turns, position)
-            drawn = sample_tokens(logits, self._temperature, draws)
+            draws_R = torch.from_numpy(draws).to(logits.device)
+            drawn = sample_tokens(logits, self._temperature, draws_R)
             logps = token_logprobs(logits, drawn).float().tolist()
             tokens = drawn.cpu().numpy()
             for row, token, logp in zip(active, tokens, logps, strict=True):

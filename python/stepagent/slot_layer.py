@@ -15,16 +15,25 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     transformers' own layer concatenates, which copies the whole cache at every token. ``keys`` and
     ``values`` are the filled part of the buffers, (B, heads, S, D).
+
+    Where ``at`` is set, (n,) int64 slots, new ones are written there and the whole room is shown.
     """
 
     def __init__(self, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
+        self._buffers: list[Tensor] = []
+        self.at: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, n, D) of each; all keys and all values."""
+        """Append (B, heads, n, D) of each, or write it ``at``; all keys and all values."""
+        if self.at is not None:
+            keys, values = self._buffers
+            keys.index_copy_(2, self.at, key_states)
+            values.index_copy_(2, self.at, value_states)
+            return keys, values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]
@@ -52,6 +61,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def _with_room(buffer: Tensor, room: int, filled: int) -> Tensor:
     rows, heads, _, size = buffer.shape
-    larger = buffer.new_empty((rows, heads, room, size))
+    # Zeros: attention multiplies what it does not see by 0, and 0 times NaN would be NaN.
+    larger = buffer.new_zeros((rows, heads, room, size))
     larger[:, :, :filled] = buffer[:, :, :filled]
     return larger

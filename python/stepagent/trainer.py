@@ -261,6 +261,7 @@ class StepAgentTrainer(Trainer):
             temperature=self.args.temperature,
             eos_token_id=self._end_tokens,
             seed=self._cycle_seed(cycle),
+            max_batch_tokens=self.args.inspect_batch_tokens,
             progress=not self.args.disable_tqdm,
         )
         tried = [[[branch.token_ids for branch in step] for step in steps] for steps in branches]

@@ -57,6 +57,11 @@ def _launched_shard() -> str:
 @click.option("--samples", type=POSITIVE, default=1, show_default=True, help="Actions a state.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True)
 @click.option("--max-new-tokens", type=POSITIVE, help="[default: the longest expert action]")
+@click.option(
+    "--max-batch-tokens",
+    type=POSITIVE,
+    help="Decoded together, with --engine local.  [default: by device and memory]",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--engine",
@@ -91,6 +96,7 @@ def inspect_command(
     chunk: int,
     shard: Shard,
     max_new_tokens: int | None,
+    max_batch_tokens: int | None,
     **sampling: Any,
 ) -> tuple[dict[str, Any], str]:
     """Let an agent act at every state of an expert."""
@@ -102,6 +108,8 @@ def inspect_command(
     ends = end_tokens(trunks)
     longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
     sampling |= {"max_new_tokens": max_new_tokens or longest, "eos_token_id": ends}
+    if max_batch_tokens is not None:
+        sampling["max_batch_tokens"] = max_batch_tokens
     where = engine if engine in ("local", "vllm") else "server"
     inspection = Inspection(
         trajectories,

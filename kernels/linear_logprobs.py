@@ -31,9 +31,8 @@ from stepagent.kernels.online_softmax import (
     tile_width,
 )
 
-# A frozen head's fold reads a row of the slice twice. With more threads a row, fewer rows are in
-# work at once, and they stay in the L2 cache until their second reading.
-WEIGHTS_WARPS = 16
+WIDEST_WEIGHED = 16384  # vocabulary entries of a slice whose row a program holds in registers
+WEIGHED_PER_THREAD = 32
 FINISH_BLOCK = 256  # tokens a program
 
 
@@ -69,6 +68,19 @@ def _load(
 
 
 @triton.jit
+def _join_slice(max_ptr, sum_ptr, token, new, sums):
+    """Join a slice's max and sum to what there was; the shift, and the decay of each."""
+    old = tl.load(max_ptr + token)
+    new_max = tl.maximum(old, new)
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # −inf − (−inf) is NaN
+    old_decay, new_decay = floored(old - shift), floored(new - shift)
+    old_sum = tl.load(sum_ptr + token)
+    tl.store(max_ptr + token, new_max)
+    tl.store(sum_ptr + token, tl.exp(old_decay) * old_sum + tl.exp(new_decay) * sums)
+    return shift, old_decay, new_decay, old_sum
+
+
+@triton.jit
 def _fold_slice_kernel(
     # data
     products_ptr,
@@ -79,21 +91,17 @@ def _fold_slice_kernel(
     sum_ptr,
     moment_ptr,
     label_ptr,
-    shrink_ptr,
-    weights_ptr,  # None without WITH_WEIGHTS
     # shapes
     w,
     start,
     # strides
     products_stride_n,
-    weights_stride_n,
     temperature_stride_n,  # 0: one temperature for all tokens
     # constants
     softcap,
     WITH_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     WITH_MOMENT: tl.constexpr,
-    WITH_WEIGHTS: tl.constexpr,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -116,14 +124,9 @@ def _fold_slice_kernel(
         x = tl.where(first + place == local, -float("inf"), x)
         m, s, t = fold_tile(m, s, t, x, scale, WITH_MOMENT)
     top, sums, moments = join_folds(m, s, t, scale, 0)
-    new = top / temperature
-    old = tl.load(max_ptr + token)
-    new_max = tl.maximum(old, new)
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # −inf − (−inf) is NaN
-    old_decay, new_decay = floored(old - shift), floored(new - shift)
-    old_sum = tl.load(sum_ptr + token)
-    tl.store(max_ptr + token, new_max)
-    tl.store(sum_ptr + token, tl.exp(old_decay) * old_sum + tl.exp(new_decay) * sums)
+    _shift, old_decay, new_decay, old_sum = _join_slice(
+        max_ptr, sum_ptr, token, top / temperature, sums
+    )
     if WITH_MOMENT:
         old_moment = tl.load(moment_ptr + token)
         moments = tl.exp(new_decay) * (moments + new_decay * sums)
@@ -132,17 +135,54 @@ def _fold_slice_kernel(
     x_label, _ = _load(row_ptr, bias_ptr, local, w, softcap, WITH_BIAS, CAPPED)
     tl.store(label_ptr + token, x_label / temperature, mask=here)
 
-    if WITH_WEIGHTS:
-        # The slice once more, against its final maximum.
-        tl.store(shrink_ptr + token, tl.exp(old_decay))
-        max_x = shift * temperature
-        weights_row_ptr = weights_ptr + token * weights_stride_n
-        for first in range(0, w, DEPTH * LANES):
-            column = first + place
-            x, slope = _load(row_ptr, bias_ptr, column, w, softcap, WITH_BIAS, CAPPED)
-            weight = tl.exp2(floored((x - max_x) * scale)) * slope
-            weight = tl.where((column == local) | (label == IGNORE), 0.0, weight)
-            tl.store(weights_row_ptr + column, weight, mask=column < w)
+
+@triton.jit
+def _weigh_slice_kernel(
+    # data
+    products_ptr,
+    bias_ptr,  # None without WITH_BIAS
+    labels_ptr,
+    temperature_ptr,
+    max_ptr,
+    sum_ptr,
+    label_ptr,
+    shrink_ptr,
+    weights_ptr,
+    # shapes
+    w,
+    start,
+    # strides
+    products_stride_n,
+    weights_stride_n,
+    temperature_stride_n,  # 0: one temperature for all tokens
+    # constants
+    softcap,
+    WITH_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,  # the whole row, at least w
+):
+    token = tl.program_id(0).to(tl.int64)  # token * stride passes 2³¹
+    label = tl.load(labels_ptr + token)
+    temperature = tl.load(temperature_ptr + token * temperature_stride_n)
+    row_ptr = products_ptr + token * products_stride_n
+    local = (label - start).to(tl.int32)
+    here = (label >= start) & (label < start + w)
+    length = tl.where(label == IGNORE, 0, w)  # nothing is read of a token that scores nothing
+
+    column = tl.arange(0, BLOCK)
+    x, slope = _load(row_ptr, bias_ptr, column, length, softcap, WITH_BIAS, CAPPED)
+    x = tl.where(column == local, -float("inf"), x)
+    top = tl.max(x, 0)
+    scale = LOG2_E / temperature
+    shift_x = tl.where(top == -float("inf"), 0.0, top)
+    exp = tl.exp2((x - shift_x) * scale)
+    new = top / temperature
+    _shift, old_decay, new_decay, _old = _join_slice(max_ptr, sum_ptr, token, new, tl.sum(exp, 0))
+    tl.store(shrink_ptr + token, tl.exp(old_decay))
+    weights_row_ptr = weights_ptr + token * weights_stride_n
+    tl.store(weights_row_ptr + column, exp * tl.exp(new_decay) * slope, mask=column < w)
+    x_label, _ = _load(row_ptr, bias_ptr, local, w, softcap, WITH_BIAS, CAPPED)
+    tl.store(label_ptr + token, x_label / temperature, mask=here)
 
 
 @triton.jit
@@ -246,7 +286,7 @@ def rows_like(products_nw: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fold_slice(
     labels_n: Tensor,
-    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
     products_nw: Tensor,
     bias_w: Tensor | None,
     temperature: Tensor,
@@ -254,28 +294,65 @@ def fold_slice(
     start: int,
     *,
     with_entropy: bool,
-    weights_dtype: torch.dtype | None,
-) -> Tensor | None:
+) -> None:
     """Fold the products of vocabulary entries start, start + 1, … into the state, in place.
 
     Args:
         labels_n: (n,) int64; -100 leaves the state as it is.
         state: of each token, (n,) float32: max, Σ exp(z − max) and Σ exp(z − max)(z − max) over the
-            logits but the label's, the label's logit, and by how much this slice shrank the sums
-            (written with weights only).
+            logits but the label's, and the label's logit.
         products_nw: (n, w) float32, contiguous rows.
         bias_w: (w,) any float dtype, contiguous.
         temperature: () or (n, 1) float32.
-        weights_dtype: return exp(z − max) s, (n, w) in this dtype, s the slope of the softcap; 0
-            for the label.
     """
     n, w = products_nw.shape
-    weights_nw = None
-    if weights_dtype is not None:
-        weights_nw = rows_like(products_nw, weights_dtype)
     if n:
         with torch.cuda.device_of(products_nw):  # Triton launches on the current device
             _fold_slice_kernel[(n,)](
+                products_nw,
+                bias_w,
+                labels_n,
+                temperature,
+                *state,
+                w,
+                start,
+                products_nw.stride(0),
+                temperature.stride(0) if temperature.ndim else 0,
+                1.0 if softcap is None else softcap,
+                WITH_BIAS=bias_w is not None,
+                CAPPED=softcap is not None,
+                WITH_MOMENT=with_entropy,
+                **tile_shape(w),
+                enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
+            )
+
+
+def weigh_slice(
+    labels_n: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    products_nw: Tensor,
+    bias_w: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+    start: int,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`fold_slice` that reads a row once and returns exp(z − max) s, s the slope of the softcap.
+
+    (n, w) in `dtype`; 0 for the label, and for a token whose label is -100.
+
+    Args:
+        state: of each token, (n,) float32: max, Σ exp(z − max), the label's logit, and by how much
+            this slice shrank the sum.
+        products_nw: as in `fold_slice`, w at most `WIDEST_WEIGHED`.
+    """
+    n, w = products_nw.shape
+    weights_nw = rows_like(products_nw, dtype)
+    block = int(triton.next_power_of_2(w))
+    if n:
+        with torch.cuda.device_of(products_nw):  # Triton launches on the current device
+            _weigh_slice_kernel[(n,)](
                 products_nw,
                 bias_w,
                 labels_n,
@@ -285,15 +362,13 @@ def fold_slice(
                 w,
                 start,
                 products_nw.stride(0),
-                0 if weights_nw is None else weights_nw.stride(0),
+                weights_nw.stride(0),
                 temperature.stride(0) if temperature.ndim else 0,
                 1.0 if softcap is None else softcap,
                 WITH_BIAS=bias_w is not None,
                 CAPPED=softcap is not None,
-                WITH_MOMENT=with_entropy,
-                WITH_WEIGHTS=weights_nw is not None,
-                **tile_shape(w),
-                num_warps=4 if weights_nw is None else WEIGHTS_WARPS,
+                BLOCK=block,
+                num_warps=min(max(block // (32 * WEIGHED_PER_THREAD), 1), 16),
                 enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
             )
     return weights_nw

@@ -18,7 +18,8 @@ FLOOR = tl.constexpr(-1.0e4)  # exp(FLOOR) = 0, and unlike −inf it survives a 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_BLOCK = 4096  # logits in a tile
-DEPTH = 4  # of a tile: logits that a lane folds at once
+DEPTH = 8  # of a tile: logits that a lane folds at once
+FOLD_WARPS = 2  # few, so that many rows are in work at once: measured on H200
 
 
 @triton.jit
@@ -184,6 +185,6 @@ def tile_width(V: int) -> int:
 
 
 def tile_shape(V: int) -> dict[str, int]:
-    """DEPTH and LANES of a kernel that folds."""
+    """DEPTH and LANES of a kernel that folds, and its warps."""
     lanes = max(tile_width(V) // DEPTH, 1)
-    return {"DEPTH": tile_width(V) // lanes, "LANES": lanes}
+    return {"DEPTH": tile_width(V) // lanes, "LANES": lanes, "num_warps": FOLD_WARPS}

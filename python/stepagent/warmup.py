@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from stepagent.kernels.fused_linear import fused_linear_logprobs
-from stepagent.kernels.linear_logprobs import fold_slice, grad_slice
+from stepagent.kernels.labels import all_known
+from stepagent.kernels.linear_logprobs import finish, fold_slice, grad_slice, weigh_slice
 from stepagent.kernels.logprob_diff import logprob_diff
 from stepagent.kernels.step_gae import step_gae
 from stepagent.kernels.step_rewards import (
@@ -108,6 +109,7 @@ def _launches(dtype: torch.dtype) -> dict[tuple[str, ...], Callable[[], object]]
     inputs, results = (logits_NV, labels_N, temperature), [g_N] * 4
     head = (hidden_NH, weight_VH, labels_N, None, temperature, None)
     return {
+        ("labels",): lambda: all_known(labels_N, V),
         ("token_logprobs",): lambda: token_logprobs(*inputs, with_entropy=False),
         ("token_logprobs, entropy",): lambda: token_logprobs(*inputs, with_entropy=True),
         ("token_logprobs backward",): lambda: token_logprobs_backward(g_N, None, results, *inputs),
@@ -131,18 +133,17 @@ def _slice_launches(
 ) -> dict[tuple[str, ...], Callable[[], object]]:
     """Of `linear_logprobs`: products are float32 whatever the head is, what goes back is not."""
     products_Nw = torch.empty(16, 2**14, device="meta")
-    state, head = (g_N,) * 5, (products_Nw, None, torch.empty((), device="meta"), None, 2**14)
-
-    def fold(entropy: bool, weights: torch.dtype | None) -> object:
-        return fold_slice(labels_N, state, *head, with_entropy=entropy, weights_dtype=weights)
+    state, head = (g_N,) * 4, (products_Nw, None, torch.empty((), device="meta"), None, 2**14)
 
     def grad(grad_entropy_N: Tensor | None) -> object:
-        return grad_slice(labels_N, state[:4], g_N, grad_entropy_N, *head, dtype=dtype)
+        return grad_slice(labels_N, state, g_N, grad_entropy_N, *head, dtype=dtype)
 
     return {
-        ("linear slice",): lambda: fold(False, None),
-        ("linear slice, entropy",): lambda: fold(True, None),
-        ("linear slice, frozen head",): lambda: fold(False, dtype),
+        ("linear slice",): lambda: fold_slice(labels_N, state, *head, with_entropy=False),
+        ("linear slice, entropy",): lambda: fold_slice(labels_N, state, *head, with_entropy=True),
+        ("linear slice, frozen head",): lambda: weigh_slice(labels_N, state, *head, dtype=dtype),
+        ("linear results",): lambda: finish(labels_N, state, with_entropy=False),
+        ("linear results, entropy",): lambda: finish(labels_N, state, with_entropy=True),
         ("linear slice backward",): lambda: grad(None),
         ("linear slice backward, entropy",): lambda: grad(g_N),
     }

@@ -18,6 +18,7 @@ from stepagent.operators.blocks import per_token, scored, sum_rows
 MIN_SLICE = 256  # vocabulary entries, of which a slice is a multiple
 GPU_MIN_SLICE = 8192  # narrower ones read and write ∂h too often
 UNASKED = -1  # of keep_bytes: as many logits as a GPU has room for
+WEIGHED = 16384  # widest slice of a frozen head on a GPU: one program holds a row in registers
 GPU_CHUNK = 8192  # tokens; more make slices so narrow that a frozen head's ∂h is rescaled too often
 
 
@@ -113,14 +114,18 @@ class Head:
     def triton(self) -> bool:
         return paths.runs_triton(self.weight_VH)
 
-    def slices(self, tokens: Tokens) -> list[slice]:
-        """Such that neither logits nor upcast weights of one outgrow the workspace, if they can."""
+    def slices(self, tokens: Tokens, widest: int | None = None) -> list[slice]:
+        """Of at most `widest`, so narrow that logits and upcast weights fit the workspace."""
         V, H = self.weight_VH.shape
         longest = max(len(tokens.labels_n), H, 1)
         room = blocks.workspace_bytes(self.weight_VH.device) // (self.dtype.itemsize * longest)
-        least = MIN_SLICE if self.weight_VH.device.type == "cpu" else GPU_MIN_SLICE
-        width = min(max(room // MIN_SLICE * MIN_SLICE, least), V)
-        return [slice(start, min(start + width, V)) for start in range(0, V, width)]
+        if not paths.on_gpu(tokens.hidden_UH):
+            return _slices(V, max(room // MIN_SLICE, 1) * MIN_SLICE)
+        width = max(room // MIN_SLICE * MIN_SLICE, GPU_MIN_SLICE)
+        # Products whose sizes are no multiple of 8 are several times slower: the rest goes alone.
+        even = V // 8 * 8
+        rest = [slice(even, V)] if even < V else []
+        return _slices(even, min(width, widest or width)) + rest
 
     def weight_wH(self, part: slice, tokens: Tokens) -> Tensor:
         return self.weight_VH[part].to(tokens.hidden_UH.dtype)
@@ -142,6 +147,10 @@ class Head:
         return None if self.softcap is None else 1 - (capped / self.softcap).square_()
 
 
+def _slices(V: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, V)) for start in range(0, V, width)]
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a · b, rounded to the dtype of `out` only."""
     if a.dtype == out.dtype:
@@ -160,11 +169,18 @@ def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
 class Products:
     """h · wᵀ slice by slice: in one workspace, or where the forward keeps them for the backward."""
 
-    def __init__(self, tokens: Tokens, head: Head, kept: Tensor, compute: bool) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        head: Head,
+        kept: Tensor,
+        compute: bool,
+        widest: int | None = None,
+    ) -> None:
         self.tokens, self.head, self.kept, self.compute = tokens, head, kept, compute
         self.U = tokens.hidden_UH.shape[0]
-        self.parts = head.slices(tokens)
-        largest = self.U * padded(self.parts[0].stop if self.parts else 0, tokens)
+        self.parts = head.slices(tokens, widest)
+        largest = self.U * padded(self.parts[0].stop, tokens)
         self.workspace = torch.empty(largest, dtype=head.dtype, device=tokens.hidden_UH.device)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -47,6 +47,7 @@ from stepagent.operators.blocks import (
     upstream_of,
 )
 from stepagent.operators.head import (
+    WEIGHED,
     Head,
     Products,
     Tokens,
@@ -72,25 +73,30 @@ def _fold_slice(
 ) -> Tensor | None:
     """Fold products; with_slope: returns exp(z − max) times the slope. Overwrites `room_Uw`."""
     if head.triton:
-        from stepagent.kernels.linear_logprobs import fold_slice  # loads triton: only here
-
-        return fold_slice(
-            fold.labels_n,
-            (fold.max_n, fold.sum_n, fold.moment_n, fold.label_n, fold.shrink_n),
-            x_Uw,
-            head.bias_w(part),
-            tokens.temperature,
-            head.softcap,
-            part.start,
-            with_entropy=fold.with_entropy,
-            weights_dtype=tokens.hidden_UH.dtype if with_slope else None,
-        )
+        return _fold_slice_by_triton(fold, tokens, head, part, x_Uw, with_slope)
     x_nw = tokens.logits_of(head.capped(x_Uw, part, room_Uw))
     room_nw = room_Uw if tokens.row_n is None else x_nw
     slope_nw = head.slope(x_nw) if with_slope else None
     z_nw = divide(x_nw, tokens.temperature, room_nw)
     exp_nw = fold.update(z_nw, part.start, room_nw)
     return exp_nw if slope_nw is None else exp_nw.mul_(slope_nw)
+
+
+def _fold_slice_by_triton(
+    fold: Fold, tokens: Tokens, head: Head, part: slice, x_nw: Tensor, with_slope: bool
+) -> Tensor | None:
+    from stepagent.kernels.linear_logprobs import fold_slice, weigh_slice  # loads triton: only here
+
+    products = (x_nw, head.bias_w(part), tokens.temperature, head.softcap, part.start)
+    if with_slope:
+        state = (fold.max_n, fold.sum_n, fold.label_n, fold.shrink_n)
+        weights_nw: Tensor = weigh_slice(
+            fold.labels_n, state, *products, dtype=tokens.hidden_UH.dtype
+        )
+        return weights_nw
+    state = (fold.max_n, fold.sum_n, fold.moment_n, fold.label_n)
+    fold_slice(fold.labels_n, state, *products, with_entropy=fold.with_entropy)
+    return None
 
 
 def _fold_all(
@@ -100,7 +106,8 @@ def _fold_all(
     fold = Fold(labels_n, head.dtype, with_entropy)
     device, H = tokens.hidden_UH.device, tokens.hidden_UH.shape[1]
     pull_nH = torch.zeros(pulled, H, dtype=head.dtype, device=device)
-    for part, weight_wH, x_Uw, room_Uw in Products(tokens, head, kept, compute=True):
+    widest = WEIGHED if pulled else None
+    for part, weight_wH, x_Uw, room_Uw in Products(tokens, head, kept, True, widest):
         exp_slope_nw = _fold_slice(fold, tokens, head, part, x_Uw, room_Uw, pulled > 0)
         if exp_slope_nw is not None and pulled:
             pull_nH.mul_(fold.shrink_n[:pulled, None])
@@ -297,7 +304,7 @@ def linear_backward(
             tokens.positions_n, local_n, tokens.temperature, results, grad_logps_N, grad_entropy_N
         )
         grad_UH = torch.zeros_like(tokens.hidden_UH, dtype=head.dtype)
-        for part, weight_wH, x_Uw, room_Uw in Products(tokens, head, kept, compute=False):
+        for part, weight_wH, x_Uw, room_Uw in Products(tokens, head, kept, False):
             grad_x_Uw = _grad_slice(upstream, tokens, head, part, x_Uw, room_Uw)
             if needs_hidden:
                 add_product(grad_UH, grad_x_Uw, weight_wH)

@@ -134,7 +134,7 @@ def test_another_order_of_children_is_the_same_tree(seed):
     random = np.random.default_rng(seed)
     sequences = [random.integers(0, 3, int(random.integers(1, 12))) for _ in range(30)]
     (tree,) = pack_sequences(sequences, [np.arange(len(s)) > 0 for s in sequences])
-    moved, places = attention._heaviest_first(tree)
+    moved, places = attention.heaviest_first(tree)
     assert sorted(places) == [*range(len(tree.input_ids))]
     for window in (None, 3):
         mask = moved.attention_mask(torch.bool, window=window)[0, 0]

@@ -97,8 +97,8 @@ def lay_out(model: nn.Module, trees: Sequence[TokenTree]) -> TreeRows:
     total, longest = int(lengths.sum()), int(lengths.max())
     ends = lengths.cumsum()
     if takes_block_mask(model):
-        row, places = _heaviest_first(_row(trees, max(_aligned(total, BLOCK_SIZE), _SHORTEST)))
-        return TreeRows([row], np.split(places[:total], ends[:-1]))
+        row, moved = heaviest_first(_row(trees, max(_aligned(total, BLOCK_SIZE), _SHORTEST)))
+        return TreeRows([row], np.split(moved[:total], ends[:-1]))
     hidden = text_config(model).hidden_size
     if _dense_cost(1, total, hidden) <= _dense_cost(len(trees), longest, hidden):
         row = _row(trees, _aligned(total, _ALIGNMENT))
@@ -145,7 +145,7 @@ def _row(trees: Sequence[TokenTree], width: int) -> TokenTree:
     )
 
 
-def _heaviest_first(row: TokenTree) -> tuple[TokenTree, NDArray[np.int64]]:
+def heaviest_first(row: TokenTree) -> tuple[TokenTree, NDArray[np.int64]]:
     """The same tree in another pre-order, and the new place of each token.
 
     The largest of a token's children follows it, the others come after. A trunk is then one run,

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from tiny_models import WINDOW, random_trunks, separate_logprobs, tiny_model
+from tiny_models import (
+    WINDOW,
+    babyai_tokenizer,
+    random_trunks,
+    separate_logprobs,
+    tiny_agent,
+    tiny_model,
+)
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -22,6 +29,7 @@ from stepagent.attention import (
     lay_out,
     tree_inputs,
 )
+from stepagent.cli.loading import load_model
 from stepagent.encoding import Trunk
 from stepagent.inspection import inspect
 from stepagent.models import check_tree_support, read_trees, score_trees
@@ -366,3 +374,11 @@ def test_masks_of_cached_tokens_are_additive_for_every_implementation():
         model = tiny_model("llama", attn_implementation=implementation)
         mask = attention_masks(model, visible, depths, depths)
         assert torch.equal(mask == 0, visible[:, None])
+
+
+def test_the_commands_load_a_model_with_the_attention_asked_for(tmp_path):
+    tiny_agent().save_pretrained(tmp_path)
+    babyai_tokenizer().save_pretrained(tmp_path)
+    flex, _ = load_model(tmp_path, attn_implementation="flex_attention")
+    assert flex.config._attn_implementation == "flex_attention"
+    assert load_model(tmp_path)[0].config._attn_implementation == "sdpa"

@@ -75,7 +75,7 @@ def _field_help(field: Field[Any]) -> str:
     "--attn-implementation",
     "--attn_implementation",
     type=click.Choice(TREE_ATTENTION),
-    help="Load the model with it; on a GPU flex_attention is the fast one.",
+    help="Load the model with it; flex_attention needs no L² mask on a GPU.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")

@@ -4,7 +4,8 @@
   to build it, one thread. block: what FlexAttention takes, as on CUDA, its lists for the backward
   included. additive: what sdpa takes, bfloat16, in memory once for all layers; above
   --largest-dense tokens it is not built, its bytes are 2 L². A boolean mask is half of that, and
-  torch makes an additive one of it in each layer.
+  torch makes an additive one of it in each layer. blocks: of 128 × 128 pairs that are computed, and
+  those of them that are seen whole, in a tree's own order and as it is laid out for a block mask.
 * update: zero_grad, score_trees, the implicit step loss, backward and an AdamW step on the CPU in
   float32 (step_pair_update.py's), with the additive mask and with the boolean one that was used
   before, in turn in this process. The losses must agree within 1e-5 relative.
@@ -24,6 +25,7 @@ import torch
 
 import stepagent as sa
 from stepagent import models
+from stepagent.attention import heaviest_first
 
 TOLERANCE = 1e-5
 
@@ -46,6 +48,12 @@ def size(mask: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def blocks(mask: Any) -> list[int]:
+    """How many are computed, and how many of them are seen whole."""
+    whole = int(mask.full_kv_num_blocks.sum())
+    return [int(mask.kv_num_blocks.sum()) + whole, whole]
+
+
 def measure_memory(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     tree = tree_of(tokens, options)
     length = len(tree.input_ids)
@@ -57,8 +65,10 @@ def measure_memory(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
         seen, entries = masks["additive"][0, 0] == 0, torch.arange(length)
         rule = masks["block"].mask_mod(0, 0, entries[:, None], entries)
         common.check(torch.equal(seen, rule), f"{length} tokens: the masks differ")
+    moved, _ = heaviest_first(tree)
     point = {
         "tokens": length,
+        "blocks": {"own order": blocks(masks["block"]), "laid out": blocks(moved.block_mask())},
         "bytes": {"additive": 2 * length**2, **{name: size(mask) for name, mask in masks.items()}},
         "seconds": {n: common.cpu_seconds(make, options.repeats) for n, make in makers.items()},
     }
@@ -123,6 +133,7 @@ def tables(result: dict[str, Any]) -> str:
                 f"{p['seconds'][kind] * 1e3:.1f}" if kind in p["seconds"] else ""
                 for kind in ("block", "additive")
             ),
+            *(f"{n:,}, {whole:,}" for n, whole in p["blocks"].values()),
         ]
         for p in result["memory"]
     ]
@@ -131,9 +142,10 @@ def tables(result: dict[str, Any]) -> str:
         [name, *(f"{result['update'][clock][kind]:.2f}" for kind in (*INPUTS, "ratio"))]
         for name, clock in (("update, s", "seconds"), ("update, CPU s", "cpu_seconds"))
     ]
+    header += ["block ms", "additive ms", "blocks, whole", "as laid out"]
     return "\n\n".join(
         [
-            common.table([*header, "block ms", "additive ms"], memory),
+            common.table(header, memory),
             common.table(["", *INPUTS, "ratio"], update),
         ]
     )

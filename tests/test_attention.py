@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from tiny_models import WINDOW, random_trunks, separate_logprobs, tiny_model
+from tiny_models import (
+    WINDOW,
+    babyai_tokenizer,
+    random_trunks,
+    separate_logprobs,
+    tiny_agent,
+    tiny_model,
+)
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -22,9 +29,11 @@ from stepagent.attention import (
     lay_out,
     tree_inputs,
 )
+from stepagent.cli.loading import load_model
+from stepagent.encoding import Trunk
 from stepagent.inspection import inspect
 from stepagent.models import check_tree_support, read_trees, score_trees
-from stepagent.tree import TokenTree, pack_step_pairs
+from stepagent.tree import TokenTree, pack_sequences, pack_step_pairs, parent_rows
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention learns on CUDA")
 # Weights so small that float32 itself errs by less than 1e-6.
@@ -73,39 +82,79 @@ def test_trees_share_a_row_where_that_costs_less(trees):
     model = tiny_model("llama")
     equal = lay_out(model, [trees[0]] * 3)
     assert [len(row.input_ids) for row in equal.rows] == [112] * 3  # 97, aligned
-    assert equal.starts.tolist() == [0, 112, 224]
+    for i, places in enumerate(equal.places):
+        assert places.tolist() == [*range(112 * i, 112 * i + 97)]
     # A long tree and short ones: padding to the longest would be most of the batch.
     short = pack_step_pairs(*random_trunks(np.random.default_rng(1), 1))
     unequal = lay_out(model, [*short * 4, trees[1]])
     (row,) = unequal.rows
     length = len(short[0].input_ids)
-    assert unequal.starts.tolist() == [i * length for i in range(5)]
+    assert np.array_equal(np.concatenate(unequal.places), np.arange(4 * length + 132))
+    assert [places[0] for places in unequal.places] == [i * length for i in range(5)]
     assert len(row.input_ids) % 16 == 0
     assert len(row.input_ids) - 4 * length - 132 < 16
 
 
-def test_a_row_holds_its_trees_one_after_the_other(trees, blocks):
-    model = tiny_model("llama", attn_implementation="flex_attention")
+@pytest.mark.parametrize("implementation", ["flex_attention", "sdpa"])
+def test_a_row_holds_its_trees_side_by_side(implementation, trees, blocks, monkeypatch):
+    monkeypatch.setattr(attention, "_dense_cost", lambda rows, width, hidden: rows)
+    model = tiny_model("llama", attn_implementation=implementation)
     batch = lay_out(model, trees)
     (row,) = batch.rows
-    assert len(row.input_ids) == 384  # 321, in whole blocks
+    assert len(row.input_ids) == (384 if implementation == "flex_attention" else 336)  # from 321
     visible, scored, steps = row.attention_mask(torch.bool)[0, 0], 0, 0
-    for tree, start in zip(trees, batch.starts, strict=True):
-        inside = slice(start, start + len(tree.input_ids))
+    for tree, places in zip(trees, batch.places, strict=True):
         for name in ("input_ids", "position_ids"):
-            assert np.array_equal(getattr(row, name)[inside], getattr(tree, name))
-        assert torch.equal(visible[inside, inside], tree.attention_mask(torch.bool)[0, 0])
-        assert visible[inside].sum() == visible[inside, inside].sum()  # nothing outside
+            assert np.array_equal(getattr(row, name)[places], getattr(tree, name))
+        inside = visible[places][:, places]
+        assert torch.equal(inside, tree.attention_mask(torch.bool)[0, 0])
+        assert visible[places].sum() == inside.sum()  # nothing outside
         labels = slice(scored, scored + len(tree.labels))
         assert np.array_equal(row.labels[labels], tree.labels)
-        assert np.array_equal(row.label_rows[labels], tree.label_rows + start)
+        assert np.array_equal(row.label_rows[labels], places[tree.label_rows])
         offsets = row.step_offsets[steps : steps + len(tree.step_offsets)]
         assert np.array_equal(offsets, tree.step_offsets + scored)
         scored, steps = scored + len(tree.labels), steps + len(tree.step_trunk)
-    assert torch.equal(visible[321:], torch.eye(384)[321:].bool())  # padding sees itself
+    padding = np.setdiff1d(np.arange(len(row.input_ids)), np.concatenate(batch.places))
+    assert torch.equal(visible[padding], torch.eye(len(row.input_ids))[padding].bool())
     for name in ("step_trunk", "step_index", "step_branch"):
         whole = np.concatenate([getattr(tree, name) for tree in trees])
         assert np.array_equal(getattr(row, name), whole)
+
+
+def test_a_block_row_has_its_trunk_before_its_branches(blocks):
+    """Then blocks of the trunk are seen whole; in the tree's own order none is."""
+    random = np.random.default_rng(0)
+    spans = [(start, start + 8) for start in range(40, 2000, 60)]
+    trunk = Trunk(random.integers(3, 97, 2000), spans)
+    branches = [[random.integers(3, 97, 6), random.integers(3, 97, 30)] for _ in spans]
+    (tree,) = pack_step_pairs([trunk], [branches])
+    model = tiny_model("llama", attn_implementation="flex_attention")
+    batch = lay_out(model, [tree])
+    assert np.array_equal(batch.rows[0].input_ids[:2000], trunk.input_ids)
+    moved, plain = batch.rows[0].block_mask(), tree.block_mask()
+    assert plain.full_kv_num_blocks.sum() == 0
+    assert moved.full_kv_num_blocks.sum() > 3 * moved.kv_num_blocks.sum()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_another_order_of_children_is_the_same_tree(seed):
+    random = np.random.default_rng(seed)
+    sequences = [random.integers(0, 3, int(random.integers(1, 12))) for _ in range(30)]
+    (tree,) = pack_sequences(sequences, [np.arange(len(s)) > 0 for s in sequences])
+    moved, places = attention.heaviest_first(tree)
+    assert sorted(places) == [*range(len(tree.input_ids))]
+    for window in (None, 3):
+        mask = moved.attention_mask(torch.bool, window=window)[0, 0]
+        assert torch.equal(
+            mask[places][:, places], tree.attention_mask(torch.bool, window=window)[0, 0]
+        )
+    assert np.array_equal(moved.input_ids[places], tree.input_ids)
+    assert np.array_equal(moved.label_rows, places[tree.label_rows])
+    sizes = moved.subtree_end - np.arange(len(places))
+    parents = parent_rows(moved.position_ids.astype(np.int64))
+    for parent in set(parents):
+        assert (np.diff(sizes[parents == parent]) <= 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
@@ -251,13 +300,12 @@ def test_gradients_of_block_masks_equal_dense_ones(name, dtype, trees):
     assert (flex_gradient - gradient).norm() <= rtol * gradient.norm()
 
 
-def test_a_block_mask_of_64k_tokens_is_small():
-    trunks, branches = random_trunks(np.random.default_rng(0), 6)
-    (tree,) = pack_step_pairs(trunks * 205, branches * 205)
-    (row,) = [attention._row([tree], attention._padded(len(tree.input_ids), blocks=True))]
+def test_a_block_mask_of_64k_tokens_is_small(blocks):
+    trees = pack_step_pairs(*random_trunks(np.random.default_rng(0), 6))
+    model = tiny_model("llama", attn_implementation="flex_attention")
+    (row,) = lay_out(model, trees * 205).rows
     assert len(row.input_ids) > 2**16
-    mask = row.block_mask()
-    tensors = [value for value in mask.as_tuple() if isinstance(value, torch.Tensor)]
+    tensors = [value for value in row.block_mask().as_tuple() if isinstance(value, torch.Tensor)]
     assert sum(t.untyped_storage().nbytes() for t in tensors) < 80 * len(row.input_ids)
 
 
@@ -326,3 +374,11 @@ def test_masks_of_cached_tokens_are_additive_for_every_implementation():
         model = tiny_model("llama", attn_implementation=implementation)
         mask = attention_masks(model, visible, depths, depths)
         assert torch.equal(mask == 0, visible[:, None])
+
+
+def test_the_commands_load_a_model_with_the_attention_asked_for(tmp_path):
+    tiny_agent().save_pretrained(tmp_path)
+    babyai_tokenizer().save_pretrained(tmp_path)
+    flex, _ = load_model(tmp_path, attn_implementation="flex_attention")
+    assert flex.config._attn_implementation == "flex_attention"
+    assert load_model(tmp_path)[0].config._attn_implementation == "sdpa"

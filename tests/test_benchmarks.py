@@ -197,6 +197,7 @@ def test_masks_reports_bytes_and_a_ratio_after_its_checks(tmp_path: Path) -> Non
         ["additive", "block"],
         ["block"],
     ]
+    assert large["blocks"]["laid out"][1] > large["blocks"]["own order"][1]
     assert result["update"]["loss_relative_error"] <= 1e-5
     assert result["update"]["seconds"]["ratio"] > 0
 

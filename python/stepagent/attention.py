@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import text_config, unwrapped
-from .tree import BLOCK_SIZE, TokenTree, additive_mask, layer_windows, on_host
+from .tree import BLOCK_SIZE, TokenTree, additive_mask, layer_windows, on_host, parent_rows
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -32,7 +32,7 @@ UNIFORM_WINDOW_MODELS = {"mistral", "mixtral", "phi3", "starcoder2"}
 # The last dimension that sdpa's memory-efficient kernel reads without a copy of the mask.
 _ALIGNMENT = 16
 # Two blocks at least: a size of 1 would be compiled apart from all others.
-_SHORTEST_BLOCK_ROW = 2 * BLOCK_SIZE
+_SHORTEST = 2 * BLOCK_SIZE
 # All models of a process share one compiled flex_attention, that of transformers. Each dtype, head
 # size, kind of layer, and gradients or none, compiles it anew; past torch's limit of 8 it would go
 # on uncompiled, and build all L² scores.
@@ -79,12 +79,12 @@ def takes_block_mask(model: nn.Module) -> bool:
 class TreeRows:
     """Trees laid out as the rows of a batch.
 
-    rows: one tree each, all of the same length; they hold the labels of the trees in order. starts
-    (trees,): where each tree begins in the flattened batch.
+    rows: one tree each, all of the same length; they hold the labels of the trees in order. places:
+    for each tree, where its tokens lie in the flattened batch.
     """
 
     rows: list[TokenTree]
-    starts: NDArray[np.int64]
+    places: list[NDArray[np.int64]]
 
 
 def lay_out(model: nn.Module, trees: Sequence[TokenTree]) -> TreeRows:
@@ -94,14 +94,18 @@ def lay_out(model: nn.Module, trees: Sequence[TokenTree]) -> TreeRows:
     always one; under a dense mask all pairs of a row are computed.
     """
     lengths = np.array([len(tree.input_ids) for tree in trees])
-    blocks = takes_block_mask(model)
     total, longest = int(lengths.sum()), int(lengths.max())
+    ends = lengths.cumsum()
+    if takes_block_mask(model):
+        row, moved = heaviest_first(_row(trees, max(_aligned(total, BLOCK_SIZE), _SHORTEST)))
+        return TreeRows([row], np.split(moved[:total], ends[:-1]))
     hidden = text_config(model).hidden_size
-    alone = _dense_cost(len(trees), longest, hidden)
-    if blocks or _dense_cost(1, total, hidden) <= alone:
-        return TreeRows([_row(trees, _padded(total, blocks))], lengths.cumsum() - lengths)
-    width = _padded(longest, blocks)
-    return TreeRows([_row([tree], width) for tree in trees], np.arange(len(trees)) * width)
+    if _dense_cost(1, total, hidden) <= _dense_cost(len(trees), longest, hidden):
+        row = _row(trees, _aligned(total, _ALIGNMENT))
+        return TreeRows([row], np.split(np.arange(total), ends[:-1]))
+    width = _aligned(longest, _ALIGNMENT)
+    places = [i * width + np.arange(length) for i, length in enumerate(lengths)]
+    return TreeRows([_row([tree], width) for tree in trees], places)
 
 
 def _dense_cost(rows: int, width: int, hidden: int) -> int:
@@ -109,10 +113,8 @@ def _dense_cost(rows: int, width: int, hidden: int) -> int:
     return rows * width * (6 * hidden + width)
 
 
-def _padded(length: int, blocks: bool) -> int:
-    multiple = BLOCK_SIZE if blocks else _ALIGNMENT
-    width = -(-length // multiple) * multiple
-    return max(width, _SHORTEST_BLOCK_ROW) if blocks else width
+def _aligned(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _row(trees: Sequence[TokenTree], width: int) -> TokenTree:
@@ -141,6 +143,39 @@ def _row(trees: Sequence[TokenTree], width: int) -> TokenTree:
         step_index=whole(*join("step_index")),
         step_branch=whole(*join("step_branch")),
     )
+
+
+def heaviest_first(row: TokenTree) -> tuple[TokenTree, NDArray[np.int64]]:
+    """The same tree in another pre-order, and the new place of each token.
+
+    The largest of a token's children follows it, the others come after. A trunk is then one run,
+    its branches behind it: blocks of it are seen whole, where a branch at every step would leave
+    each block a hole, and the mask's rule to be asked of every pair.
+    """
+    ends, tokens = row.subtree_end.astype(np.int64), np.arange(len(row.subtree_end))
+    sizes = ends - tokens
+    # How many subtrees a token lies in: those begun before it, less those that have ended.
+    depths = tokens - np.searchsorted(np.sort(ends), tokens, side="right")
+    parents = parent_rows(depths)
+    order = np.lexsort((-sizes, parents))
+    # From a token to its child: over the child's larger siblings.
+    larger = np.cumsum(sizes[order]) - sizes[order]
+    first = np.diff(parents[order], prepend=-2) != 0
+    step = np.empty_like(sizes)
+    step[order] = 1 + larger - np.maximum.accumulate(np.where(first, larger, 0))
+    # A token's place: the steps of all whose subtree holds it.
+    change = np.append(step, 0)
+    np.subtract.at(change, ends, step)
+    places = np.cumsum(change[:-1]) - 1
+    source = np.argsort(places)
+    moved = replace(
+        row,
+        input_ids=row.input_ids[source],
+        position_ids=row.position_ids[source],
+        subtree_end=(places + sizes)[source].astype(np.int32),
+        label_rows=places[row.label_rows].astype(np.int32),
+    )
+    return moved, places
 
 
 # ------------------------------------------------------------------ masks

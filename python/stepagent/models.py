@@ -33,7 +33,7 @@ from .decoder import unwrapped as unwrapped
 from .encoding import Trunk
 from .operators.head import full_precision
 from .ops import linear_logprobs
-from .tree import TokenTree, pack_step_pairs
+from .tree import TokenTree, on_host, pack_step_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,10 +196,10 @@ def read_trees(
     :raises ValueError: as :func:`score_trees`.
     """
     _check_trees(model, trees)
-    hidden_RH, starts = _tree_hidden(model, trees)
-    flat = np.concatenate([row + start for row, start in zip(rows, starts, strict=True)])
+    hidden_RH, places = _tree_hidden(model, trees)
+    flat = np.concatenate([place[row] for place, row in zip(places, rows, strict=True)])
     states_KH = hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
-    return states_KH, _head_logprobs(model, trees, hidden_RH, starts)
+    return states_KH, _head_logprobs(model, trees, hidden_RH, places)
 
 
 def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
@@ -220,22 +220,24 @@ def _head_logprobs(
     model: nn.Module,
     trees: Sequence[TokenTree],
     hidden_RH: Tensor,
-    starts: NDArray[np.int64],
+    places: list[NDArray[np.int64]],
     return_entropy: bool = False,
 ) -> Any:
     head = lm_head(model)
-    rows = [_long(tree.label_rows, head) for tree in trees]
-    rows_N = torch.cat([row + int(start) for row, start in zip(rows, starts, strict=True)])
+    rows = (place[on_host(tree.label_rows)] for place, tree in zip(places, trees, strict=True))
+    rows_N = _long(np.concatenate([*rows]), head)
     labels_N = torch.cat([_long(tree.labels, head) for tree in trees])
     return head.logprobs(hidden_RH, labels_N, rows_N, return_entropy)
 
 
-def _tree_hidden(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Tensor, NDArray[np.int64]]:
-    """Hidden states (R, H) of the trees and of padding, and the row at which each tree begins."""
+def _tree_hidden(
+    model: nn.Module, trees: Sequence[TokenTree]
+) -> tuple[Tensor, list[NDArray[np.int64]]]:
+    """Hidden states (R, H) of the trees and of padding, and the rows of each tree's tokens."""
     batch = lay_out(model, trees)
     with tree_attention(model):
         hidden_BLH = hidden_states(model, **tree_inputs(model, batch.rows))
-    return hidden_BLH.flatten(0, 1), batch.starts
+    return hidden_BLH.flatten(0, 1), batch.places
 
 
 def _long(array: Any, head: LMHead) -> Tensor:

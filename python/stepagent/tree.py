@@ -86,12 +86,7 @@ class TokenTree:
         """(S,) the row of the last token of each step's action. Raises as `state_rows`."""
         last_S = self._scored_tokens()[1]
         ids, depths = (on_host(a).astype(np.int64) for a in (self.input_ids, self.position_ids))
-        L, width = len(ids), int(ids.max()) + 1
-        # A token's parent is the last one before it that lies one level higher.
-        rows = np.arange(L)
-        levels = np.sort(depths * L + rows)
-        before = levels[np.searchsorted(levels, (depths - 1) * L + rows) - 1] % L
-        parents = np.where(depths > 0, before, -1)
+        parents, width = parent_rows(depths), int(ids.max()) + 1
         # Children of one parent that hold the same token have seen the same: any of them will do.
         keys = parents * width + ids
         order = np.argsort(keys, kind="stable")
@@ -221,6 +216,15 @@ def layer_windows(config: Any) -> dict[str, int | None]:
 def _check_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1: a token sees itself")
+
+
+def parent_rows(depths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(L,) the row of each token's parent, -1 for a root: from the depths in pre-order."""
+    L, rows = len(depths), np.arange(len(depths))
+    # A token's parent is the last one before it that lies one level higher.
+    levels = np.sort(depths * L + rows)
+    before = levels[np.searchsorted(levels, (depths - 1) * L + rows) - 1] % L
+    return np.where(depths > 0, before, -1)
 
 
 def on_host(array: Array) -> NDArray[Any]:

@@ -81,7 +81,7 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
     "--attn-implementation",
     "--attn_implementation",
     type=click.Choice(TREE_ATTENTION),
-    help="Load the model with it; on a GPU flex_attention is the fast one.",
+    help="Load the model with it; flex_attention needs no L² mask on a GPU.",
 )
 @click.option(
     "--engine",

@@ -233,8 +233,7 @@ def test_where_ours_is_wrong_nothing_is_reported(
     provide(monkeypatch, "stepagent", rounded)
     result = bench("--op", "linear_logprobs", "--provider", "torch", "--csv", tmp_path / "r.csv")
     assert result.exit_code == 1
-    assert result.stdout == ""
-    assert not (tmp_path / "r.csv").exists()
+    assert len(read_csv(tmp_path / "r.csv")) == 0
     assert "check failed, nothing reported: stepagent, linear_logprobs at N=96" in result.stderr
 
 
@@ -293,6 +292,7 @@ def test_an_interrupted_run_reports_what_there_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: signal.Signals
 ) -> None:
     def measure(*arguments: Any) -> Any:
+        # problem, calls, budget, probe
         if len(arguments[0].inputs["labels_N"]) == MASKED.N:
             signal.raise_signal(stop)
         return clocks.measure(*arguments)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,16 +37,20 @@ Times = dict[str, list[float]]  # ms of each repetition, by mode
 
 
 def measure(
-    problem: Problem, calls: dict[str, Callable[..., Tensor]], budget_s: float
+    problem: Problem, calls: dict[str, Callable[..., Tensor]], budget_s: float, probe: Probe
 ) -> dict[str, Times | Exception]:
     """Times of each call, or how it failed. The calls take turns, after a run each to warm up.
 
+    :param probe: takes its turns with them, so that it meets the same heat and the same neighbours.
     :param budget_s: for each call; at least three repetitions are made, and at most 50.
     """
     clock: Any = _CudaClock() if problem.upstream.is_cuda else _CpuClock()
     turns = {name: _Turns(problem, call, clock, budget_s) for name, call in calls.items()}
     with _no_collector():
         for turn in range(MOST_REPEATS):
+            if not any(each.takes(turn) for each in turns.values()):
+                break
+            probe.take(clock)
             for each in turns.values():
                 each.take(turn)
         clock.wait()
@@ -69,8 +74,11 @@ class _Turns:
             wanted = int(budget_s / max(seconds, 1e-6))
             self.repeats = min(max(wanted, FEWEST_REPEATS), MOST_REPEATS)
 
+    def takes(self, turn: int) -> bool:
+        return turn < self.repeats and self.failure is None
+
     def take(self, turn: int) -> None:
-        if turn < self.repeats and self.failure is None:
+        if self.takes(turn):
             self._run(wait=False)
 
     def _run(self, wait: bool = True) -> None:
@@ -193,30 +201,51 @@ def _trace_events(profiler: profile) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------- ceilings
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, float]:
-    """The machine's best of five: FLOP/s of a matrix product in this dtype, byte/s of a copy."""
-    cuda = device.type == "cuda"
-    size = 64 if small else 8192 if cuda else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    length = 2**16 if small else 2**31 if cuda else 2**28
-    source = torch.zeros(length, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return {
-        "FLOP": 2 * size**3 / _fastest_s(lambda: torch.mm(a, b, out=product), cuda),
-        "byte": 2 * length / _fastest_s(lambda: target.copy_(source), cuda),
-    }
+class Probe:
+    """A matrix product (FLOP) or a copy (byte) in a dtype, and the rate that it reaches."""
 
+    def __init__(self, device: torch.device, dtype: torch.dtype, unit: str, small: bool) -> None:
+        cuda = device.type == "cuda"
+        self.marks: list[tuple[Any, Any]] = []
+        if unit == "FLOP":
+            size = 64 if small else 8192 if cuda else 2048
+            a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+            product = torch.empty_like(a)
+            self.work: Callable[[], object] = lambda: torch.mm(a, b, out=product)
+            self.units = 2 * size**3
+        else:
+            length = 2**16 if small else 2**31 if cuda else 2**28
+            source = torch.zeros(length, dtype=torch.int8, device=device)
+            target = torch.empty_like(source)
+            self.work = lambda: target.copy_(source)
+            self.units = 2 * length
+        self.work()
 
-def _fastest_s(work: Callable[[], object], cuda: bool) -> float:
-    clock: Any = _CudaClock() if cuda else _CpuClock()
-    work()
-    marks = []
-    for _ in range(5):
+    def take(self, clock: Any) -> None:
         clock.prepare()
         start = clock.mark()
-        work()
-        marks.append((start, clock.mark()))
-    clock.wait()
-    fastest_ms: float = min(clock.between(start, end) for start, end in marks)
-    return fastest_ms / 1e3
+        self.work()
+        self.clock = clock
+        self.marks.append((start, clock.mark()))
+
+    def rate(self) -> float:
+        """Units a second, by the median of its turns."""
+        times = [self.clock.between(*marks) for marks in self.marks]
+        return 1e3 * self.units / statistics.median(times)
+
+    def best_rate(self) -> float:
+        """Units a second, by the fastest of its turns."""
+        return 1e3 * self.units / min(self.clock.between(*marks) for marks in self.marks)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, float]:
+    """The machine's best of five: FLOP/s of a matrix product in this dtype, byte/s of a copy."""
+    clock: Any = _CudaClock() if device.type == "cuda" else _CpuClock()
+    rates = {}
+    for unit in ("FLOP", "byte"):
+        probe = Probe(device, dtype, unit, small)
+        for _ in range(5):
+            probe.take(clock)
+        clock.wait()
+        rates[unit] = probe.best_rate()
+    return rates

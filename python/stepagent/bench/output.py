@@ -138,7 +138,8 @@ def describe(report: dict[str, Any]) -> str:
 
 
 _HEADER = [
-    *("provider", "forward ms", "backward ms", "full ms", "× ours", "rate", "of ceiling"),
+    *("provider", "forward ms", "backward ms", "full ms", "× ours", "rate"),
+    *("of ceiling", "in turns"),
     *("peak MiB", "max error", "64-token sum", "gradient"),
 ]
 
@@ -153,6 +154,7 @@ def _cells(result: dict[str, Any]) -> list[str]:
         f"{result['times_ours']['full']:.2f}",
         f"{rate / 1e12:.3g} TFLOP/s" if flops else f"{rate / 1e9:.3g} GB/s",
         f"{result['of_ceiling']['full']:.1%}",
+        f"{result['of_ceiling_in_turns']['full']:.1%}",
         f"{result['peak_bytes'] / _MIB:.1f}",
         *(f"{errors[name]:.1e}" for name in ("value", "sum64", "gradient")),
     ]

@@ -37,7 +37,7 @@ class Shape:
         return f"N={self.N} H={self.H} V={self.V} {dtype}{share}"
 
 
-# gpu: the heads of Llama 3 8B and of Qwen2.5 7B.
+# gpu: the heads of Llama 3 8B and of Qwen2.5 7B; and a batch of an agent's, who mostly observes.
 SUITES = {
     "tiny": [
         Shape(N=96, H=32, V=500, dtype=torch.float32),
@@ -51,7 +51,8 @@ SUITES = {
         Shape(N=N, H=H, V=V, dtype=torch.bfloat16)
         for N in (8192, 32768)
         for H, V in ((4096, 128256), (3584, 152064))
-    ],
+    ]
+    + [Shape(N=32768, H=4096, V=128256, dtype=torch.bfloat16, scored=0.1)],
 }
 
 

@@ -54,18 +54,61 @@ class Provider:
 
 
 def _stepagent(problem: Problem) -> Implementation:
+    """As it is called without options: on a GPU it keeps the logits where they fit."""
     frozen = "weight_VH" not in problem.op.leaves
+    keeps = problem.upstream.is_cuda and not frozen
     function = getattr(stepagent, problem.op.function)
-    return Implementation(function, "gradient" if frozen else "again")
+    return Implementation(function, "kept" if keeps else "gradient" if frozen else "again")
 
 
 def _stepagent_kept(problem: Problem) -> Implementation:
     """The logits of the scored rows are kept in float32, where the head learns."""
+    if problem.upstream.is_cuda:
+        raise Unsuitable("the same as stepagent")
+    return _stepagent_keeping(problem, 4 * problem.shape.n * problem.shape.V)
+
+
+def _stepagent_again(problem: Problem) -> Implementation:
+    """The logits are computed again in the backward, in bounded memory."""
+    if not problem.upstream.is_cuda:
+        raise Unsuitable("the same as stepagent")
+    return _stepagent_keeping(problem, 0)
+
+
+def _stepagent_keeping(problem: Problem, logits_bytes: int) -> Implementation:
     if "weight_VH" not in problem.op.leaves:
         raise Unsuitable("only a head that learns has logits to keep")
     function = getattr(stepagent, problem.op.function)
-    logits_bytes = 4 * problem.shape.n * problem.shape.V
-    return Implementation(functools.partial(function, keep_bytes=logits_bytes))
+    call = functools.partial(function, keep_bytes=logits_bytes)
+    return Implementation(call, "kept" if logits_bytes else "again")
+
+
+def _stepagent_invariant(problem: Problem) -> Implementation:
+    """One kernel for the forward, the same bits for a row in any batch."""
+    if problem.op.function != "linear_logprobs" or not problem.upstream.is_cuda:
+        raise Unsuitable("is linear_logprobs on a GPU")
+    function = functools.partial(stepagent.linear_logprobs, batch_invariant=True)
+    return Implementation(function, "again")
+
+
+def _stepagent_graphed(problem: Problem) -> Implementation:
+    """Forward and backward captured once and replayed: without the host, which is all else."""
+    if problem.op.function != "step_rewards" or not problem.upstream.is_cuda:
+        raise Unsuitable("is step_rewards on a GPU, whose launches take longer than its work")
+    beta = problem.inputs["beta"]
+
+    def rewards(logps_N: Tensor, ref_logps_N: Tensor, step_offsets: Tensor) -> Tensor:
+        return stepagent.step_rewards(logps_N, ref_logps_N, step_offsets, beta=beta)
+
+    tensors = {name: x for name, x in problem.inputs.items() if name != "beta"}
+    sample = tuple(x.detach().requires_grad_(name == "logps_N") for name, x in tensors.items())
+    graphed = torch.cuda.make_graphed_callables(rewards, sample)
+
+    def call(beta: float, **inputs: Tensor) -> Tensor:
+        replayed: Tensor = graphed(*(inputs[name] for name in tensors))
+        return replayed
+
+    return Implementation(call)
 
 
 # ------------------------------------------------------- ops out of one function
@@ -305,6 +348,9 @@ OURS = "stepagent"
 PROVIDERS = {
     OURS: Provider(_stepagent),
     "stepagent-kept": Provider(_stepagent_kept),
+    "stepagent-again": Provider(_stepagent_again),
+    "stepagent-invariant": Provider(_stepagent_invariant),
+    "stepagent-graphed": Provider(_stepagent_graphed),
     "torch": Provider(_torch),
     "torch-fp32": Provider(_torch_fp32),
     "torch-scored": Provider(_torch_scored),

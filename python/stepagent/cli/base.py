@@ -67,6 +67,8 @@ def reports(function: Callable[..., tuple[dict[str, Any], str]]) -> Callable[...
         click.echo(json.dumps(report) if as_json else text)
         if report.get("interrupted"):
             raise Interrupted("the report holds what there was until then")
+        if report.get("failed"):
+            raise click.ClickException("; ".join(report["failed"]))
 
     return command
 

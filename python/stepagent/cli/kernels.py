@@ -35,7 +35,7 @@ def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[s
     """Check every op against the reference, then time it against its rivals.
 
     Speed, memory, and the fraction of what this machine reaches. Where a check of ours fails,
-    nothing is reported.
+    nothing of that problem is reported, and the command fails.
     """
     if plots is not None:
         require("--plots", "plots")

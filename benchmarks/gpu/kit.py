@@ -54,6 +54,14 @@ def run(*command: object, **environment: str) -> None:
     subprocess.run(words, check=True, env={**os.environ, **environment})
 
 
+def check_python(python: str) -> None:
+    ask = "import sys; print(*sys.version_info[:2], sep='.')"
+    path = shutil.which(python)
+    version = path and subprocess.check_output([path, "-c", ask], text=True).strip()
+    if version != "3.12":
+        sys.exit(f"{python} must be a Python 3.12 (PYTHON312=...), it is {version or 'not there'}")
+
+
 def own_wheel(python: str, wheels: Path) -> None:
     """Built by `python`, and made to run on any Linux with a glibc of its tag."""
     tools = WORK / "venv" / "bin"
@@ -130,6 +138,7 @@ def main() -> None:
     parser.add_argument("--cute", action="store_true", help="with what Liger's CuTe kernels need")
     options = parser.parse_args()
 
+    check_python(options.python)
     kit = emptied(options.out.resolve())
     wheels, cache = kit / "wheels", kit / "triton-cache"
     own_wheel(options.python, wheels)

@@ -9,8 +9,8 @@ pyarrow, as images for machine learning do. The kit adds
   against,
 * triton-cache/: the kernels compiled for sm_90 by the Triton of `--torch-python`, which saves
   minutes where the machine has the same Triton and is not looked at elsewhere,
-* with --cute also cute.tar.xz: what Liger's CuTe kernels need, packed a second time because the
-  wheel's own compression leaves it twice as large,
+* with --cute also cute.tar.xz: what Liger's CuTe kernels need, 56 MB, packed a second time because
+  the wheels' own compression leaves 99 MB,
 * install.sh: `source build/gpu-kit/install.sh` installs it all beside itself.
 
 Run again whenever the package has changed.
@@ -144,15 +144,16 @@ def main() -> None:
     own_wheel(options.python, wheels)
     download((*RIVALS, *NEEDS), wheels, f"--constraint={ROOT / 'constraints.txt'}")
     warm_cache(options.torch_python or options.python, wheels, cache)
+    shutil.copy(HERE / "install.sh", kit)
+    without_cute = size(kit)
     if options.cute:
         pack_cute(kit / "cute.tar.xz")
-    shutil.copy(HERE / "install.sh", kit)
 
     for path in sorted([*wheels.iterdir(), *(p for p in kit.iterdir() if p != wheels)]):
         print(f"{size(path) / 1e6:8.2f} MB  {path.relative_to(kit)}")
     print(f"{size(kit) / 1e6:8.2f} MB  {kit}")
-    if size(kit) > LARGEST:
-        sys.exit(f"the kit has {size(kit)} bytes; the limit is {LARGEST}")
+    if without_cute > LARGEST:
+        sys.exit(f"the kit has {without_cute} bytes; the limit is {LARGEST}, CuTe not counted")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --tar
   "$kit"/wheels/*.whl
 export PYTHONPATH="$kit/site${PYTHONPATH:+:$PYTHONPATH}"
 if test -e "$kit/cute.tar.xz"; then
-  python3 -m tarfile --extract "$kit/cute.tar.xz" "$kit/site"
+  python3 -m tarfile --filter data --extract "$kit/cute.tar.xz" "$kit/site"
   # What its .pth file would add, were it among the machine's own packages.
   PYTHONPATH="$kit/site/nvidia_cutlass_dsl/dsl_packages:$PYTHONPATH"
 fi

@@ -10,7 +10,7 @@ pyarrow, as images for machine learning do. The kit adds
 * triton-cache/: the kernels compiled for sm_90 by the Triton of `--torch-python`, which saves
   minutes where the machine has the same Triton and is not looked at elsewhere,
 * with --cute also cute.tar.xz: what Liger's CuTe kernels need, 56 MB, packed a second time because
-  the wheels' own compression leaves 99 MB,
+  the wheels' own compression leaves 100 MB,
 * install.sh: `source build/gpu-kit/install.sh` installs it all beside itself.
 
 Run again whenever the package has changed.

@@ -9,8 +9,8 @@ pyarrow, as images for machine learning do. The kit adds
   against,
 * triton-cache/: the kernels compiled for sm_90 by the Triton of `--torch-python`, which saves
   minutes where the machine has the same Triton and is not looked at elsewhere,
-* with --cute also cute.tar.xz: what Liger's CuTe kernels need, packed a second time because the
-  wheel's own compression leaves it twice as large,
+* with --cute also cute.tar.xz: what Liger's CuTe kernels need, 56 MB, packed a second time because
+  the wheels' own compression leaves 100 MB,
 * install.sh: `source build/gpu-kit/install.sh` installs it all beside itself.
 
 Run again whenever the package has changed.
@@ -52,6 +52,14 @@ def run(*command: object, **environment: str) -> None:
     words = [str(word) for word in command]
     print("$", " ".join(words)[:150], flush=True)
     subprocess.run(words, check=True, env={**os.environ, **environment})
+
+
+def check_python(python: str) -> None:
+    ask = "import sys; print(*sys.version_info[:2], sep='.')"
+    path = shutil.which(python)
+    version = path and subprocess.check_output([path, "-c", ask], text=True).strip()
+    if version != "3.12":
+        sys.exit(f"{python} must be a Python 3.12 (PYTHON312=...), it is {version or 'not there'}")
 
 
 def own_wheel(python: str, wheels: Path) -> None:
@@ -130,20 +138,22 @@ def main() -> None:
     parser.add_argument("--cute", action="store_true", help="with what Liger's CuTe kernels need")
     options = parser.parse_args()
 
+    check_python(options.python)
     kit = emptied(options.out.resolve())
     wheels, cache = kit / "wheels", kit / "triton-cache"
     own_wheel(options.python, wheels)
     download((*RIVALS, *NEEDS), wheels, f"--constraint={ROOT / 'constraints.txt'}")
     warm_cache(options.torch_python or options.python, wheels, cache)
+    shutil.copy(HERE / "install.sh", kit)
+    without_cute = size(kit)
     if options.cute:
         pack_cute(kit / "cute.tar.xz")
-    shutil.copy(HERE / "install.sh", kit)
 
     for path in sorted([*wheels.iterdir(), *(p for p in kit.iterdir() if p != wheels)]):
         print(f"{size(path) / 1e6:8.2f} MB  {path.relative_to(kit)}")
     print(f"{size(kit) / 1e6:8.2f} MB  {kit}")
-    if size(kit) > LARGEST:
-        sys.exit(f"the kit has {size(kit)} bytes; the limit is {LARGEST}")
+    if without_cute > LARGEST:
+        sys.exit(f"the kit has {without_cute} bytes; the limit is {LARGEST}, CuTe not counted")
 
 
 if __name__ == "__main__":

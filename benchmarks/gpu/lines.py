@@ -71,7 +71,6 @@ def attempt(
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         line |= {"ok": False, "raised": f"{type(error).__name__}: {error}"[:500], "at": where}
-        del error
     write({**line, "seconds": round(time.perf_counter() - start, 3)})
     outcome = {True: "passed", False: "failed", None: "skipped"}[line["ok"]]
     setattr(counts, outcome, getattr(counts, outcome) + 1)

@@ -373,8 +373,7 @@ def _close_on_cpu(name: str, arguments: dict[str, Any], leaves: list[str]) -> Fi
     at_home = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     upstreams: list[Tensor] = []
     actual = run(getattr(stepagent, name), arguments, leaves, upstreams)
-    at_home_too = [upstream.cpu() for upstream in upstreams]
-    truth = run(getattr(reference, name), at_home, leaves, at_home_too)
+    truth = run(getattr(reference, name), at_home, leaves, [u.cpu() for u in upstreams])
     findings = Findings()
     for i, (a, t) in enumerate(zip(actual, truth, strict=True)):
         eps = torch.finfo(a.dtype).eps

@@ -9,6 +9,7 @@ to bfloat16 costs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,8 +110,14 @@ class Truth:
         rounding = dict.fromkeys(errors, GRADIENT_ROUNDING[dtype])
         for i in range(len(self.upstreams)):
             name = f"value{i}" if i else "value"
-            rounding[name] = VALUE_ROUNDING[dtype] * largest(self.results[i])
+            rounding[name] = VALUE_ROUNDING[dtype] * max(largest(self.results[i]), self._terms())
         return {name: 2 * error + rounding[name] for name, error in errors.items()}
+
+    def _terms(self) -> float:
+        """So large are the log-probs of which a small difference is made."""
+        heads = (self.arguments.get(name) for name in ("weight_VH", "logits_NV"))
+        sizes = [head.shape[i] for i, head in enumerate(heads) if head is not None]
+        return 2 * math.log(sizes[0]) if "diff" in self.function else 0.0
 
     def _reference(self, dtype: torch.dtype) -> list[Tensor]:
         cast = {name: self.arguments[name].detach().to(dtype) for name in self.leaves}

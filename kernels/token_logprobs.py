@@ -172,7 +172,7 @@ def token_logprobs(
                 *logits_NV.stride(),
                 temperature.stride(0) if temperature.ndim else 0,
                 WITH_ENTROPY=with_entropy,
-                **tile_shape(V),
+                **tile_shape(V, narrow=True),
                 enable_fp_fusion=True,  # said here, as Triton 3.10 changes the default
             )
     return logps_N, entropy_N, max_N, log_sum_N

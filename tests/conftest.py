@@ -83,11 +83,11 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     from stepagent.operators import blocks, head, paths
 
     pytest.importorskip("triton")
-    monkeypatch.setattr(online_softmax, "MAX_BLOCK", 8)
+    monkeypatch.setattr(online_softmax, "MAX_BLOCK", 4)
     monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
     monkeypatch.setattr(blocks, "GPU_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(head, "MIN_SLICE", 10)  # of 17: two slices, each of two tiles or one
-    monkeypatch.setattr(head, "GPU_MIN_SLICE", 10)
+    monkeypatch.setattr(head, "MIN_SLICE", 8)
+    monkeypatch.setattr(head, "GPU_MIN_SLICE", 8)  # of 17: two slices, and the rest of one
     monkeypatch.setattr(head, "GPU_CHUNK", 4)  # of 9 tokens: three chunks of a frozen head
     if torch.cuda.is_available():
         monkeypatch.setattr(op_cases, "device", torch.device("cuda"))

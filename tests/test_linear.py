@@ -377,6 +377,7 @@ def test_one_row_with_40_labels(path: str, request: pytest.FixtureRequest) -> No
     assert_like_reference("linear_logprobs", arguments, FROZEN)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has a host to wait for")
 def test_with_rows_nothing_waits_for_the_gpu() -> None:
     arguments = {

@@ -4,7 +4,8 @@
 
 A hybrid on every device: the products are the math library's, one slice of the vocabulary at a
 time in a bounded workspace, with float32 results; a fold of torch, or on CUDA of Triton, reads each
-slice once. What the backward needs of the logits is computed again, unless the forward keeps it:
+slice once. On Hopper, where the forward keeps nothing, one kernel does both (``fused_linear.py``).
+What the backward needs of the logits is computed again, unless the forward keeps it:
 
     keep = "gradient"   ∂log p_y/∂h = (1 − p_y)/T · (s_y w_y − Σ_{j≠y} p_j s_j w_j / (1 − p_y)),
                         s the slope of the softcap. It does not depend on the loss: where the head
@@ -191,6 +192,15 @@ def _finish(fold: Fold, head: Head) -> Results:
     return results
 
 
+def _fused_is_faster(tokens: Tokens, head: Head) -> bool:
+    if not head.triton:
+        return False
+    from stepagent.kernels.fused_linear import is_faster
+
+    faster: bool = is_faster(tokens.hidden_UH, head.weight_VH, head.softcap)
+    return faster
+
+
 def _fused(tokens: Tokens, head: Head, with_entropy: bool) -> Results:
     """One kernel in place of products and folds: a row's results are its own."""
     from stepagent.kernels.fused_linear import fused_linear_logprobs
@@ -224,7 +234,7 @@ def linear_forward(
     head = Head(weight_VH, bias_V, softcap, temperature.dtype)
     with full_precision(hidden_RH.device):
         tokens = select(hidden_RH, labels_N, rows_N, temperature)
-        if batch_invariant:
+        if batch_invariant or (keep == "nothing" and not group and _fused_is_faster(tokens, head)):
             results, kept = _fused(tokens, head, with_entropy), temperature.new_empty(0)
         else:
             results, kept = _forward(tokens, head, with_entropy, keep, keep_bytes, group)

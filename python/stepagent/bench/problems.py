@@ -48,11 +48,12 @@ SUITES = {
         Shape(N=2048, H=1024, V=32768, dtype=torch.float32, scored=0.1),
     ],
     "gpu": [
-        Shape(N=N, H=H, V=V, dtype=torch.bfloat16)
-        for N in (8192, 32768)
-        for H, V in ((4096, 128256), (3584, 152064))
-    ]
-    + [Shape(N=32768, H=4096, V=128256, dtype=torch.bfloat16, scored=0.1)],
+        Shape(N=8192, H=4096, V=128256, dtype=torch.bfloat16),
+        Shape(N=8192, H=3584, V=152064, dtype=torch.bfloat16),
+        Shape(N=32768, H=4096, V=128256, dtype=torch.bfloat16, scored=0.1),
+        Shape(N=32768, H=4096, V=128256, dtype=torch.bfloat16),
+        Shape(N=32768, H=3584, V=152064, dtype=torch.bfloat16),
+    ],
 }
 
 

@@ -197,7 +197,7 @@ def _fused_is_faster(tokens: Tokens, head: Head) -> bool:
         return False
     from stepagent.kernels.fused_linear import is_faster
 
-    faster: bool = is_faster(tokens.hidden_UH, head.weight_VH, head.softcap)
+    faster: bool = is_faster(tokens.hidden_UH, head.weight_VH, head.bias_V, head.softcap)
     return faster
 
 

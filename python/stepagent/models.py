@@ -1,6 +1,6 @@
-"""What a Hugging Face decoder must give: hidden rows over a token tree, and its head.
+"""What a Hugging Face decoder must give: log-probs and hidden rows over a token tree.
 
-Key: B rows of a batch, L tokens of a row, H hidden, V vocabulary, N scored tokens.
+Key: B rows of a batch, L tokens of a row, H hidden, N scored tokens, K hidden rows that are read.
 
 A tree is exact only in a model whose tokens interact through attention alone, under a mask of the
 caller's. Anything else (recurrent layers, chunked attention, an attention implementation without
@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
@@ -20,14 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from .encoding import Trunk
-from .ops import linear_logprobs
+from .head import LMHead, check_head, compute_at_head, hidden_states, lm_head
 from .tree import TokenTree, additive_mask, layer_windows, pack_step_pairs, visible_tokens
+from .wrappers import text_config, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedModel
+
+__all__ = [
+    "LMHead",
+    "attention_masks",
+    "check_fits",
+    "check_tree_support",
+    "evaluation_mode",
+    "hidden_states",
+    "lm_head",
+    "position_limit",
+    "read_trees",
+    "score_trees",
+    "text_config",
+    "unwrapped",
+]
 
 # Without `layer_types`, these apply one `sliding_window` to every layer.
 _UNIFORM_WINDOW_MODELS = {"mistral", "mixtral", "phi3", "starcoder2"}
@@ -42,76 +58,6 @@ _PROBE_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 _PROBE_ROUNDING_HALF = 0.25
 _PROBE_SHARE = 0.02
 _probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """The map from hidden rows to logits: ``softcap(hidden @ weight.T + bias) / temperature``."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    temperature: float
-
-    def logprobs(
-        self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor, return_entropy: bool = False
-    ) -> Any:
-        """Log-probs (N,) of ``labels_N`` predicted by ``hidden_RH[rows_N]``: fp32, or float64.
-
-        With ``return_entropy`` also the entropies (N,) of what the labels are drawn from.
-        """
-        return linear_logprobs(
-            hidden_RH.to(self.weight_VH.dtype),  # a norm may have left it in another one
-            self.weight_VH,
-            labels_N,
-            rows_N=rows_N,
-            bias_V=self.bias_V,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            return_entropy=return_entropy,  # type: ignore[call-overload]
-        )
-
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        """Logits (R, V), fp32 or float64, for sampling from a few rows."""
-        dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
-        logits_RV = hidden_RH.to(dtype) @ self.weight_VH.to(dtype).T
-        if self.bias_V is not None:
-            logits_RV += self.bias_V
-        if self.softcap is not None:
-            logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
-        return logits_RV / self.temperature
-
-
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP or FSDP wrappers and PEFT adapters."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return cast("PreTrainedModel", getattr(inner, "get_base_model", lambda: inner)())
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the text decoder."""
-    return unwrapped(model).config.get_text_config()
-
-
-def lm_head(model: nn.Module) -> LMHead:
-    """The model's language-model head. Granite and Cohere scale their logits: a temperature."""
-    base = unwrapped(model)
-    head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if getattr(head, "weight", None) is None:
-        raise ValueError(
-            f"{type(base).__name__} has no linear language-model head; "
-            "stepagent scores causal language models"
-        )
-    config = text_config(model)
-    return LMHead(
-        weight_VH=head.weight,
-        bias_V=getattr(head, "bias", None),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        temperature=(getattr(config, "logits_scaling", None) or 1.0)
-        / (getattr(config, "logit_scale", None) or 1.0),
-    )
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -165,22 +111,6 @@ def attention_masks(
     return mask(window if config.model_type in _UNIFORM_WINDOW_MODELS else None)
 
 
-def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """The decoder's last hidden state (B, L, H) of one forward through ``model`` itself.
-
-    The call goes through the outermost module, so that the hooks of DDP and FSDP run; the hidden
-    state is taken where the decoder returns it, and the head sees a single row of it.
-    """
-    captured: list[Tensor] = []
-    decoder: nn.Module = unwrapped(model).get_decoder()  # type: ignore[no-untyped-call]
-    handle = decoder.register_forward_hook(lambda _m, _i, out: captured.append(out[0]))
-    try:
-        model(**inputs, logits_to_keep=1)
-    finally:
-        handle.remove()
-    return captured[0]
-
-
 @overload
 def score_trees(
     model: nn.Module, trees: Sequence[TokenTree], *, return_entropy: Literal[False] = ...
@@ -210,13 +140,23 @@ def read_trees(
 ) -> tuple[Tensor, Tensor]:
     """Hidden states (K, H) at the tokens ``rows[i]`` of each tree; `score_trees` in one forward.
 
+    Both are fp32, or float64 where the model is.
+
     :raises ValueError: as :func:`score_trees`.
     """
     _check_trees(model, trees)
-    hidden_RH, width = _tree_hidden(model, trees)
-    flat = np.concatenate([row + i * width for i, row in enumerate(rows)])
-    states_KH = hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
-    return states_KH, _head_logprobs(model, trees, hidden_RH, width)
+    inputs, width = _tree_inputs(model, trees)
+    rows_K = _joined_rows(model, rows, width)
+    labels_N, rows_N = _labels(model, trees, width)
+
+    def compute(hidden_BLH: Tensor, head: LMHead) -> Tensor:
+        hidden_RH = hidden_BLH.flatten(0, 1)
+        logps_N = head.logprobs(hidden_RH, labels_N, rows_N)
+        return torch.cat([hidden_RH[rows_K].flatten(), logps_N])
+
+    both = compute_at_head(model, compute, **inputs)
+    states, logps_N = both.split([len(both) - len(labels_N), len(labels_N)])
+    return states.view(len(rows_K), -1), logps_N
 
 
 def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
@@ -230,47 +170,51 @@ def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
 
 
 def _score_trees(model: nn.Module, trees: Sequence[TokenTree], return_entropy: bool = False) -> Any:
-    return _head_logprobs(model, trees, *_tree_hidden(model, trees), return_entropy)
+    inputs, width = _tree_inputs(model, trees)
+    labels_N, rows_N = _labels(model, trees, width)
+
+    def compute(hidden_BLH: Tensor, head: LMHead) -> Tensor:
+        scored = head.logprobs(hidden_BLH.flatten(0, 1), labels_N, rows_N, return_entropy)
+        return torch.stack(scored) if return_entropy else cast("Tensor", scored)
+
+    scored = compute_at_head(model, compute, **inputs)
+    return scored.unbind() if return_entropy else scored
 
 
-def _head_logprobs(
-    model: nn.Module,
-    trees: Sequence[TokenTree],
-    hidden_RH: Tensor,
-    width: int,
-    return_entropy: bool = False,
-) -> Any:
-    head = lm_head(model)
-    rows_N = torch.cat([_long(tree.label_rows, head) + i * width for i, tree in enumerate(trees)])
-    labels_N = torch.cat([_long(tree.labels, head) for tree in trees])
-    return head.logprobs(hidden_RH, labels_N, rows_N, return_entropy)
-
-
-def _tree_hidden(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[Tensor, int]:
-    """Hidden states (R, H) of the trees, each a row of ``width`` tokens, and that width."""
-    head = lm_head(model)
+def _tree_inputs(model: nn.Module, trees: Sequence[TokenTree]) -> tuple[dict[str, Any], int]:
+    """What the forward takes: each tree a row of the batch, ``width`` tokens long; and that."""
     width = max(len(tree.input_ids) for tree in trees)
 
     def batch(name: str, padding: Tensor) -> Tensor:
-        rows = (_long(getattr(tree, name), head) for tree in trees)
+        rows = (_long(model, getattr(tree, name)) for tree in trees)
         return torch.stack([torch.cat([row, padding[len(row) :]]) for row in rows])
 
-    zeros, indices = _long(np.zeros(width), head), _long(np.arange(width), head)
+    zeros, indices = _long(model, np.zeros(width)), _long(model, np.arange(width))
     position_ids = batch("position_ids", zeros)
     # A padding token's subtree is itself.
     visible = visible_tokens(batch("subtree_end", indices + 1))
-    hidden_BLH = hidden_states(
-        model,
-        input_ids=batch("input_ids", zeros),
-        position_ids=position_ids,
-        attention_mask=attention_masks(model, visible, position_ids, position_ids),
-        use_cache=False,
-    )
-    return hidden_BLH.flatten(0, 1), width
+    inputs = {
+        "input_ids": batch("input_ids", zeros),
+        "position_ids": position_ids,
+        "attention_mask": attention_masks(model, visible, position_ids, position_ids),
+        "use_cache": False,
+    }
+    return inputs, width
 
 
-def _long(array: Any, head: LMHead) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.long, device=head.weight_VH.device)
+def _labels(model: nn.Module, trees: Sequence[TokenTree], width: int) -> tuple[Tensor, Tensor]:
+    """The labels (N,) of all trees and the hidden rows (N,) that predict them."""
+    labels_N = torch.cat([_long(model, tree.labels) for tree in trees])
+    return labels_N, _joined_rows(model, [tree.label_rows for tree in trees], width)
+
+
+def _joined_rows(model: nn.Module, rows: Sequence[Any], width: int) -> Tensor:
+    """Rows of each tree as rows of the batch, whose trees are ``width`` tokens apart."""
+    return torch.cat([_long(model, row) + i * width for i, row in enumerate(rows)])
+
+
+def _long(model: nn.Module, array: Any) -> Tensor:
+    return torch.as_tensor(array, dtype=torch.long, device=unwrapped(model).device)
 
 
 def check_tree_support(model: nn.Module) -> None:
@@ -283,12 +227,13 @@ def check_tree_support(model: nn.Module) -> None:
     :raises FloatingPointError: when the model's log-probs are not finite.
     """
     base = unwrapped(model)
+    check_head(base)
     _check_config(base)
     peft_config = getattr(model, "active_peft_config", None)
     if getattr(peft_config, "is_prompt_learning", False):
         raise _refusal(base, f"its {type(peft_config).__name__} puts virtual tokens before it")
     if base not in _probed:
-        _probe(base)
+        _probe(model)
         _probed.add(base)
 
 
@@ -322,8 +267,9 @@ def _check_config(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> None:
+def _probe(model: nn.Module) -> None:
     """Refuse the model where a two-step tree and its separate sequences differ in log-probs."""
+    base = unwrapped(model)
     trunk, branches = _probe_actions(text_config(model).vocab_size)
     (tree,) = pack_step_pairs([trunk], [branches])
     with evaluation_mode(model):
@@ -331,7 +277,7 @@ def _probe(model: PreTrainedModel) -> None:
             separate = _separate_logps(model, trunk, branches)
             if not bool(torch.isfinite(separate).all()):
                 raise FloatingPointError(
-                    f"the log-probs of {type(model).__name__} hold NaN or infinity; "
+                    f"the log-probs of {type(base).__name__} hold NaN or infinity; "
                     "look for a broken weight"
                 )
             error = float((_score_trees(model, [tree]) - separate).abs().max())
@@ -341,10 +287,10 @@ def _probe(model: PreTrainedModel) -> None:
         except (FloatingPointError, torch.OutOfMemoryError):
             raise
         except Exception as failure:  # models fail in their own ways
-            raise _refusal(model, f"its forward does not take a tree ({failure})") from failure
-    rounding = _PROBE_ROUNDING.get(model.dtype, _PROBE_ROUNDING_HALF)
+            raise _refusal(base, f"its forward does not take a tree ({failure})") from failure
+    rounding = _PROBE_ROUNDING.get(base.dtype, _PROBE_ROUNDING_HALF)
     if not error <= max(rounding, _PROBE_SHARE * effect):
-        raise _refusal(model, f"log-probs on a tree differ by {error:.3g} from separate sequences")
+        raise _refusal(base, f"log-probs on a tree differ by {error:.3g} from separate sequences")
 
 
 def _probe_actions(vocabulary: int) -> tuple[Trunk, list[list[NDArray[np.int64]]]]:
@@ -354,14 +300,14 @@ def _probe_actions(vocabulary: int) -> tuple[Trunk, list[list[NDArray[np.int64]]
 
 
 def _separate_logps(
-    model: PreTrainedModel, trunk: Trunk, branches: list[list[NDArray[np.int64]]]
+    model: nn.Module, trunk: Trunk, branches: list[list[NDArray[np.int64]]]
 ) -> Tensor:
     """Log-probs of all actions, each after its own prefix and through the model's own logits."""
     logps = []
     for (start, stop), tried in zip(trunk.action_spans, branches, strict=True):
         for action in (trunk.input_ids[start:stop], *tried):
-            ids = np.concatenate([trunk.input_ids[:start], action]).astype(np.int64)
-            tokens = torch.from_numpy(ids).to(model.device)
+            ids = np.concatenate([trunk.input_ids[:start], action])
+            tokens = _long(model, ids)
             logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[
                 0, start - 1 : -1
             ]

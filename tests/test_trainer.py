@@ -570,7 +570,7 @@ def test_a_table_says_which_steps_are_compared():
         assert torch.nonzero(table.expert_S).flatten().tolist() == [0, 2, 6]
         values = torch.arange(11.0)
         expected = -values[[0, 2, 3, 8, 9]].mean()
-        assert table.expert_nll(values) == expected
+        assert table.expert_nll(values, table.counts().expert_tokens) == expected
         parts = split_by_trunk(values.numpy(), trees)
         assert [part.tolist() for part in parts] == [list(range(7)), [7, 8, 9, 10]]
 

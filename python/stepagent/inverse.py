@@ -40,7 +40,7 @@ from .cycle import (
 )
 from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
 from .ops import step_rewards, step_sums
-from .ranks import over_ranks
+from .ranks import over_ranks, sum_gradients, sum_over_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -216,15 +216,16 @@ class InverseReflection:
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
         """Passes over the comparisons; the mean loss of the last."""
 
-        def loss(batch: list[int]) -> Tensor | None:
+        def loss(batch: list[int]) -> tuple[Tensor | None, int]:
             chosen = [comparisons[i] for i in batch]
             trees = self._pack(chosen)
             steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in chosen]))
             if not len(steps.expert_P):
-                return None  # the expert had no answer at any of these states
+                return None, 0  # the expert had no answer at any of these states
             pairs_K = torch.cat([steps.expert_P, steps.agent_P])
             logp_K = step_sums(_joined(chosen, "old_logps"), steps.offsets)[pairs_K]
-            return self._discriminator_loss(self.critic.read(trees).at(pairs_K), logp_K)
+            reading = self.critic.read(trees).at(pairs_K)
+            return self._discriminator_loss(reading, logp_K), len(steps.expert_P)
 
         return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
 
@@ -253,34 +254,47 @@ class InverseReflection:
         """Least squares of the states' values on the returns; the rows are constants."""
         returns_A = returns_A.to(state_AH)
 
-        def loss(batch: list[int]) -> Tensor:
-            return F.mse_loss(self.critic.values(state_AH[batch]), returns_A[batch])
+        def loss(batch: list[int]) -> tuple[Tensor, int]:
+            values_A = self.critic.values(state_AH[batch])
+            return F.mse_loss(values_A, returns_A[batch]), len(batch)
 
         self._passes(len(state_AH), loss, (cycle, 1), "value")
 
     def _passes(
         self,
         count: int,
-        loss: Callable[[list[int]], Tensor | None],
+        loss: Callable[[list[int]], tuple[Tensor | None, int]],
         seed: tuple[int, int],
         label: str,
     ) -> float:
-        """Minimise a loss of batches of ``count`` items; its mean over the last pass."""
+        """Minimise a loss of batches of ``count`` items; its mean over the last pass.
+
+        Each process has its share of a batch, and the gradients are added up.
+
+        :param loss: of some items, a mean and over how many.
+        """
         args = self._args
+        size = args.per_device_train_batch_size * args.world_size
         losses: list[float] = []
         bar = tqdm(range(args.critic_epochs), desc=label, disable=args.disable_tqdm, leave=False)
         for epoch in bar:
             order = np.random.default_rng((args.seed, *seed, epoch)).permutation(count)
             losses = []
-            for first in range(0, count, args.per_device_train_batch_size):
-                batch = order[first : first + args.per_device_train_batch_size].tolist()
-                value = loss(batch)
-                if value is None:
+            for first in range(0, count, size):
+                share = order[first : first + size][args.process_index :: args.world_size].tolist()
+                mean, weight = loss(share) if share else (None, 0)
+                total = sum_over_ranks(weight)
+                if not total:
                     continue
                 self._optimizer.zero_grad(set_to_none=True)
-                value.backward()  # type: ignore[no-untyped-call]
+                own = 0.0
+                if mean is not None:
+                    mean = mean * (weight / total)
+                    mean.backward()  # type: ignore[no-untyped-call]
+                    own = float(mean.detach())
+                sum_gradients(self.critic.trained().values())
                 self._optimizer.step()
-                losses.append(float(value.detach()))
+                losses.append(sum_over_ranks(own))
         return float(np.mean(losses))
 
     def _pack(self, comparisons: Sequence[Comparison]) -> list[TokenTree]:

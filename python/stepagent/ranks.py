@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .packing import balance
 
@@ -52,6 +54,34 @@ def over_ranks(
     for share, (done, _) in zip(shares(costs, ranks), everyones, strict=True):
         results |= zip(share, done, strict=True)
     return [results[i] for i in items]
+
+
+def sum_over_ranks(value: float) -> float:
+    """The sum of a number over the processes, each of which has to call this."""
+    if not _distributed():
+        return value
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, value)
+    return float(sum(everyones))
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of the processes, each of which has to call this.
+
+    A parameter that has none on any process keeps none, so that optimisers leave it as it is.
+    """
+    parameters = list(parameters)
+    if not _distributed() or not parameters:
+        return
+    device = parameters[0].device
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
+    dist.all_reduce(has, op=dist.ReduceOp.MAX)
+    for parameter, learnt in zip(parameters, has.tolist(), strict=True):
+        if learnt:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 
 def shares(costs: ArrayLike, ranks: int) -> list[list[int]]:

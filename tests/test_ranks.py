@@ -29,8 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft", "num_train_epochs": 2.0},
     "inverse": {
         "method": "inverse",
-        "cycles": 1,  # rows are kept in float32, and Adam makes much of their rounding
-        "epochs_per_cycle": 2,
+        "cycles": 2,
         "samples": 2,
         "critic_epochs": 1,
         "entropy_coef": 0.1,
@@ -87,12 +86,15 @@ def trained(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
         seed=3,
         **options,
     )
-    # In float64, in which rounding is not a matter. Another reference: at the policy
-    # itself all margins are 0, and their signs are rounding.
-    model = tiny_agent().double()
-    ref = None if args.method == "sft" else tiny_agent(seed=1).double()
-    data, tokenizer = trajectories(), babyai_tokenizer()
-    made = StepAgentTrainer(model, args, data, tokenizer, ref_model=ref, env=env)
+    # In float64; and where the reference and the discriminator are not the policy itself: there
+    # margins and gradients are 0, and their signs rounding, of which Adam makes much.
+    others: dict[str, Any] = {"env": env}
+    if args.method != "sft":
+        others["ref_model"] = tiny_agent(seed=1).double()
+    if args.method == "inverse":
+        others["discriminator"] = tiny_agent(seed=2).double()
+    model, tokenizer = tiny_agent().double(), babyai_tokenizer()
+    made = StepAgentTrainer(model, args, trajectories(), tokenizer, **others)
     made.train()
     logs = made.state.log_history
     return {

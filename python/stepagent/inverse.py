@@ -72,7 +72,7 @@ class InverseReflection:
             self.critic = StepCritic(
                 critic_body(policy, args.discriminator_body) if body is None else body,
                 args.discriminators,
-            )
+            ).to(args.device)  # where the policy is not yet, with FSDP
         self._optimizer = torch.optim.AdamW(
             self.critic.trained().values(), lr=args.critic_learning_rate, weight_decay=0.0
         )
@@ -211,7 +211,7 @@ class InverseReflection:
                 "the critic's logits or values hold NaN or infinity; lower "
                 "discriminator_learning_rate. Checkpoints written so far are kept"
             )
-        return logits_ES, values_S, state_SH.to(self.critic.value[0].weight.device)
+        return logits_ES, values_S, state_SH.to(self._args.device)
 
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
         """Passes over the comparisons; the mean loss of the last."""

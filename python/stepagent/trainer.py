@@ -48,8 +48,10 @@ from .ops import step_rewards
 from .preflight import (
     check_budget,
     check_discriminator,
+    check_loaded_everywhere,
     check_no_dropout,
     check_reference,
+    check_sharding,
 )
 from .ranks import over_ranks
 from .rollout import Expert, queried_rollouts, trunks_and_answers
@@ -99,7 +101,8 @@ class StepAgentTrainer(Trainer):
             raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
         if args.states == "agent" and env is None:
             raise ValueError("states='agent' needs env: an environment name or factory")
-        policy = _load_policy(model, peft_config)
+        check_loaded_everywhere()
+        policy = _load_policy(model, peft_config, args.seed)
         check_tree_support(policy)
         check_reference(ref_model, policy, args)
         check_discriminator(discriminator, policy, args)
@@ -129,6 +132,8 @@ class StepAgentTrainer(Trainer):
                 f"one process cannot train on {args.n_gpu} GPUs: start one per GPU with "
                 "`accelerate launch` or `torchrun`, or show it one by CUDA_VISIBLE_DEVICES"
             )
+        state = self.accelerator.state
+        check_sharding(getattr(state, "fsdp_plugin", None), state.deepspeed_plugin)
         # `compute_loss` divides by the counts of the whole step, and so needs no further division.
         self.model_accepts_loss_kwargs = True
         self._ref_model = ref_model
@@ -547,7 +552,7 @@ def _encode_all(
     return trunks
 
 
-def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None) -> Any:
+def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None, seed: int) -> Any:
     """The model to train: loaded where only named, with the adapter where one is asked for."""
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
@@ -557,7 +562,9 @@ def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None) -
         from peft import get_peft_model
     except ImportError as error:
         raise ImportError("peft_config needs PEFT: pip install 'stepagent[train]'") from error
-    return get_peft_model(model, peft_config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the same adapter in every process
+        return get_peft_model(model, peft_config)
 
 
 def _check_finite(values: Any, what: str) -> None:

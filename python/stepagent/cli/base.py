@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -64,7 +65,8 @@ def reports(function: Callable[..., tuple[dict[str, Any], str]]) -> Callable[...
     def command(as_json: bool, **options: Any) -> None:
         with redirect_stdout(sys.stderr):
             report, text = function(**options)
-        click.echo(json.dumps(report) if as_json else text)
+        if os.environ.get("RANK", "0") == "0":  # the first process of accelerate launch
+            click.echo(json.dumps(report) if as_json else text)
         if report.get("interrupted"):
             raise Interrupted("the report holds what there was until then")
 

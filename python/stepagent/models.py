@@ -155,7 +155,7 @@ def read_trees(
         return torch.cat([hidden_RH[rows_K].flatten(), logps_N])
 
     both = compute_at_head(model, compute, **inputs)
-    states, logps_N = both.split([len(both) - len(labels_N), len(labels_N)])
+    states, logps_N = torch.split(both, [len(both) - len(labels_N), len(labels_N)])
     return states.view(len(rows_K), -1), logps_N
 
 

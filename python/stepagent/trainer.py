@@ -328,7 +328,7 @@ class StepAgentTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """As transformers'; ``num_items_in_batch`` is the step's :class:`Counts`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [Counts() if b["steps"] is None else b["steps"].counts() for b in batches]
+        counts = [_counts(batch["steps"]) for batch in batches]
         return batches, Counts.of_step(counts, self.accelerator)
 
     def training_step(
@@ -351,7 +351,7 @@ class StepAgentTrainer(Trainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Counts | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The batch's share of the loss of its step: implicit, PPO's, or the NLL of the expert.
 
@@ -360,20 +360,21 @@ class StepAgentTrainer(Trainer):
         expert's tokens. All means are over the items of the whole optimiser's step, whatever the
         batches and processes that it is divided over.
 
-        :param num_items_in_batch: their counts; None: those of this batch.
+        :param num_items_in_batch: their :class:`Counts`; None: those of this batch.
         """
         if return_outputs:
             raise ValueError("the loss is computed on trees, which have no per-example outputs")
         with_entropy = self.args.method == "inverse" and self.args.entropy_coef > 0
         logps_N, entropy_N = self._logps(model, inputs["trees"], entropy=with_entropy)
         steps: StepTable | None = inputs["steps"]
+        total: Counts = num_items_in_batch or _counts(steps)
         if steps is None:
-            loss, total = logps_N.sum() * 0.0, num_items_in_batch or Counts()
+            loss = logps_N.sum() * 0.0  # still connected: all processes go through the backward
             self._stop_where_far(logps_N.new_zeros(0))
         else:
-            total = num_items_in_batch or steps.counts()
             loss = self._batch_loss(logps_N, entropy_N, inputs, steps.to(logps_N.device), total)
         _check_finite(loss.detach().cpu().numpy(), "the loss")
+        # Of one of the step's batches: the mean of all of them is the step's loss.
         self._means.add("mean_loss", loss.detach().reshape(1) * total.batches)
         return loss
 
@@ -506,6 +507,10 @@ class _CycleCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.log_cycle()
+
+
+def _counts(steps: StepTable | None) -> Counts:
+    return Counts() if steps is None else steps.counts()
 
 
 def _rounded_up(count: int, args: StepAgentConfig) -> int:

@@ -99,6 +99,7 @@ def train(
         trainer.save_model()
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_how_to_resume(config)) from interrupt
+    trainer.accelerator.end_training()  # the processes leave their group together
     if not trainer.is_world_process_zero():
         return None
     log = json.dumps(trainer.state.log_history, indent=2)

@@ -96,6 +96,7 @@ def test_a_state_is_asked_as_token_ids_under_a_seed_of_its_own(server, trunks):
 
     assert asked(trunks, seed=5) == seeds
     assert asked(trunks[2:], seed=5, first_trunk=2).items() <= seeds.items()
+    assert asked([trunks[2], trunks[0]], seed=5, places=[2, 0]).items() <= seeds.items()
     assert not set(asked(trunks, seed=6).values()) & set(seeds.values())
     assert not set(asked(trunks[2:], seed=5).values()) & set(
         asked(trunks[2:], seed=5, first_trunk=2).values()

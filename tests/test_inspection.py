@@ -167,6 +167,10 @@ def test_samples_depend_on_seed_and_place_and_not_on_the_batch(truncation, trunk
     # A part of the trunks, told its place, is that part of the whole.
     assert tokens(sampled(trunks[2:], first_trunk=2)) == tokens(first[2:])
     assert tokens(sampled(trunks[2:])) != tokens(first[2:])
+    part = sampled([trunks[2], trunks[0]], places=[2, 0])
+    assert tokens(part) == tokens([first[2], first[0]])
+    with pytest.raises(ValueError, match=f"places has 1 entries for {len(trunks)} trunks"):
+        sampled(places=[0])
     # One state asked twice is two draws.
     twice = sampled([trunks[0], trunks[0]])
     assert tokens(twice[:1]) != tokens(twice[1:])

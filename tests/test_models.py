@@ -189,6 +189,44 @@ def test_an_adapter_scores_as_its_base_and_alone_has_gradients(data):
 
 
 @peft_warns
+def test_a_head_that_an_adapter_saves_whole_is_scored_and_trained(data):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.nn.init.normal_(unwrapped(model).lm_head.modules_to_save["default"].weight)
+    logps, separate = score_trees(model, pack_step_pairs(*data)), separate_logprobs(model, *data)
+    torch.testing.assert_close(logps, separate, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        gradients(model, logps), gradients(model, separate), rtol=1e-3, atol=1e-3
+    )
+
+
+@peft_warns
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_adapter_on_the_head_is_refused_by_name(trained, data):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model("llama")
+    check_tree_support(base)  # that it passed before does not help
+    names = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": not trained}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **names))
+    with pytest.raises(ValueError, match=r'an adapter on it .*modules_to_save=\["lm_head"\]'):
+        score_trees(model, pack_step_pairs(*data))
+
+
+def test_a_quantised_or_partitioned_head_is_refused_by_name():
+    model = tiny_model("llama")
+    model.lm_head.weight.ds_id = 0  # DeepSpeed's mark on what ZeRO-3 partitions
+    with pytest.raises(ValueError, match="ZeRO-3, which stepagent does not support: use FSDP2"):
+        check_tree_support(model)
+    weight = torch.zeros(VOCAB, 32, dtype=torch.int8)
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"head of LlamaForCausalLM is quantised .*torch\.int8"):
+        check_tree_support(model)
+
+
+@peft_warns
 def test_prompt_tuning_is_refused():
     from peft import PromptTuningConfig, get_peft_model
 
@@ -381,13 +419,25 @@ def test_masks_follow_the_layers(data):
     assert llama.min() == torch.finfo(torch.float32).min
 
 
-def test_hidden_states_leave_no_hook_behind():
-    model = tiny_model("llama")
-    hidden = hidden_states(model, input_ids=torch.arange(3, 8)[None], use_cache=False)
-    assert hidden.shape == (1, 5, 32)
+def test_hidden_states_are_what_the_head_is_given_and_leave_the_model_as_it_was():
+    model, ids = tiny_model("llama"), torch.arange(3, 8)[None]
+    hidden = hidden_states(model, input_ids=ids, use_cache=False)
+    assert torch.equal(hidden, model.model(input_ids=ids)[0])
     with pytest.raises(ValueError, match="exactly one of"):
-        hidden_states(model, input_ids=torch.arange(3, 8)[None], inputs_embeds=7)
-    assert not model.get_decoder()._forward_hooks
+        hidden_states(model, input_ids=ids, inputs_embeds=7)
+    own = model.forward  # accelerate's, for one
+    model.forward = lambda **inputs: own(**inputs)
+    mine = model.forward
+    assert torch.equal(hidden_states(model, input_ids=ids, use_cache=False), hidden)
+    assert model.forward is mine
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_head_that_is_called_twice_is_refused():
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, _: module.forward(*args))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM calls .* 2 times in a forward"):
+        hidden_states(model, input_ids=torch.arange(3, 8)[None])
 
 
 def test_evaluation_mode_restores_every_module():

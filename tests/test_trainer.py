@@ -7,6 +7,7 @@ import math
 import shutil
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from stepagent.envs import ExpertUnavailable
 from stepagent.evaluation import agreement
 from stepagent.models import score_trees
 from stepagent.policies import ExpertPolicy
+from stepagent.preflight import check_sharding
 from stepagent.rollout import run_episodes
 from stepagent.trainer import StepAgentTrainer
 from stepagent.trajectory import Trajectory
@@ -531,6 +533,14 @@ def test_a_checkpoint_without_its_cycle_is_named(undisturbed, tmp_path):
         make("implicit", tmp_path / "new").train(resume_from_checkpoint=str(broken))
 
 
+def test_a_checkpoint_of_another_batch_is_refused(undisturbed, trainer):
+    whole, _ = undisturbed("implicit")
+    made = trainer(tiny_agent("gpt2"), per_device_train_batch_size=1, epochs_per_cycle=2, samples=2)
+    checkpoint = f"{whole.args.output_dir}/checkpoint-2"
+    with pytest.raises(ValueError, match="run with 2 trajectories an optimiser's step, this one h"):
+        made.train(resume_from_checkpoint=checkpoint)
+
+
 def test_checkpoints_hold_no_pickled_weights(undisturbed):
     whole, _ = undisturbed("implicit")
     names = {path.name for path in Path(whole.args.output_dir, "checkpoint-2").iterdir()}
@@ -582,7 +592,7 @@ def test_a_table_says_which_steps_are_compared():
         assert torch.nonzero(table.expert_S).flatten().tolist() == [0, 2, 6]
         values = torch.arange(11.0)
         expected = -values[[0, 2, 3, 8, 9]].mean()
-        assert table.expert_nll(values) == expected
+        assert table.expert_nll(values, table.counts().expert_tokens) == expected
         parts = split_by_trunk(values.numpy(), trees)
         assert [part.tolist() for part in parts] == [list(range(7)), [7, 8, 9, 10]]
 
@@ -597,8 +607,12 @@ def test_an_adapter_alone_is_trained_saved_and_resumed(trainer, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
     base = deepcopy(tiny_agent().state_dict())
     options = {"peft_config": lora, "save_strategy": "steps", "save_steps": 1}
-    torch.manual_seed(0)  # of the adapter's start
+    torch.manual_seed(0)  # the adapter's start is of the run's seed, not of this one
     made = trainer(**options)
+    starts = [trainer(peft_config=lora, seed=seed).model.state_dict() for seed in (3, 4)]
+    same = [torch.equal(v, starts[0][n]) for n, v in made.model.state_dict().items()]
+    assert all(same)
+    assert not all(torch.equal(v, starts[1][n]) for n, v in starts[0].items())
     made.train()
     made.save_model(str(tmp_path / "adapter"))
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
@@ -624,27 +638,42 @@ def test_an_adapter_alone_is_trained_saved_and_resumed(trainer, tmp_path):
     assert cycles_of(resumed) == cycles_of(made)
 
 
-def test_accumulated_gradients_are_those_of_the_larger_batch(trainer, trajectories):
-    same = [trajectories[0]] * 4  # as many pairs in every batch
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "sft", "num_train_epochs": 2.0},
+        {"method": "implicit", "cycles": 2, "sft_weight": 0.5},
+        {"method": "inverse", "cycles": 1, "critic_epochs": 1, "ratio": "token", "entropy_coef": 1},
+    ],
+    ids=lambda method: method["method"],
+)
+def test_a_step_is_one_however_it_is_cut_into_batches(trainer, trajectories, method):
+    uneven = [Trajectory(trajectories[0].messages * n) for n in (1, 2, 3, 5)]
 
-    def trained(size: int, accumulated: int) -> torch.Tensor:
+    def trained(size: int, accumulated: int) -> tuple[torch.Tensor, list[float]]:
         made = trainer(
-            data=same,
+            data=uneven,
             optim="sgd",
             max_grad_norm=0.0,
-            learning_rate=0.05,
+            learning_rate=1e-2,
             lr_scheduler_type="constant",
+            logging_strategy="steps",
+            logging_steps=1,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulated,
+            # The critic's batches are not accumulated: it learns nothing here.
+            **method | ({"critic_learning_rate": 1e-30} if method["method"] == "inverse" else {}),
         )
         made.train()
-        assert made.state.global_step == 2
-        return weights(made)
+        logs = made.state.log_history
+        losses = [entry["loss"] for entry in logs if "loss" in entry]
+        return weights(made), [*losses, *(entry["mean_loss"] for entry in cycles_of(made))]
 
     start = torch.cat([p.detach().flatten() for p in tiny_agent().parameters()])
-    large, small = trained(4, 1), trained(1, 4)
+    (large, whole), (small, parts) = trained(4, 1), trained(1, 4)
     assert (large - start).norm() > 1e-3
     assert (large - small).norm() < 1e-3 * (large - start).norm()
+    assert parts == pytest.approx(whole, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("option", ["bf16", "activation_checkpointing"])
@@ -852,3 +881,16 @@ def test_examples_have_no_outputs(trainer):
     _, batch = first_batch(made)
     with pytest.raises(ValueError, match="no per-example outputs"):
         made.compute_loss(made.model, batch, return_outputs=True)
+
+
+def test_kinds_of_sharding_that_cannot_work_are_refused_by_name(trainer, monkeypatch):
+    fsdp1, zero3 = SimpleNamespace(fsdp_version=1), SimpleNamespace(zero_stage=3)
+    with pytest.raises(ValueError, match=r"fsdp_version is 1, .* set fsdp_version: 2"):
+        check_sharding(fsdp1, None)
+    with pytest.raises(ValueError, match=r"ZeRO-3 is not supported: .* Shard with FSDP2"):
+        check_sharding(None, zero3)
+    check_sharding(SimpleNamespace(fsdp_version=2), SimpleNamespace(zero_stage=2))
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading must be false"):
+        trainer()

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .decoder import text_config, unwrapped
 from .tree import BLOCK_SIZE, TokenTree, additive_mask, layer_windows, on_host, parent_rows
+from .wrappers import text_config, unwrapped
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from .averages import Counts
 from .encoding import Trunk
 from .tree import TokenTree, pack_step_pairs
 
@@ -49,6 +50,11 @@ class Comparison:
     def demonstration(cls, trunk: Trunk) -> Comparison:
         """The expert alone: no alternatives."""
         return cls(trunk, [[] for _ in range(trunk.num_steps)], expert_trunk=True)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its tree encodes, or a few more."""
+        return len(self.trunk.input_ids) + sum(len(b) for step in self.branches for b in step)
 
 
 def pack_comparisons(comparisons: Sequence[Comparison], max_tokens: int) -> list[TokenTree]:
@@ -117,10 +123,21 @@ class StepTable:
         """A copy on ``device``."""
         return StepTable(**{name: value.to(device) for name, value in vars(self).items()})
 
-    def expert_nll(self, logps_N: Tensor) -> Tensor:
-        """Mean −log π over the tokens of the expert's actions; a connected zero if none."""
+    def counts(self) -> Counts:
+        """What there is to average over."""
+        lengths_S = self.offsets.diff()
+        expert_tokens = int(lengths_S[self.expert_S].sum())
+        return Counts(
+            pairs=len(self.expert_P),
+            expert_tokens=expert_tokens,
+            agent_steps=int((~self.expert_S).sum()),
+            agent_tokens=int(lengths_S.sum()) - expert_tokens,
+        )
+
+    def expert_nll(self, logps_N: Tensor, total: float) -> Tensor:
+        """−log π summed over the tokens of the expert's actions, / ``total``; a connected zero."""
         expert_N = self.expert_S.repeat_interleave(self.offsets.diff())
-        return -logps_N[expert_N].sum() / expert_N.sum().clamp(min=1)
+        return -logps_N[expert_N].sum() / (total or 1)
 
 
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .models import text_config
+from .wrappers import text_config
 
 _NAME = "stepagent_grouped"
 

@@ -52,6 +52,7 @@ def inspect(
     eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
     first_trunk: int = 0,
+    places: Sequence[int] | None = None,
     max_batch_tokens: int | None = None,
     progress: bool = False,
 ) -> list[list[list[Branch]]]:
@@ -67,6 +68,7 @@ def inspect(
     :param seed: the tokens of (trunk, step, sample) depend on it, on the trunk's place in
         ``trunks``, and on nothing else in the batch beyond rounding.
     :param first_trunk: the place of ``trunks[0]``, where ``trunks`` are a part of more.
+    :param places: the place of each trunk, where the part is not one that follows on.
     :param max_batch_tokens: bounds the slots (trunks × tokens) of one batch and the tokens of one
         forward. A trunk that needs more is read in chunks, and its branches grow in turns: it takes
         at most its own length and half of this, or one branch. None: as
@@ -75,6 +77,10 @@ def inspect(
         make wrong (:func:`stepagent.models.check_tree_support`).
     :raises FloatingPointError: when the model's logits are not finite.
     """
+    if places is None:
+        places = range(first_trunk, first_trunk + len(trunks))
+    if len(places) != len(trunks):
+        raise ValueError(f"places has {len(places)} entries for {len(trunks)} trunks")
     if not isinstance(model, nn.Module):
         for name, value in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
             if value is not None:
@@ -86,7 +92,7 @@ def inspect(
             temperature=temperature,
             eos_token_id=eos_token_id,
             seed=seed,
-            first_trunk=first_trunk,
+            places=places,
             progress=progress,
         )
     check_count("samples", samples)
@@ -107,8 +113,8 @@ def inspect(
     bar = tqdm(total=len(trunks), desc="inspect", disable=not progress)
     with evaluation_mode(model), bar:
         for batch in _batches(trunks, samples * (max_new_tokens - 1), budget):
-            places = [first_trunk + i for i in batch]
-            forest = Forest([trunks[i] for i in batch], places, samples, max_new_tokens, sampler)
+            chosen, where = [trunks[i] for i in batch], [places[i] for i in batch]
+            forest = Forest(chosen, where, samples, max_new_tokens, sampler)
             forest.grow(model, budget)
             for i, steps in zip(batch, forest.collect(), strict=True):
                 branches[i] = steps

@@ -29,10 +29,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .advantages import group_relative, leave_one_out, step_gae
+from .averages import Counts
 from .critic import StepCritic, StepReading, critic_body
-from .cycle import Comparison, StepTable, load_comparisons, pack_comparisons, save_comparisons
+from .cycle import (
+    Comparison,
+    StepTable,
+    load_comparisons,
+    pack_comparisons,
+    save_comparisons,
+)
 from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
 from .ops import step_rewards, step_sums
+from .ranks import over_ranks, sum_gradients, sum_over_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +72,7 @@ class InverseReflection:
             self.critic = StepCritic(
                 critic_body(policy, args.discriminator_body) if body is None else body,
                 args.discriminators,
-            )
+            ).to(args.device)  # where the policy is not yet, with FSDP
         self._optimizer = torch.optim.AdamW(
             self.critic.trained().values(), lr=args.critic_learning_rate, weight_decay=0.0
         )
@@ -180,31 +188,44 @@ class InverseReflection:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (E, S) and values (S,) of all steps, float64 on the CPU; rows (S, H) of states."""
         size = self._args.per_device_eval_batch_size
-        batches = [comparisons[i : i + size] for i in range(0, len(comparisons), size)]
-        readings = [vars(self.critic.read(self._pack(batch))) for batch in batches]
-        reading = StepReading(**{n: torch.cat([r[n] for r in readings]) for n in readings[0]})
+        sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
         logp_S = step_sums(_joined(comparisons, "old_logps"), steps.offsets)
-        logits_ES = self.critic.logits(reading, logp_S.to(reading.logq_S)).cpu().double()
-        values_S = self.critic.values(reading.state_SH).cpu().double()
+        logps = torch.split(logp_S, sizes)
+
+        def judged(places: list[int]) -> list[tuple[Tensor, ...]]:
+            found: list[tuple[Tensor, ...]] = []
+            for batch in (places[i : i + size] for i in range(0, len(places), size)):
+                reading = self.critic.read(self._pack([comparisons[i] for i in batch]))
+                logits_ES = self.critic.logits(reading, torch.cat([logps[i] for i in batch]))
+                values_S = self.critic.values(reading.state_SH)
+                parts = [part.cpu() for part in (logits_ES.T, values_S, reading.state_SH)]
+                rows = [sizes[i] for i in batch]
+                found += zip(*(torch.split(part, rows) for part in parts), strict=True)
+            return found
+
+        columns = zip(*over_ranks(judged, [c.tokens for c in comparisons]), strict=True)
+        logits_SE, values_S, state_SH = (torch.cat(parts) for parts in columns)
+        logits_ES, values_S = logits_SE.T.double(), values_S.double()
         if not bool(logits_ES.isfinite().all() and values_S.isfinite().all()):
             raise FloatingPointError(
                 "the critic's logits or values hold NaN or infinity; lower "
                 "discriminator_learning_rate. Checkpoints written so far are kept"
             )
-        return logits_ES, values_S, reading.state_SH
+        return logits_ES, values_S, state_SH.to(self._args.device)
 
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
         """Passes over the comparisons; the mean loss of the last."""
 
-        def loss(batch: list[int]) -> Tensor | None:
+        def loss(batch: list[int]) -> tuple[Tensor | None, int]:
             chosen = [comparisons[i] for i in batch]
             trees = self._pack(chosen)
             steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in chosen]))
             if not len(steps.expert_P):
-                return None  # the expert had no answer at any of these states
+                return None, 0  # the expert had no answer at any of these states
             pairs_K = torch.cat([steps.expert_P, steps.agent_P])
             logp_K = step_sums(_joined(chosen, "old_logps"), steps.offsets)[pairs_K]
-            return self._discriminator_loss(self.critic.read(trees).at(pairs_K), logp_K)
+            reading = self.critic.read(trees).at(pairs_K)
+            return self._discriminator_loss(reading, logp_K), len(steps.expert_P)
 
         return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
 
@@ -233,34 +254,47 @@ class InverseReflection:
         """Least squares of the states' values on the returns; the rows are constants."""
         returns_A = returns_A.to(state_AH)
 
-        def loss(batch: list[int]) -> Tensor:
-            return F.mse_loss(self.critic.values(state_AH[batch]), returns_A[batch])
+        def loss(batch: list[int]) -> tuple[Tensor, int]:
+            values_A = self.critic.values(state_AH[batch])
+            return F.mse_loss(values_A, returns_A[batch]), len(batch)
 
         self._passes(len(state_AH), loss, (cycle, 1), "value")
 
     def _passes(
         self,
         count: int,
-        loss: Callable[[list[int]], Tensor | None],
+        loss: Callable[[list[int]], tuple[Tensor | None, int]],
         seed: tuple[int, int],
         label: str,
     ) -> float:
-        """Minimise a loss of batches of ``count`` items; its mean over the last pass."""
+        """Minimise a loss of batches of ``count`` items; its mean over the last pass.
+
+        Each process has its share of a batch, and the gradients are added up.
+
+        :param loss: of some items, a mean and over how many.
+        """
         args = self._args
+        size = args.per_device_train_batch_size * args.world_size
         losses: list[float] = []
         bar = tqdm(range(args.critic_epochs), desc=label, disable=args.disable_tqdm, leave=False)
         for epoch in bar:
             order = np.random.default_rng((args.seed, *seed, epoch)).permutation(count)
             losses = []
-            for first in range(0, count, args.per_device_train_batch_size):
-                batch = order[first : first + args.per_device_train_batch_size].tolist()
-                value = loss(batch)
-                if value is None:
+            for first in range(0, count, size):
+                share = order[first : first + size][args.process_index :: args.world_size].tolist()
+                mean, weight = loss(share) if share else (None, 0)
+                total = sum_over_ranks(weight)
+                if not total:
                     continue
                 self._optimizer.zero_grad(set_to_none=True)
-                value.backward()  # type: ignore[no-untyped-call]
+                own = 0.0
+                if mean is not None:
+                    mean = mean * (weight / total)
+                    mean.backward()  # type: ignore[no-untyped-call]
+                    own = float(mean.detach())
+                sum_gradients(self.critic.trained().values())
                 self._optimizer.step()
-                losses.append(float(value.detach()))
+                losses.append(sum_over_ranks(own))
         return float(np.mean(losses))
 
     def _pack(self, comparisons: Sequence[Comparison]) -> list[TokenTree]:
@@ -324,6 +358,7 @@ def ppo_step_loss(
     logps_N: Tensor,
     entropy_N: Tensor | None,
     steps: StepTable,
+    total: Counts,
     *,
     advantages: Tensor,
     old_logps: Tensor,
@@ -331,6 +366,7 @@ def ppo_step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ppo_loss` of the agent's steps of a batch, less their entropy; and figures of each step.
 
+    :param total: what the means are over: of the batch itself, or of all that it is a part of.
     :param advantages: (S,) of all steps; old_logps, ref_logps: (N,) of all their tokens.
     """
     lengths_S, agent_S = steps.offsets.diff(), ~steps.expert_S
@@ -349,6 +385,11 @@ def ppo_step_loss(
         kl_coef=args.kl_coef if in_loss else 0.0,
         kl=args.kl_estimator if in_loss else "k3",
     )
+    if args.ratio == "token":
+        share = len(logps_n) / (total.agent_tokens or 1)
+    else:
+        share = (len(offsets_A) - 1) / (total.agent_steps or 1)
+    loss = loss * share
     log_ratios_A = step_rewards(logps_n.detach(), old_n, offsets_A, beta=1.0)
     figures = {
         # E over the old policy's own samples of ρ − 1 − log ρ estimates KL(old ‖ π).
@@ -356,7 +397,7 @@ def ppo_step_loss(
         "clip_fraction": (log_ratios_A.expm1().abs() > args.clip).float(),
     }
     if entropy_N is not None:
-        loss = loss - args.entropy_coef * entropy_N[agent_N].mean()
+        loss = loss - args.entropy_coef * entropy_N[agent_N].sum() / (total.agent_tokens or 1)
         figures["entropy"] = entropy_N[agent_N].detach()
     return loss, figures
 

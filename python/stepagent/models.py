@@ -1,6 +1,6 @@
-"""What a Hugging Face decoder must give: hidden rows over a token tree, and its head.
+"""What a Hugging Face decoder must give: log-probs and hidden rows over a token tree.
 
-Key: B rows of a batch, L tokens of a row, H hidden, V vocabulary, N scored tokens.
+Key: B rows of a batch, L tokens of a row, H hidden, N scored tokens, K hidden rows that are read.
 
 A tree is exact only in a model whose tokens interact through attention alone, under a mask of the
 caller's. Anything else (recurrent layers, chunked attention, an attention implementation without
@@ -10,10 +10,10 @@ custom masks) is refused by name in :func:`check_tree_support`, never computed w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -22,24 +22,38 @@ from torch import Tensor, nn
 from .attention import (
     TREE_ATTENTION,
     UNIFORM_WINDOW_MODELS,
+    TreeRows,
+    attention_masks,
     dense_attention,
     lay_out,
     tree_attention,
     tree_inputs,
 )
-from .attention import attention_masks as attention_masks
-from .decoder import text_config as text_config
-from .decoder import unwrapped as unwrapped
 from .encoding import Trunk
-from .operators.head import full_precision
-from .ops import linear_logprobs
+from .head import LMHead, check_head, compute_at_head, hidden_states, lm_head
 from .tree import TokenTree, on_host, pack_step_pairs
+from .wrappers import text_config, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedModel
+
+__all__ = [
+    "LMHead",
+    "attention_masks",
+    "check_fits",
+    "check_tree_support",
+    "evaluation_mode",
+    "hidden_states",
+    "lm_head",
+    "position_limit",
+    "read_trees",
+    "score_trees",
+    "text_config",
+    "unwrapped",
+]
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Options of windows that models build inside, by the order of the tokens and not by their depth.
@@ -51,73 +65,6 @@ _PROBE_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 _PROBE_ROUNDING_HALF = 0.25
 _PROBE_SHARE = 0.02
 _probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """The map from hidden rows to logits: ``softcap(hidden @ weight.T + bias) / temperature``."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    temperature: float
-
-    def logprobs(
-        self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor, return_entropy: bool = False
-    ) -> Any:
-        """Log-probs (N,) of ``labels_N`` predicted by ``hidden_RH[rows_N]``: fp32, or float64.
-
-        With ``return_entropy`` also the entropies (N,) of what the labels are drawn from.
-        """
-        return linear_logprobs(
-            hidden_RH.to(self.weight_VH.dtype),  # a norm may have left it in another one
-            self.weight_VH,
-            labels_N,
-            rows_N=rows_N,
-            bias_V=self.bias_V,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            return_entropy=return_entropy,  # type: ignore[call-overload]
-        )
-
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        """Logits (R, V), fp32 or float64, for sampling from a few rows."""
-        dtype = torch.promote_types(hidden_RH.dtype, torch.float32)
-        with full_precision(self.weight_VH.device):
-            logits_RV = _product(hidden_RH, self.weight_VH, dtype)
-        if self.bias_V is not None:
-            logits_RV += self.bias_V
-        if self.softcap is not None:
-            logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
-        return logits_RV if self.temperature == 1 else logits_RV / self.temperature
-
-
-def _product(hidden_RH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """``hidden @ weight.T``, rounded to ``dtype`` only."""
-    # CUDA alone multiplies halves into float32; ROCm and the CPU would need a copy of the weight.
-    halves = hidden_RH.dtype == weight_VH.dtype != dtype
-    if halves and weight_VH.is_cuda and torch.version.hip is None:
-        return torch.mm(hidden_RH, weight_VH.T, out_dtype=dtype)
-    return hidden_RH.to(dtype) @ weight_VH.to(dtype).T
-
-
-def lm_head(model: nn.Module) -> LMHead:
-    """The model's language-model head. Granite and Cohere scale their logits: a temperature."""
-    base = unwrapped(model)
-    head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if getattr(head, "weight", None) is None:
-        raise ValueError(
-            f"{type(base).__name__} has no linear language-model head; "
-            "stepagent scores causal language models"
-        )
-    config = text_config(model)
-    return LMHead(
-        weight_VH=head.weight,
-        bias_V=getattr(head, "bias", None),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        temperature=(getattr(config, "logits_scaling", None) or 1.0)
-        / (getattr(config, "logit_scale", None) or 1.0),
-    )
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -145,22 +92,6 @@ def check_fits(model: nn.Module, what: str, ids: ArrayLike, positions: int) -> N
     vocabulary, largest = text_config(model).vocab_size, int(np.max(ids))
     if largest >= vocabulary:
         raise ValueError(f"{what} holds token {largest}, the model has vocab_size={vocabulary}")
-
-
-def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """The decoder's last hidden state (B, L, H) of one forward through ``model`` itself.
-
-    The call goes through the outermost module, so that the hooks of DDP and FSDP run; the hidden
-    state is taken where the decoder returns it, and the head sees a single row of it.
-    """
-    captured: list[Tensor] = []
-    decoder: nn.Module = unwrapped(model).get_decoder()  # type: ignore[no-untyped-call]
-    handle = decoder.register_forward_hook(lambda _m, _i, out: captured.append(out[0]))
-    try:
-        model(**inputs, logits_to_keep=1)
-    finally:
-        handle.remove()
-    return captured[0]
 
 
 @overload
@@ -193,13 +124,23 @@ def read_trees(
 ) -> tuple[Tensor, Tensor]:
     """Hidden states (K, H) at the tokens ``rows[i]`` of each tree; `score_trees` in one forward.
 
+    Both are fp32, or float64 where the model is.
+
     :raises ValueError: as :func:`score_trees`.
     """
     _check_trees(model, trees)
-    hidden_RH, places = _tree_hidden(model, trees)
-    flat = np.concatenate([place[row] for place, row in zip(places, rows, strict=True)])
-    states_KH = hidden_RH[torch.from_numpy(flat).to(hidden_RH.device)]
-    return states_KH, _head_logprobs(model, trees, hidden_RH, places)
+    batch = lay_out(model, trees)
+    rows_K = _joined_rows(model, batch, rows)
+    labels_N, rows_N = _labels(model, batch, trees)
+
+    def compute(hidden_BLH: Tensor, head: LMHead) -> Tensor:
+        hidden_RH = hidden_BLH.flatten(0, 1)
+        logps_N = head.logprobs(hidden_RH, labels_N, rows_N)
+        return torch.cat([hidden_RH[rows_K].flatten(), logps_N])
+
+    both = _computed_on_trees(model, batch, compute)
+    states, logps_N = torch.split(both, [len(both) - len(labels_N), len(labels_N)])
+    return states.view(len(rows_K), -1), logps_N
 
 
 def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
@@ -213,35 +154,38 @@ def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
 
 
 def _score_trees(model: nn.Module, trees: Sequence[TokenTree], return_entropy: bool = False) -> Any:
-    return _head_logprobs(model, trees, *_tree_hidden(model, trees), return_entropy)
-
-
-def _head_logprobs(
-    model: nn.Module,
-    trees: Sequence[TokenTree],
-    hidden_RH: Tensor,
-    places: list[NDArray[np.int64]],
-    return_entropy: bool = False,
-) -> Any:
-    head = lm_head(model)
-    rows = (place[on_host(tree.label_rows)] for place, tree in zip(places, trees, strict=True))
-    rows_N = _long(np.concatenate([*rows]), head)
-    labels_N = torch.cat([_long(tree.labels, head) for tree in trees])
-    return head.logprobs(hidden_RH, labels_N, rows_N, return_entropy)
-
-
-def _tree_hidden(
-    model: nn.Module, trees: Sequence[TokenTree]
-) -> tuple[Tensor, list[NDArray[np.int64]]]:
-    """Hidden states (R, H) of the trees and of padding, and the rows of each tree's tokens."""
     batch = lay_out(model, trees)
+    labels_N, rows_N = _labels(model, batch, trees)
+
+    def compute(hidden_BLH: Tensor, head: LMHead) -> Tensor:
+        scored = head.logprobs(hidden_BLH.flatten(0, 1), labels_N, rows_N, return_entropy)
+        return torch.stack(scored) if return_entropy else cast("Tensor", scored)
+
+    scored = _computed_on_trees(model, batch, compute)
+    return scored.unbind() if return_entropy else scored
+
+
+def _computed_on_trees(
+    model: nn.Module, batch: TreeRows, compute: Callable[[Tensor, LMHead], Tensor]
+) -> Tensor:
     with tree_attention(model):
-        hidden_BLH = hidden_states(model, **tree_inputs(model, batch.rows))
-    return hidden_BLH.flatten(0, 1), batch.places
+        return compute_at_head(model, compute, **tree_inputs(model, batch.rows))
 
 
-def _long(array: Any, head: LMHead) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.long, device=head.weight_VH.device)
+def _labels(model: nn.Module, batch: TreeRows, trees: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
+    """The labels (N,) of all trees and the hidden rows (N,) that predict them."""
+    labels_N = torch.cat([_long(model, tree.labels) for tree in trees])
+    return labels_N, _joined_rows(model, batch, [on_host(tree.label_rows) for tree in trees])
+
+
+def _joined_rows(model: nn.Module, batch: TreeRows, rows: Sequence[Any]) -> Tensor:
+    """Tokens of each tree as hidden rows of the batch."""
+    places = (place[row] for place, row in zip(batch.places, rows, strict=True))
+    return _long(model, np.concatenate([*places]))
+
+
+def _long(model: nn.Module, array: Any) -> Tensor:
+    return torch.as_tensor(array, dtype=torch.long, device=unwrapped(model).device)
 
 
 def check_tree_support(model: nn.Module) -> None:
@@ -254,12 +198,13 @@ def check_tree_support(model: nn.Module) -> None:
     :raises FloatingPointError: when the model's log-probs are not finite.
     """
     base = unwrapped(model)
+    check_head(base)
     _check_config(base)
     peft_config = getattr(model, "active_peft_config", None)
     if getattr(peft_config, "is_prompt_learning", False):
         raise _refusal(base, f"its {type(peft_config).__name__} puts virtual tokens before it")
     if base not in _probed:
-        _probe(base)
+        _probe(model)
         _probed.add(base)
 
 
@@ -293,8 +238,9 @@ def _check_config(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> None:
+def _probe(model: nn.Module) -> None:
     """Refuse the model where a two-step tree and its separate sequences differ in log-probs."""
+    base = unwrapped(model)
     trunk, branches = _probe_actions(text_config(model).vocab_size)
     (tree,) = pack_step_pairs([trunk], [branches])
     with evaluation_mode(model):
@@ -303,7 +249,7 @@ def _probe(model: PreTrainedModel) -> None:
                 separate = _separate_logps(model, trunk, branches)
             if not bool(torch.isfinite(separate).all()):
                 raise FloatingPointError(
-                    f"the log-probs of {type(model).__name__} hold NaN or infinity; "
+                    f"the log-probs of {type(base).__name__} hold NaN or infinity; "
                     "look for a broken weight"
                 )
             error = float((_score_trees(model, [tree]) - separate).abs().max())
@@ -313,10 +259,10 @@ def _probe(model: PreTrainedModel) -> None:
         except (FloatingPointError, torch.OutOfMemoryError):
             raise
         except Exception as failure:  # models fail in their own ways
-            raise _refusal(model, f"its forward does not take a tree ({failure})") from failure
-    rounding = _PROBE_ROUNDING.get(model.dtype, _PROBE_ROUNDING_HALF)
+            raise _refusal(base, f"its forward does not take a tree ({failure})") from failure
+    rounding = _PROBE_ROUNDING.get(base.dtype, _PROBE_ROUNDING_HALF)
     if not error <= max(rounding, _PROBE_SHARE * effect):
-        raise _refusal(model, f"log-probs on a tree differ by {error:.3g} from separate sequences")
+        raise _refusal(base, f"log-probs on a tree differ by {error:.3g} from separate sequences")
 
 
 def _probe_actions(vocabulary: int) -> tuple[Trunk, list[list[NDArray[np.int64]]]]:
@@ -326,14 +272,14 @@ def _probe_actions(vocabulary: int) -> tuple[Trunk, list[list[NDArray[np.int64]]
 
 
 def _separate_logps(
-    model: PreTrainedModel, trunk: Trunk, branches: list[list[NDArray[np.int64]]]
+    model: nn.Module, trunk: Trunk, branches: list[list[NDArray[np.int64]]]
 ) -> Tensor:
     """Log-probs of all actions, each after its own prefix and through the model's own logits."""
     logps = []
     for (start, stop), tried in zip(trunk.action_spans, branches, strict=True):
         for action in (trunk.input_ids[start:stop], *tried):
-            ids = np.concatenate([trunk.input_ids[:start], action]).astype(np.int64)
-            tokens = torch.from_numpy(ids).to(model.device)
+            ids = np.concatenate([trunk.input_ids[:start], action])
+            tokens = _long(model, ids)
             logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[
                 0, start - 1 : -1
             ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,6 +58,30 @@ def check_no_dropout(policy: torch.nn.Module) -> None:
                 f"method='inverse' needs a policy without dropout, but {name} drops {rate}: "
                 "with it PPO's ratio is not 1 where nothing has changed"
             )
+
+
+def check_sharding(fsdp_plugin: Any, deepspeed_plugin: Any) -> None:
+    """Refuse the kinds of sharding in which weights cannot be read as the methods need them."""
+    if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version is {fsdp_plugin.fsdp_version}, but stepagent shards with FSDP2: set "
+            "fsdp_version: 2, as examples/fsdp2.yaml does"
+        )
+    if deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 is not supported: stepagent reads the head's weight, which it has "
+            "partitioned. Shard with FSDP2, as examples/fsdp2.yaml does, or take ZeRO-2"
+        )
+
+
+def check_loaded_everywhere() -> None:
+    """Before anything is computed: accelerate can leave all but one process without weights."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(name, "").lower() == "true" for name in names):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading must be false: stepagent tries the model on a small "
+            "tree in every process, and with it one process alone has the weights"
+        )
 
 
 def check_budget(

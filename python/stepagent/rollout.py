@@ -185,6 +185,40 @@ def rollout_and_query(
         ``workers`` it sees what a :class:`stepagent.envs.TextEnv` shows.
     :raises RuntimeError: where all rollouts crashed.
     """
+    episodes = queried_rollouts(
+        model,
+        env,
+        expert,
+        tokenizer=tokenizer,
+        seeds=seeds,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_token_id=eos_token_id,
+        seed=seed,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        workers=workers,
+        timeout=timeout,
+        progress=progress,
+    )
+    return trunks_and_answers(episodes, tokenizer)
+
+
+def queried_rollouts(
+    model: PreTrainedModel | Engine,
+    env: str | EnvFactory,
+    expert: Expert | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_id: int | Sequence[int] | None,
+    seed: int,
+    progress: bool,
+    **options: Any,
+) -> list[Episode]:
+    """The episodes of :func:`rollout_and_query`: what happens at a seed depends on no other."""
     acting: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -197,17 +231,20 @@ def rollout_and_query(
         raise ValueError("an engine needs eos_token_id: the ids of the tokens that end a turn")
     else:
         policy = EnginePolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
-    episodes = run_episodes(
+    return run_episodes(
         env,
         policy,
         seeds,
         expert=expert or own_expert,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        workers=workers,
-        timeout=timeout,
         progress="rollout" if progress else None,
+        **options,
     )
+
+
+def trunks_and_answers(
+    episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
+    """What :func:`rollout_and_query` gives, of its episodes."""
     ended = [episode for episode in episodes if episode.crashed is None]
     if episodes and not ended:
         raise RuntimeError(f"all {len(episodes)} rollouts crashed: {episodes[0].crashed}")

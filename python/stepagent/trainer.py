@@ -9,7 +9,7 @@ makes of a cycle's steps (inverse.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from .averages import Counts, RunningMeans
 from .config import StepAgentConfig
 from .cycle import (
     Comparison,
@@ -39,8 +40,9 @@ from .encoding import Trunk, encode
 from .engines import CompletionsEngine, Engine
 from .engines.adapters import PolicyOnEngine, check_adapter, first_state, logp_gap
 from .envs.pool import EnvFactory
+from .episodes import Episode
 from .evaluation import agreement
-from .inspection import inspect
+from .inspection import Branch, inspect
 from .inverse import InverseReflection, ppo_step_loss
 from .losses import implicit_step_loss
 from .models import check_tree_support, evaluation_mode, score_trees
@@ -48,10 +50,13 @@ from .ops import step_rewards
 from .preflight import (
     check_budget,
     check_discriminator,
+    check_loaded_everywhere,
     check_no_dropout,
     check_reference,
+    check_sharding,
 )
-from .rollout import Expert, rollout_and_query
+from .ranks import over_ranks
+from .rollout import Expert, queried_rollouts, trunks_and_answers
 from .trajectory import Trajectory
 from .tree import TokenTree, pack_step_pairs
 
@@ -105,9 +110,10 @@ class StepAgentTrainer(Trainer):
             raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
         if args.states == "agent" and env is None:
             raise ValueError("states='agent' needs env: an environment name or factory")
+        check_loaded_everywhere()
         if engine is not None and not args.has_cycles:
             raise ValueError("engine is given, but method='sft' at the expert's states never acts")
-        policy = _load_policy(model, peft_config)
+        policy = _load_policy(model, peft_config, args.seed)
         check_tree_support(policy)
         check_reference(ref_model, policy, args)
         check_discriminator(discriminator, policy, args)
@@ -124,11 +130,12 @@ class StepAgentTrainer(Trainer):
         self._max_new_tokens = args.max_new_tokens or longest
         check_budget(policy, trunks, args, self._max_new_tokens)
         self._trunks = trunks
+        self._per_epoch = args.rollouts or len(trunks)
         self._discriminator = discriminator
         super().__init__(
             model=policy,
             args=args,
-            train_dataset=_CycleData(args.rollouts or len(trunks)),
+            train_dataset=_CycleData(_rounded_up(self._per_epoch, args)),
             processing_class=processing_class,
             data_collator=self._collate,
             callbacks=[_CycleCallback(self), *(callbacks or [])],
@@ -138,6 +145,10 @@ class StepAgentTrainer(Trainer):
                 f"one process cannot train on {args.n_gpu} GPUs: start one per GPU with "
                 "`accelerate launch` or `torchrun`, or show it one by CUDA_VISIBLE_DEVICES"
             )
+        state = self.accelerator.state
+        check_sharding(getattr(state, "fsdp_plugin", None), state.deepspeed_plugin)
+        # `compute_loss` divides by the counts of the whole step, and so needs no further division.
+        self.model_accepts_loss_kwargs = True
         self._on_engine = None if engine is None else self._reach(engine)
         self._ref_model = ref_model
         if ref_model is not None:
@@ -174,7 +185,7 @@ class StepAgentTrainer(Trainer):
         # The cycle's figures, empty once they are logged.
         self._cycle_log: dict[str, float] = {}
         self._far = False  # the policy has moved by target_kl in this cycle
-        self._means = _RunningMeans()
+        self._means = RunningMeans()
         self._inverse = (
             InverseReflection(self._policy, self.args, self._discriminator)
             if self.args.method == "inverse"
@@ -191,14 +202,14 @@ class StepAgentTrainer(Trainer):
         data = cast(_CycleData, self.train_dataset)
         order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self._comparisons))
         # Fewer than the rollouts where some crashed: then the first ones come twice.
-        data.items = [self._comparisons[i] for i in np.resize(order, len(data))]
+        items = [self._comparisons[i] for i in np.resize(order, self._per_epoch)]
+        data.items = [*items, *[None] * (len(data) - len(items))]
 
     def _begin_cycle(self, cycle: int) -> None:
         self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end
         published = self._publish_policy(cycle)
         make = self._at_agent_states if self.args.states == "agent" else self._at_expert_states
-        # Every process makes the same; the broadcast guards against differences in rounding.
-        fresh = broadcast_object_list([make(cycle)])[0]
+        fresh = make(cycle)
         self._cycle = cycle
         self._cycle_log = {
             "cycle": cycle,
@@ -207,7 +218,7 @@ class StepAgentTrainer(Trainer):
             "tokens_naive": naive_tokens(fresh),
             **published,
         }
-        self._means, self._far = _RunningMeans(), False
+        self._means, self._far = RunningMeans(), False
         if self.args.method == "sft":
             self._comparisons = [*self._comparisons, *fresh]
             return
@@ -249,21 +260,26 @@ class StepAgentTrainer(Trainer):
     def log_cycle(self) -> None:
         """Log the present cycle's figures, once."""
         if self._cycle_log:
-            self.log({**self._cycle_log, **self._means.values()})
+            self.log({**self._cycle_log, **self._means.of_all_ranks().values()})
             self._cycle_log = {}
 
     def _at_expert_states(self, cycle: int) -> list[Comparison]:
-        branches = inspect(
-            self._actor,
-            self._trunks,
-            samples=self.args.samples,
-            max_new_tokens=self._max_new_tokens,
-            temperature=self.args.temperature,
-            eos_token_id=self._end_tokens,
-            seed=self._cycle_seed(cycle),
-            max_batch_tokens=self.args.inspect_batch_tokens,
-            progress=not self.args.disable_tqdm,
-        )
+        def inspected(places: list[int]) -> list[list[list[Branch]]]:
+            return inspect(
+                self._actor,
+                [self._trunks[i] for i in places],
+                samples=self.args.samples,
+                max_new_tokens=self._max_new_tokens,
+                temperature=self.args.temperature,
+                eos_token_id=self._end_tokens,
+                seed=self._cycle_seed(cycle),
+                places=places,
+                max_batch_tokens=self.args.inspect_batch_tokens,
+                progress=not self.args.disable_tqdm,
+            )
+
+        costs = [len(trunk.input_ids) for trunk in self._trunks]
+        branches = over_ranks(inspected, costs, alike=self._act_alike)
         tried = [[[branch.token_ids for branch in step] for step in steps] for steps in branches]
         return [
             Comparison(t, b, expert_trunk=True) for t, b in zip(self._trunks, tried, strict=True)
@@ -271,22 +287,37 @@ class StepAgentTrainer(Trainer):
 
     def _at_agent_states(self, cycle: int) -> list[Comparison]:
         assert self._env is not None
-        count = len(cast(_CycleData, self.train_dataset))
-        first = self.args.rollout_seed_start + cycle * count
-        trunks, branches = rollout_and_query(
-            self._actor,
-            self._env,
-            self._expert,
-            tokenizer=cast("PreTrainedTokenizerBase", self.processing_class),
-            seeds=range(first, first + count),
-            max_new_tokens=self._max_new_tokens,
-            temperature=self.args.temperature,
-            eos_token_id=self._end_tokens,
-            seed=self._cycle_seed(cycle),
-            max_steps=self.args.max_steps_per_episode,
-            progress=not self.args.disable_tqdm,
-        )
+        env, tokenizer = self._env, cast("PreTrainedTokenizerBase", self.processing_class)
+        first = self.args.rollout_seed_start + cycle * self._per_epoch
+
+        def rolled_out(places: list[int]) -> list[Episode]:
+            return queried_rollouts(
+                self._actor,
+                env,
+                self._expert,
+                tokenizer=tokenizer,
+                seeds=[first + place for place in places],
+                max_new_tokens=self._max_new_tokens,
+                temperature=self.args.temperature,
+                eos_token_id=self._end_tokens,
+                seed=self._cycle_seed(cycle),
+                max_steps=self.args.max_steps_per_episode,
+                progress=not self.args.disable_tqdm,
+            )
+
+        episodes = over_ranks(rolled_out, np.ones(self._per_epoch), alike=self._act_alike)
+        trunks, branches = trunks_and_answers(episodes, tokenizer)
         return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a forward of the policy needs all processes at the same time."""
+        return bool(self.is_fsdp_enabled)
+
+    @property
+    def _act_alike(self) -> bool:
+        """Whether all processes have to act together; on an engine none needs another."""
+        return self._is_sharded and self._on_engine is None
 
     @property
     def _policy(self) -> PreTrainedModel:
@@ -318,16 +349,21 @@ class StepAgentTrainer(Trainer):
     ) -> list[NDArray[np.float32]]:
         """Log-probs of each comparison's actions, in the order of its tree."""
         size = self.args.per_device_eval_batch_size
-        batches = [comparisons[i : i + size] for i in range(0, len(comparisons), size)]
-        scored = []
-        with evaluation_mode(model):
+
+        def scores(places: list[int]) -> list[NDArray[np.float32]]:
+            batches = [places[i : i + size] for i in range(0, len(places), size)]
+            scored = []
             for batch in tqdm(batches, desc="score", disable=self.args.disable_tqdm):
-                trees = pack_comparisons(batch, self.args.max_tokens)
+                trees = pack_comparisons([comparisons[i] for i in batch], self.args.max_tokens)
                 logps, _ = self._logps(model, trees)
                 values = logps.float().cpu().numpy()
                 _check_finite(values, "the log-probs at the start of the cycle")
                 scored += split_by_trunk(values, trees)
-        return scored
+            return scored
+
+        alike = self._is_sharded and model is self._policy
+        with evaluation_mode(model):
+            return over_ranks(scores, [c.tokens for c in comparisons], alike=alike)
 
     def _logps(
         self, model: torch.nn.Module, trees: Sequence[TokenTree], *, entropy: bool = False
@@ -340,21 +376,34 @@ class StepAgentTrainer(Trainer):
 
     # -- reflect: learn from the comparisons ---------------------------------------------------
 
-    def _collate(self, comparisons: list[Comparison]) -> dict[str, Any]:
+    def _collate(self, items: list[Comparison | None]) -> dict[str, Any]:
+        """A batch of trees; of nothing but padding, a tree to go through the model all the same."""
+        comparisons = [item for item in items if item is not None]
+        trees = pack_comparisons(comparisons or self._comparisons[:1], self.args.max_tokens)
+        if not comparisons:
+            return {"trees": trees, "steps": None}
         return {
-            "trees": pack_comparisons(comparisons, self.args.max_tokens),
-            "expert_trunk": torch.tensor([c.expert_trunk for c in comparisons]),
+            "trees": trees,
+            "steps": StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons])),
             **{
                 name: torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons]))
                 for name in _SCORES
             },
         }
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As transformers'; ``num_items_in_batch`` is the step's :class:`Counts`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [_counts(batch["steps"]) for batch in batches]
+        return batches, Counts.of_step(counts, self.accelerator)
+
     def training_step(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         """As transformers'; where ``target_kl`` was reached, nothing more is learnt in the cycle.
 
@@ -370,32 +419,55 @@ class StepAgentTrainer(Trainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """The batch's loss: implicit, PPO's, or the NLL of the expert's tokens.
+        """The batch's share of the loss of its step: implicit, PPO's, or the NLL of the expert.
 
         implicit: L = mean over pairs of −log σ(r_E − r_A),  r = β (log π − log π_ref) of an action;
         inverse: `ppo_loss` of the agent's steps; to either ``sft_weight`` adds the mean NLL of the
-        expert's tokens.
+        expert's tokens. All means are over the items of the whole optimiser's step, whatever the
+        batches and processes that it is divided over.
+
+        :param num_items_in_batch: their :class:`Counts`; None: those of this batch.
         """
         if return_outputs:
             raise ValueError("the loss is computed on trees, which have no per-example outputs")
         with_entropy = self.args.method == "inverse" and self.args.entropy_coef > 0
         logps_N, entropy_N = self._logps(model, inputs["trees"], entropy=with_entropy)
-        steps = StepTable.of(inputs["trees"], inputs["expert_trunk"]).to(logps_N.device)
-        if self.args.method == "sft":
-            loss = steps.expert_nll(logps_N)
-        elif self.args.method == "implicit":
-            loss = self._implicit_loss(logps_N, inputs["ref_logps"].to(logps_N.device), steps)
+        steps: StepTable | None = inputs["steps"]
+        total: Counts = num_items_in_batch or _counts(steps)
+        if steps is None:
+            loss = logps_N.sum() * 0.0  # still connected: all processes go through the backward
+            self._stop_where_far(logps_N.new_zeros(0))
         else:
-            loss = self._ppo_loss(logps_N, entropy_N, inputs, steps)
-        if self.args.method != "sft" and self.args.sft_weight:
-            loss = loss + self.args.sft_weight * steps.expert_nll(logps_N)
+            loss = self._batch_loss(logps_N, entropy_N, inputs, steps.to(logps_N.device), total)
         _check_finite(loss.detach().cpu().numpy(), "the loss")
-        self._means.add("mean_loss", loss.detach().reshape(1))
+        # Of one of the step's batches: the mean of all of them is the step's loss.
+        self._means.add("mean_loss", loss.detach().reshape(1) * total.batches)
         return loss
 
-    def _implicit_loss(self, logps_N: Tensor, ref_logps_N: Tensor, steps: StepTable) -> Tensor:
+    def _batch_loss(
+        self,
+        logps_N: Tensor,
+        entropy_N: Tensor | None,
+        inputs: dict[str, Any],
+        steps: StepTable,
+        total: Counts,
+    ) -> Tensor:
+        if self.args.method == "sft":
+            return steps.expert_nll(logps_N, total.expert_tokens)
+        if self.args.method == "implicit":
+            loss = self._implicit_loss(logps_N, inputs["ref_logps"], steps, total)
+        else:
+            loss = self._ppo_loss(logps_N, entropy_N, inputs, steps, total)
+        if self.args.sft_weight:
+            loss = loss + self.args.sft_weight * steps.expert_nll(logps_N, total.expert_tokens)
+        return loss
+
+    def _implicit_loss(
+        self, logps_N: Tensor, ref_logps_N: Tensor, steps: StepTable, total: Counts
+    ) -> Tensor:
+        ref_logps_N = ref_logps_N.to(logps_N.device)
         rewards_S = step_rewards(logps_N, ref_logps_N, steps.offsets, beta=self.args.beta)
         expert_P, agent_P = rewards_S[steps.expert_P], rewards_S[steps.agent_P]
         if not len(expert_P):
@@ -405,21 +477,31 @@ class StepAgentTrainer(Trainer):
         self._means.add("reward_accuracy", (margins_P > 0).float()[~steps.same_P])
         # E over the reference's own samples of log(ref / policy) estimates KL(ref ‖ policy).
         self._means.add("kl", -agent_P.detach() / self.args.beta)
-        return implicit_step_loss(expert_P, agent_P).mean()
+        return implicit_step_loss(expert_P, agent_P).sum() / total.pairs
 
     def _ppo_loss(
-        self, logps_N: Tensor, entropy_N: Tensor | None, inputs: dict[str, Any], steps: StepTable
+        self,
+        logps_N: Tensor,
+        entropy_N: Tensor | None,
+        inputs: dict[str, Any],
+        steps: StepTable,
+        total: Counts,
     ) -> Tensor:
         scores = {name: inputs[name].to(logps_N.device) for name in _SCORES}
-        loss, figures = ppo_step_loss(self.args, logps_N, entropy_N, steps, **scores)
-        if self.args.target_kl is not None:
-            # The processes of a run stop together.
-            moved = self.accelerator.reduce(figures["kl"].mean(), "mean")
-            self._far = bool(moved > self.args.target_kl)
-            figures["stopped_early"] = torch.tensor([float(self._far)])
+        loss, figures = ppo_step_loss(self.args, logps_N, entropy_N, steps, total, **scores)
         for name, values in figures.items():
             self._means.add(name, values)
+        self._stop_where_far(figures["kl"])
         return loss
+
+    def _stop_where_far(self, kl_A: Tensor) -> None:
+        """Where ``target_kl`` is reached on average, the processes of a run stop together."""
+        if self.args.target_kl is None:
+            return
+        here = torch.stack([kl_A.sum(), kl_A.new_tensor(float(len(kl_A)))])
+        moved, count = self.accelerator.reduce(here, "sum").tolist()
+        self._far = count > 0 and moved / count > self.args.target_kl
+        self._means.add("stopped_early", torch.tensor([float(self._far)]))
 
     def end_epoch(self, epoch: int) -> None:
         """Log a cycle's figures where a cycle ends."""
@@ -438,6 +520,7 @@ class StepAgentTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # First the cycle: transformers writes the file that makes a checkpoint a checkpoint last.
+        means = self._means.of_all_ranks()
         if self.args.has_cycles and self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial)) / name
@@ -445,8 +528,9 @@ class StepAgentTrainer(Trainer):
             progress = {
                 "cycle": self._cycle,
                 "log": self._cycle_log,
-                "means": self._means.state(),
+                "means": means.state(),
                 "far": self._far,
+                "batch": self.get_total_train_batch_size(self.args),
             }
             save_comparisons(folder / _CYCLE_FILE, self._comparisons, progress)
             if self._inverse is not None:
@@ -457,10 +541,23 @@ class StepAgentTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.has_cycles:
             self._comparisons, progress = load_comparisons(Path(checkpoint) / _CYCLE_FILE)
+            self._check_same_batch(checkpoint, progress["batch"])
             self._cycle, self._cycle_log = progress["cycle"], progress["log"]
-            self._means, self._far = _RunningMeans(progress["means"]), progress["far"]
+            # Those of all processes, which the first one goes on with.
+            self._means = RunningMeans(progress["means"] if self.args.process_index == 0 else None)
+            self._far = progress["far"]
             if self._inverse is not None:
                 self._inverse.load(Path(checkpoint))
+
+    def _check_same_batch(self, checkpoint: str, before: int) -> None:
+        """Steps are counted in batches: of another size, the run would go on somewhere else."""
+        now = self.get_total_train_batch_size(self.args)
+        if now != before:
+            raise ValueError(
+                f"{checkpoint} is of a run with {before} trajectories an optimiser's step, this "
+                f"one has {now}: per_device_train_batch_size × gradient_accumulation_steps × "
+                f"processes must be {before}"
+            )
 
 
 class _CycleCallback(TrainerCallback):
@@ -481,35 +578,31 @@ class _CycleCallback(TrainerCallback):
         self._trainer.withdraw_policy()
 
 
-class _CycleData(Dataset[Comparison]):
+def _counts(steps: StepTable | None) -> Counts:
+    return Counts() if steps is None else steps.counts()
+
+
+def _rounded_up(count: int, args: StepAgentConfig) -> int:
+    """So that all processes have as many batches: what is missing is padded with None.
+
+    accelerate would take the first items a second time, and they would count twice.
+    """
+    whole = args.world_size * args.per_device_train_batch_size if args.world_size > 1 else 1
+    return -(-count // whole) * whole
+
+
+class _CycleData(Dataset["Comparison | None"]):
     """A dataset of fixed length whose items are replaced each epoch."""
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self.items: list[Comparison] = []
+        self.items: list[Comparison | None] = []
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Comparison:
+    def __getitem__(self, index: int) -> Comparison | None:
         return self.items[index]
-
-
-class _RunningMeans:
-    """Sums and counts by name, kept through a checkpoint."""
-
-    def __init__(self, state: dict[str, tuple[float, int]] | None = None) -> None:
-        self._sums = dict(state or {})
-
-    def add(self, name: str, values: Tensor) -> None:
-        total, count = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (total + float(values.sum()), count + values.numel())
-
-    def values(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self._sums.items() if count}
-
-    def state(self) -> dict[str, tuple[float, int]]:
-        return self._sums
 
 
 def _encode_all(
@@ -533,7 +626,7 @@ def _encode_all(
     return trunks
 
 
-def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None) -> Any:
+def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None, seed: int) -> Any:
     """The model to train: loaded where only named, with the adapter where one is asked for."""
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
@@ -543,7 +636,9 @@ def _load_policy(model: PreTrainedModel | str, peft_config: PeftConfig | None) -
         from peft import get_peft_model
     except ImportError as error:
         raise ImportError("peft_config needs PEFT: pip install 'stepagent[train]'") from error
-    return get_peft_model(model, peft_config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the same adapter in every process
+        return get_peft_model(model, peft_config)
 
 
 def _check_finite(values: Any, what: str) -> None:

@@ -56,14 +56,20 @@ class Commands(click.Group):
             raise click.ClickException(message) from error
 
 
-def reports(function: Callable[..., tuple[dict[str, Any], str]]) -> Callable[..., None]:
-    """Give a command ``--json``; print its report, and nothing else that is printed, on stdout."""
+def reports(function: Callable[..., tuple[dict[str, Any], str] | None]) -> Callable[..., None]:
+    """Give a command ``--json``; print its report, and nothing else that is printed, on stdout.
+
+    A command has none, None, where another process of the same run reports.
+    """
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
     @functools.wraps(function)
     def command(as_json: bool, **options: Any) -> None:
         with redirect_stdout(sys.stderr):
-            report, text = function(**options)
+            reported = function(**options)
+        if reported is None:
+            return
+        report, text = reported
         click.echo(json.dumps(report) if as_json else text)
         if report.get("interrupted"):
             raise Interrupted("the report holds what there was until then")

@@ -101,7 +101,7 @@ def train(
     engine: str | None,
     resume: bool,
     options: tuple[str, ...],
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], str] | None:
     """Train an agent towards an expert's trajectories."""
     config = _training_config(options)
     if env is not None and config.states != "agent":
@@ -120,11 +120,13 @@ def train(
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        if trainer.is_world_process_zero():
-            log = json.dumps(trainer.state.log_history, indent=2)
-            Path(f"{config.output_dir}/log.json").write_text(log + "\n")
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_how_to_resume(config)) from interrupt
+    trainer.accelerator.end_training()  # the processes leave their group together
+    if not trainer.is_world_process_zero():
+        return None
+    log = json.dumps(trainer.state.log_history, indent=2)
+    Path(f"{config.output_dir}/log.json").write_text(log + "\n")
     report = {
         "output_dir": config.output_dir,
         "method": config.method,

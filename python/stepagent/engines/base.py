@@ -94,7 +94,7 @@ class Engine(ABC):
         temperature: float,
         eos_token_id: int | Sequence[int] | None,
         seed: int,
-        first_trunk: int,
+        places: Sequence[int],
         progress: bool,
     ) -> list[list[list[Branch]]]:
         """As :func:`stepagent.inspect`, whose options these are.
@@ -115,9 +115,9 @@ class Engine(ABC):
             State(
                 f"trunks[{i}] at step {t}",
                 trunk.input_ids[:start],
-                state_seed(seed, first_trunk + i, t),
+                state_seed(seed, place, t),
             )
-            for i, trunk in enumerate(trunks)
+            for i, (trunk, place) in enumerate(zip(trunks, places, strict=True))
             for t, start in enumerate(trunk.action_spans[:, 0].tolist())
         ]
         sampled = iter(

@@ -1,4 +1,4 @@
-"""The transformers decoder inside whatever wraps it, and its configuration."""
+"""The transformers model inside what training puts around it: DDP, FSDP, DeepSpeed, PEFT."""
 
 from __future__ import annotations
 

@@ -230,12 +230,15 @@ class Probe:
 
     def rate(self) -> float:
         """Units a second, by the median of its turns."""
-        times = [self.clock.between(*marks) for marks in self.marks]
-        return 1e3 * self.units / statistics.median(times)
+        return 1e3 * self.units / statistics.median(self._times())
 
     def best_rate(self) -> float:
         """Units a second, by the fastest of its turns."""
-        return 1e3 * self.units / min(self.clock.between(*marks) for marks in self.marks)
+        return 1e3 * self.units / min(self._times())
+
+    def _times(self) -> list[float]:
+        """Milliseconds of each turn."""
+        return [float(self.clock.between(*marks)) for marks in self.marks]
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, float]:

@@ -102,7 +102,7 @@ def _stepagent_graphed(problem: Problem) -> Implementation:
 
     tensors = {name: x for name, x in problem.inputs.items() if name != "beta"}
     sample = tuple(x.detach().requires_grad_(name == "logps_N") for name, x in tensors.items())
-    graphed = torch.cuda.make_graphed_callables(rewards, sample)
+    graphed: Any = torch.cuda.make_graphed_callables(rewards, sample)
 
     def call(beta: float, **inputs: Tensor) -> Tensor:
         replayed: Tensor = graphed(*(inputs[name] for name in tensors))

@@ -17,8 +17,10 @@ import pytest
 pytest.importorskip("triton")
 
 slow = pytest.mark.slow
+MAX_BLOCK = 4096  # logits in a tile, as shipped: tests of kernels cut it in their own processes
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 KERNELS = (
+    "labels",
     "token_logprobs",
     "token_logprobs, entropy",
     "token_logprobs backward",
@@ -31,6 +33,8 @@ KERNELS = (
     "linear slice",
     "linear slice, entropy",
     "linear slice, frozen head",
+    "linear results",
+    "linear results, entropy",
     "linear slice backward",
     "linear slice backward, entropy",
     "step_sums",
@@ -94,6 +98,41 @@ def test_every_kernel_compiles_within_its_budget(
             assert row["shared"] <= shared, row
 
 
+# Instructions for each logit, in the loop over a row: at most so many let the memory of an H200 be
+# the limit (a copy of 4.2 TB/s is 2.1e12 halves a second; 132 multiprocessors issue 28e12).
+LEAN = {"_token_logprobs_kernel": 14, "_logprob_diff_kernel": 14}
+
+
+def test_loops_over_a_row_are_lean(tmp_path: Path) -> None:
+    import triton
+
+    assert warmup("sm_90", cache=tmp_path, dtypes=("bfloat16",)).returncode == 0
+    for kernel, most in LEAN.items():
+        cubins = sorted(tmp_path.rglob(f"{kernel}.cubin"))
+        assert cubins
+        for cubin in cubins:
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            warps = json.loads(cubin.with_suffix(".json").read_text())["num_warps"]
+            per_logit = [32 * warps * length / MAX_BLOCK for length in folding_loops(sass)]
+            assert per_logit
+            assert max(per_logit) <= most, (cubin.name, per_logit)
+
+
+def folding_loops(sass: str) -> list[int]:
+    """Instructions in each loop that raises to a power, by the jump back at its end."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
+    code = [(int(address, 16), text) for address, text in found]
+    lengths = []
+    for end, text in code:
+        jump = re.search(r"BRA\S* .*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < end:
+            body = [t for address, t in code if int(jump[1], 16) <= address <= end]
+            if any("MUFU.EX2" in t for t in body):
+                lengths.append(len(body))
+    return lengths
+
+
 def expected_instructions(kernel: str, arch: str, dtype: str, **_: object) -> set[str]:
     """Only the fused fold multiplies: by the matrix units, and fed by what copies to them."""
     if "fused_linear fold" not in kernel:
@@ -133,7 +172,7 @@ def test_a_launch_finds_what_the_warmup_compiled(tmp_path: Path) -> None:
     text = python("-m", "stepagent", "warmup", "--arch", "sm_90", cache=tmp_path).stdout
     columns = "kernel                            arch   dtype     registers  spills  shared"
     assert f"{columns}  instructions\n" in text
-    assert f"Wrote 44 kernels of Triton {version('triton')} to {tmp_path}\n" in text
+    assert f"Wrote 50 kernels of Triton {version('triton')} to {tmp_path}\n" in text
     warm = set(tmp_path.iterdir())
     for V, H, compiled in ((50_000, 80, 0), (50_001, 81, 6)):  # 16 divides the first two
         finished = python("-c", LAUNCH.format(V=V, H=H), cache=tmp_path)

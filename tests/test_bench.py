@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 import stepagent as sa
-from stepagent.bench import clocks, providers, runner
+from stepagent.bench import checks, clocks, providers, runner
 from stepagent.bench.checks import Check, Errors
 from stepagent.bench.clocks import MODES
 from stepagent.bench.output import COLUMNS
@@ -212,6 +212,24 @@ def test_logits_rounded_to_16_bits_are_not_allowed_even_of_16_bit_inputs() -> No
     problem = make_problem("linear_logprobs", Shape(N=96, H=32, V=500, dtype=torch.bfloat16), CPU)
     check = Check(problem)
     assert not check.errors(rounded).within(check.allowed)
+
+
+def test_what_tensor_cores_truncate_is_allowed_where_they_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every log-prob off to one side, as on an H200 by 3.4e-5: more than a random sum allows."""
+    shape = Shape(N=96, H=32, V=500, dtype=torch.bfloat16)
+    problem = make_problem("linear_logprobs", shape, CPU)
+
+    small = Check(problem).allowed.value / 2
+
+    def one_sided(**inputs: Any) -> Tensor:
+        return sa.linear_logprobs(**inputs) + small
+
+    assert not Check(problem).errors(one_sided).within(Check(problem).allowed)
+    monkeypatch.setattr(checks, "truncates", lambda device, dtype: True)
+    assert Check(problem).errors(one_sided).within(Check(problem).allowed)
+    assert not Check(problem).errors(rounded).within(Check(problem).allowed)
 
 
 def test_nan_is_never_within() -> None:

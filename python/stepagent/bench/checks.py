@@ -48,6 +48,11 @@ class _Answer:
     gradients: dict[str, Tensor]
 
 
+def truncates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are added by units that truncate."""
+    return device.type == "cuda" and dtype != torch.float32
+
+
 class Check:
     """The reference's answer to a problem, and how far others are from it."""
 
@@ -111,10 +116,10 @@ class Check:
         baseline = self._distance(_Answer(single.values, rounded))
         rounding = ROUNDING[self.problem.shape.dtype]
         of_value = rounding * self.truth.values.abs().max().item()
-        one_sided = self.upstream.is_cuda and self.problem.shape.dtype != torch.float32
+        grows = SUM if truncates(self.upstream.device, self.problem.shape.dtype) else math.sqrt(SUM)
         return Errors(
             2 * baseline.value + of_value,
-            2 * baseline.sum64 + (SUM if one_sided else math.sqrt(SUM)) * of_value,
+            2 * baseline.sum64 + grows * of_value,
             2 * baseline.gradient + 10 * rounding,
         )
 

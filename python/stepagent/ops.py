@@ -101,11 +101,11 @@ def linear_logprobs(
         bias_V: (V,), dtype of `hidden_RH`.
         temperature: T > 0, one for all or a float tensor (N,) on the same device; a constant.
         softcap: cap > 0, or None for z = x / T.
-        kept_NK: (N, K) int32 or int64 in [0, V), the tokens that label n was drawn from, as top-k and
-            top-p sampling leave them, in any order; -1 where a row has fewer. p is then over these
-            tokens, and others get no gradient. A label must be among its own, except -100: on CPU
-            that is a ValueError; on CUDA it scores NaN, with `check_labels="sync"` it is the
-            ValueError. None: all tokens. Not with `batch_invariant`.
+        kept_NK: (N, K) int32 or int64 in [0, V): the tokens that label n was drawn from, as top-k
+            and top-p sampling leave them, in any order; -1 where there are fewer. The distribution
+            is over these; others get no gradient. A label other than -100 must be among its own:
+            on CPU, or with `check_labels="sync"`, it is a ValueError that names it; on CUDA it
+            scores NaN. None: all tokens. Not with `batch_invariant`.
         return_entropy: also return the entropy of each predicted distribution.
         group: ranks that each hold an equal shard of the vocabulary, in the order of ranks; V is
             then the size of the shard in `weight_VH` and `bias_V`, labels are of the whole

@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 from op_cases import (
     EXACT,
     HEAD_LEAVES,
+    Recorder,
     assert_like_reference,
+    backward_inputs,
     head,
     linear_inputs,
     run,
@@ -191,6 +193,17 @@ def test_unchecked_a_label_outside_its_set_scores_nan(path: str) -> None:
         assert logps_N.isnan().tolist() == [n == 2 for n in range(9)]
         row = arguments["rows_N"][2]
         assert hidden_grad_RH.isnan().all(1).tolist() == [r == row for r in range(7)]
+
+
+def test_a_mask_is_of_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    N, V = 64, 1024
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 4 * N * 128)
+    monkeypatch.setattr(head_slices, "MIN_SLICE", 32)
+    inputs = linear_inputs(with_sets(head(N=N, V=V, R=50, dtype=torch.float32)))
+    with Recorder() as recorder:
+        results = linear.linear_forward(*inputs)
+        linear.linear_backward(*backward_inputs(results, inputs, [True, True, True]))
+    assert max(recorder.sizes) <= N * (128 + 1)
 
 
 @pytest.mark.parametrize(

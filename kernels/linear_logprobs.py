@@ -54,16 +54,20 @@ def _load(
     WITH_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """x of these columns after bias and cap, −inf outside the slice, and the softcap's slope."""
+    """x of these columns after bias and cap, and the softcap's slope.
+
+    x is −inf outside the slice and where the product is: there a token may not draw.
+    """
     inside = (column >= 0) & (column < w)
     x = tl.load(row_ptr + column, mask=inside, other=-float("inf"))
+    barred = x == -float("inf")
     if WITH_BIAS:
         x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     slope = 1.0
     if CAPPED:
         t = _tanh(x / softcap)
         slope = 1.0 - t * t
-        x = tl.where(inside, softcap * t, -float("inf"))
+        x = tl.where(barred, -float("inf"), softcap * t)
     return x, slope
 
 

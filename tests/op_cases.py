@@ -148,7 +148,7 @@ def linear_inputs(
     values = [arguments[k] for k in ("hidden_RH", "weight_VH", "labels_N", "rows_N", "bias_V")]
     temperature = torch.as_tensor(arguments["temperature"])
     options = (arguments["softcap"], keep != "gradient", keep, keep_bytes, "", "device", False)
-    return (*values, temperature, *options)
+    return (*values, temperature, *options, arguments.get("kept_NK"))
 
 
 def backward_inputs(
@@ -159,10 +159,10 @@ def backward_inputs(
 ) -> tuple[Any, ...]:
     """Arguments of the operator of its backward; upstream gradients are 1 unless given."""
     *results, kept = results
-    with_entropy, keep, _, group, _, _ = inputs[7:]
+    with_entropy, keep, _, group, _, _, kept_NK = inputs[7:]
     upstream_N = torch.ones_like(results[0]) if upstream_N is None else upstream_N
     grads = (upstream_N, upstream_N if with_entropy else None)
-    return (*grads, results, *inputs[:7], kept, keep, group, needs)
+    return (*grads, results, *inputs[:7], kept, keep, group, needs, kept_NK)
 
 
 def diff_inputs(arguments: dict[str, Any], keep: str = "nothing") -> tuple[Any, ...]:

@@ -85,14 +85,15 @@ def check_finite(name: str, values: Tensor) -> None:
         _refuse(~flat.isfinite(), name, flat, "it must be finite")
 
 
-def as_index(name: str, index: object, device: torch.device) -> Tensor:
-    """As a one-dimensional int64 tensor on `device`; numpy arrays are copied there."""
+def as_index(name: str, index: object, device: torch.device, ndim: int = 1) -> Tensor:
+    """As an int64 tensor on `device`; numpy arrays are copied there."""
     if isinstance(index, np.ndarray):
         index = torch.tensor(index, device=device)  # as_tensor would warn about read-only arrays
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor or array, got {_kind(index)}")
-    if index.ndim != 1:
-        raise ValueError(f"{name} must have 1 dimension, got shape {tuple(index.shape)}")
+    if index.ndim != ndim:
+        dimensions = f"{ndim} dimension" + "s" * (ndim > 1)
+        raise ValueError(f"{name} must have {dimensions}, got shape {tuple(index.shape)}")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device} but must be on {device}")
     return index.to(torch.int64)
@@ -159,6 +160,23 @@ def _known_on_device(labels_N: Tensor, V: int) -> Tensor:
 
     known: Tensor = all_known(labels_N, V)
     return known
+
+
+def check_kept(labels_N: Tensor, kept_NK: Tensor, V: int, check: str, op: str) -> Tensor:
+    """The labels; V, which scores NaN, for one outside its own set that may not be looked at."""
+    unknown_NK = (kept_NK < -1) | (kept_NK >= V)
+    absent_N = (labels_N != IGNORE) & ~(kept_NK == labels_N[:, None]).any(1)
+    rule = f"kept tokens are in [0, {V}), or -1 for none"
+    if check == "sync" or (check == "device" and labels_N.device.type == "cpu"):
+        if bool(unknown_NK.any()):
+            n, k = unknown_NK.nonzero()[0].tolist()
+            raise ValueError(f"kept_NK[{n}, {k}] = {kept_NK[n, k].item()}, but {rule}")
+        if bool(absent_N.any()):
+            n = int(absent_N.nonzero()[0])
+            raise ValueError(f"labels_N[{n}] = {labels_N[n].item()} must be among kept_NK[{n}]")
+    elif check == "device":
+        torch._assert_async(~unknown_NK.any(), f"stepagent::{op}: {rule}")
+    return labels_N.masked_fill(absent_N, V)
 
 
 def check_rows(name: str, rows_N: Tensor | None, of: str, R: int) -> None:

@@ -42,6 +42,7 @@ def linear_logprobs(
     bias_V: Tensor | None = ...,
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
+    kept_NK: Index | None = ...,
     return_entropy: Literal[False] = ...,
     group: ProcessGroup | None = ...,
     keep_bytes: int | None = ...,
@@ -58,6 +59,7 @@ def linear_logprobs(
     bias_V: Tensor | None = ...,
     temperature: float | Tensor = ...,
     softcap: float | None = ...,
+    kept_NK: Index | None = ...,
     return_entropy: Literal[True],
     group: ProcessGroup | None = ...,
     keep_bytes: int | None = ...,
@@ -73,6 +75,7 @@ def linear_logprobs(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    kept_NK: Index | None = None,
     return_entropy: bool = False,
     group: ProcessGroup | None = None,
     keep_bytes: int | None = None,
@@ -98,6 +101,11 @@ def linear_logprobs(
         bias_V: (V,), dtype of `hidden_RH`.
         temperature: T > 0, one for all or a float tensor (N,) on the same device; a constant.
         softcap: cap > 0, or None for z = x / T.
+        kept_NK: (N, K) int32 or int64 in [0, V): the tokens that label n was drawn from, as top-k
+            and top-p sampling leave them, in any order; -1 where there are fewer. The distribution
+            is over these; others get no gradient. A label other than -100 must be among its own:
+            on CPU, or with `check_labels="sync"`, it is a ValueError that names it; on CUDA it
+            scores NaN. None: all tokens. Not with `batch_invariant`.
         return_entropy: also return the entropy of each predicted distribution.
         group: ranks that each hold an equal shard of the vocabulary, in the order of ranks; V is
             then the size of the shard in `weight_VH` and `bias_V`, labels are of the whole
@@ -124,12 +132,15 @@ def linear_logprobs(
     """
     hidden_RH, weight_VH, bias_V = _head("", hidden_RH, weight_VH, bias_V)
     labels_N, rows_N = _labelled_rows("", hidden_RH, labels_N, rows_N)
+    if kept_NK is not None:
+        kept_NK = as_index("kept_NK", kept_NK, hidden_RH.device, ndim=2)
+        check_length("kept_NK", kept_NK, labels_N.shape[0], "labels_N")
     if softcap is not None:
         check_positive("softcap", softcap)
     check_choice("check_labels", check_labels, LABEL_CHECKS)
     keep = _kept(hidden_RH, weight_VH, bias_V, return_entropy, keep_bytes)
     if batch_invariant:
-        _check_batch_invariance(hidden_RH, group)
+        _check_batch_invariance(hidden_RH, group, kept_NK)
         keep = ("nothing", 0)
     logps_N, entropy_N, *_ = linear_logprobs_op(
         hidden_RH,
@@ -144,6 +155,7 @@ def linear_logprobs(
         "" if group is None else group.group_name,
         check_labels,
         batch_invariant,
+        kept_NK,
     )
     return (logps_N, entropy_N) if return_entropy else logps_N
 
@@ -298,7 +310,9 @@ def _labelled_rows(
     return labels_N, rows_N
 
 
-def _check_batch_invariance(hidden_RH: Tensor, group: ProcessGroup | None) -> None:
+def _check_batch_invariance(
+    hidden_RH: Tensor, group: ProcessGroup | None, kept_NK: Tensor | None
+) -> None:
     if not paths.runs_triton(hidden_RH):
         raise ValueError(
             "batch_invariant needs Triton's kernel, which takes float32 and halves on a GPU (a "
@@ -307,6 +321,8 @@ def _check_batch_invariance(hidden_RH: Tensor, group: ProcessGroup | None) -> No
         )
     if group is not None:
         raise ValueError("batch_invariant does not go with a group: its kernel knows no shards")
+    if kept_NK is not None:
+        raise ValueError("batch_invariant does not go with kept_NK: its kernel knows no sets")
 
 
 def _kept(

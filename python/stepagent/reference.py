@@ -25,11 +25,18 @@ def linear_logprobs(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    kept_NK: Index | None = None,
     return_entropy: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p_y = z_y − log Σ_j exp z_j with x = h · wᵀ + b and z = cap · tanh(x / cap) / T."""
+    """log p_y = z_y − log Σ_j exp z_j with x = h · wᵀ + b and z = cap · tanh(x / cap) / T.
+
+    j runs over the tokens that kept_NK[n] names, −1 names none; over all of them without it.
+    """
     logits_NV = _head_logits(hidden_RH, weight_VH, rows_N, bias_V, softcap, dtype)
+    if kept_NK is not None:
+        kept_NV = (_index(kept_NK)[:, :, None] == torch.arange(logits_NV.shape[1])).any(1)
+        logits_NV = logits_NV.masked_fill(~kept_NV, -torch.inf)
     return token_logprobs(
         logits_NV, labels_N, temperature=temperature, return_entropy=return_entropy, dtype=dtype
     )

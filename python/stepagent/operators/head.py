@@ -4,6 +4,7 @@ Dimensions: N scored tokens, R hidden rows, H hidden size, V vocabulary; n token
 hidden rows for them, w vocabulary entries in a slice.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ class Tokens:
     rows_U: Tensor  # among the R
     row_n: Tensor | None  # each token's row among the U; None where n = U, in order
     hidden_UH: Tensor  # in the dtype of the products
+    kept_nK: Tensor | None = None  # ids that each may draw, others than [0, V) for none; None: all
 
     def chunks(self) -> Iterator["Tokens"]:
         """On a GPU a bounded number at a time, each with a row of its own; on CPU all at once."""
@@ -46,11 +48,23 @@ class Tokens:
                 temperature=self.temperature[part] if self.temperature.ndim else self.temperature,
                 rows_U=self.rows_U[part] if n > size else self.rows_U,
                 hidden_UH=self.hidden_UH[part] if n > size else self.hidden_UH,
+                kept_nK=None if self.kept_nK is None else self.kept_nK[part],
             )
 
     def logits_of(self, x_Uw: Tensor) -> Tensor:
         """A row of logits for each token; `x_Uw` itself where no row is shared."""
         return x_Uw if self.row_n is None else x_Uw[self.row_n]
+
+    def restricted(self, x_nw: Tensor, part: slice, out_nw: Tensor) -> Tensor:
+        """−inf for what a token may not draw, in `out_nw`; `x_nw` itself where all may draw all."""
+        if self.kept_nK is None:
+            return x_nw
+        n, w = x_nw.shape
+        column_nK = self.kept_nK - part.start
+        outside_nK = (column_nK < 0) | (column_nK >= w)
+        barred_nw = torch.ones(n, w + 1, dtype=torch.bool, device=x_nw.device)
+        barred_nw.scatter_(1, column_nK.masked_fill_(outside_nK, w), False)
+        return out_nw.copy_(x_nw).masked_fill_(barred_nw[:, :w], -math.inf)
 
     def rows_of(self, grad_nK: Tensor) -> Tensor:
         """Sums over the tokens of each row; `grad_nK` itself where no row is shared."""
@@ -60,11 +74,15 @@ class Tokens:
 
 
 def select(
-    hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor | None, temperature: Tensor
+    hidden_RH: Tensor,
+    labels_N: Tensor,
+    rows_N: Tensor | None,
+    temperature: Tensor,
+    kept_NK: Tensor | None = None,
 ) -> Tokens:
     hidden_dtype = paths.factor_dtype(hidden_RH, temperature.dtype)
     if rows_N is not None and paths.on_gpu(hidden_RH):
-        return _all_tokens(hidden_RH, labels_N, rows_N, temperature, hidden_dtype)
+        return _all_tokens(hidden_RH, labels_N, rows_N, temperature, kept_NK, hidden_dtype)
     positions_n = scored(labels_N)
     rows_U, row_n = positions_n, None
     if rows_N is not None:
@@ -79,6 +97,7 @@ def select(
         rows_U,
         row_n,
         hidden_RH[rows_U].to(hidden_dtype),
+        None if kept_NK is None else kept_NK[positions_n],
     )
 
 
@@ -87,6 +106,7 @@ def _all_tokens(
     labels_N: Tensor,
     rows_N: Tensor,
     temperature: Tensor,
+    kept_NK: Tensor | None,
     hidden_dtype: torch.dtype,
 ) -> Tokens:
     """Masked ones too, whose rows count as zeros: whatever they hold would spread in products."""
@@ -98,6 +118,7 @@ def _all_tokens(
         rows_N,
         None,
         hidden_RH[rows_N].masked_fill(ignored_N1, 0.0).to(hidden_dtype),
+        kept_NK,
     )
 
 

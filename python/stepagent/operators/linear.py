@@ -20,6 +20,9 @@ On CPU, and wherever no `rows_N` is given, masked tokens are left out and shared
 once; in the backward tokens without upstream gradient are left out too. To count them is a host
 sync on CUDA, so with `rows_N` every token takes part there and nothing depends on values.
 
+With `kept_NK` a token's distribution is over its own set: the logits of others count as −inf, after
+the softcap. Products stay those of all the vocabulary, and what is kept of them is before the mask.
+
 With a process group the head is one shard of the vocabulary: ranks exchange five numbers a token,
 merge them in the order of ranks, and add up their gradients of h.
 
@@ -35,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepagent.checks import IGNORE, check_labels, check_rows, check_temperature
+from stepagent.checks import IGNORE, check_kept, check_labels, check_rows, check_temperature
 from stepagent.operators import paths
 from stepagent.operators.blocks import (
     Fold,
@@ -58,7 +61,13 @@ from stepagent.operators.head import (
     select,
     write_product,
 )
-from stepagent.operators.shards import local_labels, merge, sum_over, vocabulary
+from stepagent.operators.shards import (
+    local_labels,
+    local_tokens,
+    merge,
+    sum_over,
+    vocabulary,
+)
 
 # ------------------------------------------------------------------ forward
 
@@ -74,10 +83,12 @@ def _fold_slice(
 ) -> Tensor | None:
     """Fold products; with_slope: returns exp(z − max) times the slope. Overwrites `room_Uw`."""
     if head.triton:
-        return _fold_slice_by_triton(fold, tokens, head, part, x_Uw, with_slope)
+        x_nw = tokens.restricted(x_Uw, part, room_Uw)
+        return _fold_slice_by_triton(fold, tokens, head, part, x_nw, with_slope)
     x_nw = tokens.logits_of(head.capped(x_Uw, part, room_Uw))
     room_nw = room_Uw if tokens.row_n is None else x_nw
     slope_nw = head.slope(x_nw) if with_slope else None
+    x_nw = tokens.restricted(x_nw, part, room_nw)
     z_nw = divide(x_nw, tokens.temperature, room_nw)
     exp_nw = fold.update(z_nw, part.start, room_nw)
     return exp_nw if slope_nw is None else exp_nw.mul_(slope_nw)
@@ -227,14 +238,20 @@ def linear_forward(
     group: str,
     check: str,
     batch_invariant: bool,
+    kept_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results of all tokens, and what is kept for the backward, flat."""
     _check(labels_N, weight_VH, temperature, group, check, "linear_logprobs")
     check_rows("rows_N", rows_N, "hidden_RH", hidden_RH.shape[0])
+    V = weight_VH.shape[0]
+    if kept_NK is not None:
+        labels_N = check_kept(labels_N, kept_NK, vocabulary(V, group), check, "linear_logprobs")
     head = Head(weight_VH, bias_V, softcap, temperature.dtype)
     with full_precision(hidden_RH.device):
-        tokens = select(hidden_RH, labels_N, rows_N, temperature)
-        if batch_invariant or (keep == "nothing" and not group and _fused_is_faster(tokens, head)):
+        kept_NK = local_tokens(kept_NK, V, group)
+        tokens = select(hidden_RH, labels_N, rows_N, temperature, kept_NK)
+        plain = keep == "nothing" and not group and kept_NK is None
+        if batch_invariant or (plain and _fused_is_faster(tokens, head)):
             results, kept = _fused(tokens, head, with_entropy), temperature.new_empty(0)
         else:
             results, kept = _forward(tokens, head, with_entropy, keep, keep_bytes, group)
@@ -264,7 +281,7 @@ def _grad_slice(
             (upstream.logps_n, upstream.entropy_n, upstream.max_n, upstream.log_sum_n),
             upstream.grad_logps_n,
             upstream.grad_entropy_n,
-            x_Uw,
+            tokens.restricted(x_Uw, part, room_Uw),
             head.bias_w(part),
             tokens.temperature,
             head.softcap,
@@ -275,6 +292,7 @@ def _grad_slice(
     slope_Uw = head.slope(capped_Uw)
     x_nw = tokens.logits_of(capped_Uw)
     room_nw = room_Uw if tokens.row_n is None else x_nw
+    x_nw = tokens.restricted(x_nw, part, room_nw)
     z_nw = divide(x_nw, tokens.temperature, room_nw)
     grad_x_Uw = tokens.rows_of(upstream.grad_logits(z_nw, part.start, room_nw))
     return (grad_x_Uw if slope_Uw is None else grad_x_Uw.mul_(slope_Uw)).to(dtype)
@@ -295,6 +313,7 @@ def linear_backward(
     keep: str,
     group: str,
     needs: list[bool],
+    kept_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden_RH, weight_VH and bias_V, in the order of `needs`."""
     needs_hidden, needs_weight, needs_bias = needs
@@ -305,7 +324,8 @@ def linear_backward(
     grad_weight_VH = _gradient_of(weight_VH, needs_weight)
     grad_bias_V = _gradient_of(bias_V, needs_bias)
     with full_precision(hidden_RH.device):
-        tokens = select(hidden_RH, labels_N, rows_N, temperature)
+        kept_NK = local_tokens(kept_NK, weight_VH.shape[0], group)
+        tokens = select(hidden_RH, labels_N, rows_N, temperature, kept_NK)
         if keep == "gradient":
             grad_UH = tokens.rows_of(_scaled_rows(kept, grad_logps_N, tokens))
             return _scattered(grad_UH, tokens, hidden_RH), grad_weight_VH, grad_bias_V
@@ -377,15 +397,16 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 @linear_logprobs_backward_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     hidden_RH, weight_VH, bias_V = inputs[3], inputs[4], inputs[7]
-    triple = zip((hidden_RH, weight_VH, bias_V), inputs[-1], strict=True)
+    needs = inputs[13]
+    triple = zip((hidden_RH, weight_VH, bias_V), needs, strict=True)
     return tuple(_gradient_of(tensor, needed) for tensor, needed in triple)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softcap, ctx.with_entropy, ctx.keep, _, ctx.group, _, _ = inputs
+    *tensors, ctx.softcap, ctx.with_entropy, ctx.keep, _, ctx.group, _, _, kept_NK = inputs
     _, entropy_N, *others = output
     ctx.mark_non_differentiable(*others, *([] if ctx.with_entropy else [entropy_N]))
-    ctx.save_for_backward(*output, *tensors)
+    ctx.save_for_backward(*output, *tensors, kept_NK)
 
 
 def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -397,17 +418,18 @@ def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grads[0],
         grads[1] if ctx.with_entropy else None,
         results,
-        *saved[5:],
+        *saved[5:-1],
         ctx.softcap,
         kept,
         ctx.keep,
         ctx.group,
         needs,
+        saved[-1],
     )
     hidden, weight, bias = (
         grad if needed else None for grad, needed in zip(grads_of, needs, strict=True)
     )
-    return hidden, weight, None, None, bias, *[None] * 8
+    return hidden, weight, None, None, bias, *[None] * 9
 
 
 linear_logprobs_op.register_autograd(_autograd, setup_context=_save)

@@ -33,6 +33,13 @@ def local_labels(labels_n: Tensor, V: int, group: str) -> Tensor:
     return torch.where(labels_n == IGNORE, IGNORE, local_n).masked_fill_(absent_n, V)
 
 
+def local_tokens(kept_NK: Tensor | None, V: int, group: str) -> Tensor | None:
+    """Ids as this rank's shard counts them; those of others are outside [0, V)."""
+    if not group or kept_NK is None:
+        return kept_NK
+    return kept_NK - dist.get_rank(_ranks(group)) * V
+
+
 def merge(fold: Fold, labels_n: Tensor, V: int, group: str) -> Fold:
     """The folds of all shards, in the order of ranks."""
     shard_n = torch.full_like(fold.max_n, V)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from stepagent.tree import TokenTree
+from stepagent.trees.tree import TokenTree
 
 
 def edit_distance(a, b, *, cutoff=None):

@@ -1,0 +1,16 @@
+"""A file that episodes are appended to as they end.
+
+The public name of :mod:`stepagent.records.episode_file`.
+"""
+
+from .records.episode_file import (
+    EpisodeFile,
+    describe_seeds,
+    open_episodes,
+)
+
+__all__ = [
+    "EpisodeFile",
+    "describe_seeds",
+    "open_episodes",
+]

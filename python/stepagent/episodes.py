@@ -1,0 +1,14 @@
+"""One episode, and files of them.
+
+The public name of :mod:`stepagent.records.episodes`.
+"""
+
+from .records.episodes import (
+    Episode,
+    load_episodes,
+)
+
+__all__ = [
+    "Episode",
+    "load_episodes",
+]

@@ -1,0 +1,22 @@
+"""Policies in environments, from the start of an episode to its end.
+
+The public name of :mod:`stepagent.acting.rollout`.
+"""
+
+from .acting.lockstep import (
+    own_expert,
+)
+from .acting.rollout import (
+    Continuations,
+    continue_rollouts,
+    rollout_and_query,
+    run_episodes,
+)
+
+__all__ = [
+    "Continuations",
+    "continue_rollouts",
+    "own_expert",
+    "rollout_and_query",
+    "run_episodes",
+]

@@ -1,0 +1,14 @@
+"""What acts in an environment from an inference server or engine.
+
+The public name of :mod:`stepagent.acting.server_policies`.
+"""
+
+from .acting.server_policies import (
+    ChatPolicy,
+    EnginePolicy,
+)
+
+__all__ = [
+    "ChatPolicy",
+    "EnginePolicy",
+]

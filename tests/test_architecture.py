@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +55,12 @@ def test_what_the_docs_name_is_there(path: str) -> None:
 def test_a_public_module_has_its_names(module: str) -> None:
     found = import_module(f"stepagent.{module}")
     assert set(PUBLIC[module].split()) <= set(vars(found))
+
+
+def test_modules_that_come_with_the_package_need_no_import() -> None:
+    modules = ["engines", "envs", "episodes", "models", "policies", "rollout", "server_policies"]
+    program = f"import stepagent as sa; print([sa.{', sa.'.join(modules)}])"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 def test_the_map_has_every_folder_and_no_other() -> None:

@@ -16,6 +16,11 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
+# The modules that come with the package: `stepagent.policies` needs no import of its own.
+from . import episodes as episodes
+from . import policies as policies
+from . import rollout as rollout
+from . import server_policies as server_policies
 from .acting.inspection import inspect
 from .acting.rollout import Continuations, continue_rollouts, rollout_and_query
 from .data.alignment import (

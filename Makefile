@@ -30,6 +30,7 @@ test-all: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard csrc/fuzz/*.?pp)
 
 types: $(VENV)/.dev
@@ -82,7 +83,8 @@ gpu-kit-cute:
 	$(GPU_KIT) --cute
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis
+	rm -rf .mypy_cache .ruff_cache .import_linter_cache .grimp_cache
 
 # The package alone, built without isolation so that CMake's cache is kept. Rebuilt when the C++
 # sources, the pins or the modules' names change.

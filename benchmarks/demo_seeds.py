@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from stepagent.demo import METHODS, Settings, run_demo
+from stepagent.data.trajectory import load_trajectories
 from stepagent.evaluation import stratified_bootstrap
-from stepagent.trajectory import load_trajectories
+from stepagent.tools.demo import METHODS, Settings, run_demo
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import environment

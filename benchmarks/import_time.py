@@ -34,7 +34,7 @@ HEAVY = (
     "transformers.modeling_utils",
     "transformers.generation",
     "transformers.trainer",
-    "stepagent.trainer",
+    "stepagent.learning.trainer",
     "stepagent.kernels",
 )
 

@@ -24,8 +24,8 @@ import step_pair_update
 import torch
 
 import stepagent as sa
-from stepagent import models
-from stepagent.attention import heaviest_first
+from stepagent.models import scoring
+from stepagent.models.attention import heaviest_first
 
 TOLERANCE = 1e-5
 
@@ -81,15 +81,15 @@ def boolean_inputs(model: Any, rows: Any) -> dict[str, Any]:
     return {**INPUTS["additive"](model, rows), "attention_mask": torch.cat(masks)}
 
 
-INPUTS = {"additive": models.tree_inputs, "boolean": boolean_inputs}
+INPUTS = {"additive": scoring.tree_inputs, "boolean": boolean_inputs}
 
 
 def tree_loss(update: step_pair_update.Update, mask: str) -> torch.Tensor:
-    models.tree_inputs = INPUTS[mask]
+    scoring.tree_inputs = INPUTS[mask]
     try:
         return step_pair_update.tree_loss(update)
     finally:
-        models.tree_inputs = INPUTS["additive"]
+        scoring.tree_inputs = INPUTS["additive"]
 
 
 def measure_update(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import stepagent as sa
-from stepagent.demo import Settings, stage_options
+from stepagent.tools.demo import Settings, stage_options
 
 WAYS = {
     "SFT continued": "sft_continued",

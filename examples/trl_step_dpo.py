@@ -24,7 +24,7 @@ from trl import DPOConfig, DPOTrainer
 
 import stepagent as sa
 from stepagent.models import hidden_states, lm_head
-from stepagent.scratch import small_llama, word_tokenizer
+from stepagent.tools.scratch import small_llama, word_tokenizer
 
 
 class StepDPOTrainer(DPOTrainer):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stepagent.encoding import Trunk
-from stepagent.inspection import Branch
+from stepagent.data.branch import Branch
+from stepagent.data.encoding import Trunk
 
 # What a server does with a request before it behaves: nothing (None), or this with its handler.
 Fault = Callable[["Handler"], None]

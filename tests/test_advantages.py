@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import stepagent as sa
-from stepagent import advantages, reference
-from stepagent.advantages import (
+from stepagent import reference
+from stepagent.learning import advantages
+from stepagent.learning.advantages import (
     gigpo,
     group_relative,
     leave_one_out,

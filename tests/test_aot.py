@@ -152,7 +152,7 @@ import torch
 from stepagent.kernels.fused_linear import fused_linear_logprobs
 from stepagent.kernels.logprob_diff import logprob_diff
 from stepagent.kernels.token_logprobs import token_logprobs, token_logprobs_backward
-from stepagent.warmup import TARGETS, _compiling_for
+from stepagent.tools.warmup import TARGETS, _compiling_for
 
 V, H = {V}, {H}
 logits_NV, labels_N = torch.zeros(3, V, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)

@@ -20,8 +20,11 @@ from tiny_models import (
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from stepagent import attention
-from stepagent.attention import (
+from stepagent.acting.inspection import inspect
+from stepagent.cli.loading import load_model
+from stepagent.data.encoding import Trunk
+from stepagent.models import attention, check_tree_support, read_trees, score_trees
+from stepagent.models.attention import (
     TREE_ATTENTION,
     attention_masks,
     choose_mask,
@@ -29,11 +32,7 @@ from stepagent.attention import (
     lay_out,
     tree_inputs,
 )
-from stepagent.cli.loading import load_model
-from stepagent.encoding import Trunk
-from stepagent.inspection import inspect
-from stepagent.models import check_tree_support, read_trees, score_trees
-from stepagent.tree import TokenTree, pack_sequences, pack_step_pairs, parent_rows
+from stepagent.trees.tree import TokenTree, pack_sequences, pack_step_pairs, parent_rows
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention learns on CUDA")
 # Weights so small that float32 itself errs by less than 1e-6.

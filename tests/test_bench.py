@@ -18,13 +18,13 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 import stepagent as sa
-from stepagent.bench import checks, clocks, providers, runner
-from stepagent.bench.checks import Check, Errors
-from stepagent.bench.clocks import MODES
-from stepagent.bench.output import COLUMNS
-from stepagent.bench.problems import OPS, Shape, make_problem
-from stepagent.bench.providers import PROVIDERS, Implementation, Provider
 from stepagent.cli import main
+from stepagent.tools.bench import checks, clocks, providers, runner
+from stepagent.tools.bench.checks import Check, Errors
+from stepagent.tools.bench.clocks import MODES
+from stepagent.tools.bench.output import COLUMNS
+from stepagent.tools.bench.problems import OPS, Shape, make_problem
+from stepagent.tools.bench.providers import PROVIDERS, Implementation, Provider
 
 CPU = torch.device("cpu")
 SHAPE = Shape(N=96, H=32, V=500, dtype=torch.float32)

@@ -30,8 +30,8 @@ from stepagent import (
     pack_step_pairs,
     save_trajectories,
 )
-from stepagent.branches import Inspection, Shard, fingerprint
 from stepagent.cli import main
+from stepagent.records.branches import Inspection, Shard, fingerprint
 
 TRAJECTORIES = 10
 CHUNK = 3

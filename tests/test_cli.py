@@ -20,8 +20,8 @@ from hostile_envs import Labelled, hostile
 
 from stepagent import __version__, envs, load_trajectories
 from stepagent.cli import main
-from stepagent.demo import Settings
-from stepagent.doctor import EXTRAS
+from stepagent.optional import EXTRAS
+from stepagent.tools.demo import Settings
 
 pytest.importorskip("minigrid")
 
@@ -205,7 +205,7 @@ def test_demo_reports_its_metrics_and_its_table(
         print("a line that a library prints")
         return {"output": str(output), "seed": settings.seed, "method": method}
 
-    monkeypatch.setattr("stepagent.demo.run_demo", run_demo)
+    monkeypatch.setattr("stepagent.tools.demo.run_demo", run_demo)
     monkeypatch.setattr("stepagent.report.demo.closing_table", lambda found: f"table of {found}")
     demo = ("demo", "--seed", 5, "--method", "inverse", "--output", tmp_path)
     metrics = {"output": str(tmp_path), "seed": 5, "method": "inverse"}
@@ -219,7 +219,7 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def run_demo(output: Path, settings: Settings, method: str) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stepagent.demo.run_demo", run_demo)
+    monkeypatch.setattr("stepagent.tools.demo.run_demo", run_demo)
     result = invoke("demo", "--output", tmp_path)
     assert result.exit_code == 130
     assert "Interrupted: the same command goes on where it stopped" in result.stderr
@@ -442,7 +442,7 @@ def test_the_agents_own_states_are_answered_by_the_environments_expert(
 def test_an_interrupted_run_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stepagent.trainer import StepAgentTrainer
+    from stepagent.learning.trainer import StepAgentTrainer
 
     begin = StepAgentTrainer.begin_epoch
 

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("minigrid")
 
-from stepagent import demo
-from stepagent.episodes import load_episodes
+from stepagent.records.episodes import load_episodes
 from stepagent.report.demo import closing_table
+from stepagent.tools import demo
 
 TINY = demo.Settings(
     demonstrations=6,

@@ -25,8 +25,8 @@ from tiny_tokenizers import (
 )
 from tokenizers import AddedToken, normalizers
 
-from stepagent.encoding import SENTINEL, Trunk, encode
-from stepagent.trajectory import Trajectory
+from stepagent.data.encoding import SENTINEL, Trunk, encode
+from stepagent.data.trajectory import Trajectory
 
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),

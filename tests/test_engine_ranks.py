@@ -19,10 +19,10 @@ from tiny_models import tiny_agent
 from torch.distributed.fsdp import fully_shard
 
 from stepagent import StepAgentConfig, encode, inspect
+from stepagent.acting.policies import ExpertPolicy
+from stepagent.acting.rollout import run_episodes
 from stepagent.engines import CompletionsEngine, Engine, EngineError
 from stepagent.engines.adapters import PolicyOnEngine
-from stepagent.policies import ExpertPolicy
-from stepagent.rollout import run_episodes
 
 RANKS = 2
 GREEDY = {"max_new_tokens": 5, "temperature": 0.0, "eos_token_id": 2}

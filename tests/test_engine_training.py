@@ -18,9 +18,9 @@ from tiny_models import babyai_tokenizer, tiny_agent
 from transformers import TrainerCallback
 
 from stepagent import StepAgentConfig, StepAgentTrainer, Trajectory, inspect
+from stepagent.acting.policies import ExpertPolicy
+from stepagent.acting.rollout import rollout_and_query, run_episodes
 from stepagent.engines import CompletionsEngine, Engine, EngineError
-from stepagent.policies import ExpertPolicy
-from stepagent.rollout import rollout_and_query, run_episodes
 
 LEVEL = "babyai:GoToLocalS6N2"
 TOKENIZER = babyai_tokenizer()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stepagent import envs
-from stepagent.policies import ExpertPolicy, RandomPolicy
-from stepagent.rollout import run_episodes
+from stepagent.acting.policies import ExpertPolicy, RandomPolicy
+from stepagent.acting.rollout import run_episodes
 
 pytest.importorskip("minigrid")
 

@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner
 
 from stepagent import envs, load_trajectories
+from stepagent.acting.policies import ExpertPolicy
+from stepagent.acting.rollout import run_episodes
 from stepagent.cli import main
 from stepagent.envs import ExpertUnavailable, TextEnv
-from stepagent.policies import ExpertPolicy
-from stepagent.rollout import run_episodes
 
 pytest.importorskip("scienceworld")
 

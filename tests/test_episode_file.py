@@ -20,11 +20,11 @@ from hostile_envs import LEVEL, Mortal
 from tiny_models import babyai_tokenizer, tiny_agent
 
 from stepagent import envs, load_trajectories
+from stepagent.acting.policies import ExpertPolicy, RandomPolicy
+from stepagent.acting.rollout import run_episodes
 from stepagent.cli import main
-from stepagent.episode_file import describe_seeds, open_episodes
-from stepagent.episodes import Episode
-from stepagent.policies import ExpertPolicy, RandomPolicy
-from stepagent.rollout import run_episodes
+from stepagent.records.episode_file import describe_seeds, open_episodes
+from stepagent.records.episodes import Episode
 
 SEEDS = [3, 1, 4, 15, 9, 2, 6]
 RUN = {"env": LEVEL, "policy": "random", "max_steps": 5}
@@ -155,7 +155,7 @@ def test_a_complete_file_needs_neither_environment_nor_model(folder, tmp_path, m
     path = tmp_path / "episodes.jsonl"
     first = evaluate(path, policy=folder)
     monkeypatch.setattr("stepagent.cli.rolling.load_model", None)
-    monkeypatch.setattr("stepagent.rollout.run_episodes", None)
+    monkeypatch.setattr("stepagent.cli.rolling.run_episodes", None)
     assert evaluate(path, policy=folder).stdout == first.stdout
 
 

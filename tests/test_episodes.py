@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 
 import stepagent as sa
-from stepagent.episodes import Episode, load_episodes
-from stepagent.policies import ExpertPolicy, ModelPolicy, RandomPolicy
-from stepagent.rollout import run_episodes
+from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
+from stepagent.acting.rollout import run_episodes
+from stepagent.records.episodes import Episode, load_episodes
 
 SEEDS = [3, 1, 4]
 

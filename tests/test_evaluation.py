@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_models import END, VOCAB, generate, random_trunks, tiny_model
 
-from stepagent.encoding import Trunk
+from stepagent.acting.rollout import Episode
+from stepagent.data.encoding import Trunk
 from stepagent.evaluation import (
     Interval,
     bootstrap,
@@ -14,7 +15,6 @@ from stepagent.evaluation import (
     stratified_bootstrap,
     success_rate,
 )
-from stepagent.rollout import Episode
 
 
 def test_success_rate_is_the_share_of_successes():

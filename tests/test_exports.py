@@ -10,8 +10,8 @@ from test_sequences import batches
 from test_tree import trunks_and_branches
 
 from stepagent import _core
-from stepagent.exports import tree_kwargs, trl_row
-from stepagent.tree import pack_sequences, pack_step_pairs
+from stepagent.trees.exports import tree_kwargs, trl_row
+from stepagent.trees.tree import pack_sequences, pack_step_pairs
 
 
 @st.composite

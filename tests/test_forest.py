@@ -11,18 +11,14 @@ import torch
 from tiny_models import END, generate, random_trunks, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepagent import forest, inspection
-from stepagent.decoding import (
-    SlotCache,
-    next_uniforms,
-    sample_tokens,
-    streams,
-    uniforms,
-)
-from stepagent.encoding import Trunk
-from stepagent.inspection import Branch, default_batch_tokens, inspect
+from stepagent.acting import forest, inspection
+from stepagent.acting.decoding import SlotCache, sample_tokens
+from stepagent.acting.inspection import default_batch_tokens, inspect
+from stepagent.acting.replay import Replay, _warn
+from stepagent.data.branch import Branch
+from stepagent.data.draws import next_uniforms, streams, uniforms
+from stepagent.data.encoding import Trunk
 from stepagent.models import check_tree_support, lm_head
-from stepagent.replay import Replay, _warn
 
 ENDS = [END, *range(10, 26)]
 NEW = 8

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from stepagent.inspection import inspect
+from stepagent.acting.inspection import inspect
 from stepagent.models import read_trees, score_trees, unwrapped
-from stepagent.tree import TokenTree, pack_step_pairs
+from stepagent.trees.tree import TokenTree, pack_step_pairs
 
 RANKS = 2
 # PEFT calls what transformers has renamed.

@@ -7,12 +7,14 @@ import pytest
 import torch
 from tiny_models import END, VOCAB, generate, random_trunks, tiny_model
 
-from stepagent import forest
-from stepagent.decoding import SlotCache, make_truncations, sample_tokens, uniforms
-from stepagent.encoding import Trunk
-from stepagent.inspection import Branch, end_tokens, inspect
+from stepagent.acting import forest
+from stepagent.acting.decoding import SlotCache, make_truncations, sample_tokens
+from stepagent.acting.inspection import end_tokens, inspect
+from stepagent.data.branch import Branch
+from stepagent.data.draws import uniforms
+from stepagent.data.encoding import Trunk
 from stepagent.models import check_tree_support, score_trees
-from stepagent.tree import pack_step_pairs
+from stepagent.trees.tree import pack_step_pairs
 
 # So many tokens end an action that actions of all lengths come about.
 ENDS = [END, *range(10, 26)]

@@ -13,16 +13,16 @@ from test_trainer import first_batch, logps_of
 from tiny_models import END, babyai_tokenizer, tiny_agent, tiny_model
 
 from stepagent import reference
-from stepagent.config import StepAgentConfig
-from stepagent.critic import StepCritic, critic_body
-from stepagent.cycle import Comparison, StepTable, pack_comparisons
-from stepagent.encoding import Trunk
+from stepagent.data.encoding import Trunk
 from stepagent.envs import ExpertUnavailable
-from stepagent.inverse import InverseReflection, accuracy, calibration_error
+from stepagent.learning.config import StepAgentConfig
+from stepagent.learning.critic import StepCritic, critic_body
+from stepagent.learning.cycle import Comparison, StepTable, pack_comparisons
+from stepagent.learning.inverse import InverseReflection, accuracy, calibration_error
+from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.models import hidden_states, read_trees, score_trees
 from stepagent.ops import step_sums
-from stepagent.trainer import StepAgentTrainer
-from stepagent.tree import pack_sequences, pack_step_pairs
+from stepagent.trees.tree import pack_sequences, pack_step_pairs
 
 GOOD, BAD = 5, 6  # the expert's action and the agent's, in hand-made cycles
 
@@ -373,8 +373,8 @@ def test_accuracy_and_calibration_of_known_logits():
 def trainer(args):
     from test_trainer import LEVEL
 
-    from stepagent.policies import ExpertPolicy
-    from stepagent.rollout import run_episodes
+    from stepagent.acting.policies import ExpertPolicy
+    from stepagent.acting.rollout import run_episodes
 
     episodes = sorted(
         run_episodes(LEVEL, ExpertPolicy(), range(20)), key=lambda episode: len(episode.actions)

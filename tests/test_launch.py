@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_ranks import free_port, trajectories
 from tiny_models import babyai_tokenizer, tiny_agent
 
-from stepagent.trajectory import save_trajectories
+from stepagent.data.trajectory import save_trajectories
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepagent import reference
-from stepagent.losses import (
+from stepagent.learning.losses import (
     discriminator_loss,
     implicit_step_loss,
     inverse_step_reward,

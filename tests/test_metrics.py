@@ -10,9 +10,10 @@ from hostile_envs import LEVEL, Labelled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepagent import metrics
-from stepagent.episodes import Episode
-from stepagent.metrics import (
+from stepagent.acting.policies import ExpertPolicy, RandomPolicy
+from stepagent.acting.rollout import run_episodes
+from stepagent.evaluation import metrics
+from stepagent.evaluation.metrics import (
     METRICS,
     compare,
     invalid_actions,
@@ -21,8 +22,7 @@ from stepagent.metrics import (
     split_by,
     summarize,
 )
-from stepagent.policies import ExpertPolicy, RandomPolicy
-from stepagent.rollout import run_episodes
+from stepagent.records.episodes import Episode
 
 
 def episode(seed: int = 0, **fields: Any) -> Episode:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stepagent.encoding import Trunk
+from stepagent.data.encoding import Trunk
 from stepagent.models import (
     attention_masks,
     check_tree_support,
@@ -28,7 +28,7 @@ from stepagent.models import (
     score_trees,
     unwrapped,
 )
-from stepagent.tree import TokenTree, pack_step_pairs
+from stepagent.trees.tree import TokenTree, pack_step_pairs
 
 # Full attention with rotary or learned positions; one window in all layers; two kinds of layers.
 EXACT = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gemma3_text"]

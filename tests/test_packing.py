@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from stepagent.packing import balance, pack_bins, train_flops
+from stepagent.trees.packing import balance, pack_bins, train_flops
 
 CAPACITY = 20
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=40)

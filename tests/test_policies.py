@@ -13,11 +13,11 @@ from tiny_models import END, babyai_tokenizer, generate, tiny_agent
 from transformers import PreTrainedModel
 
 from stepagent import envs
-from stepagent.encoding import encode
+from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
+from stepagent.acting.rollout import Episode, action_tokens, rollout_and_query, run_episodes
+from stepagent.data.encoding import encode
 from stepagent.envs import ExpertUnavailable
-from stepagent.policies import ExpertPolicy, ModelPolicy, RandomPolicy
-from stepagent.rollout import Episode, action_tokens, rollout_and_query, run_episodes
-from stepagent.tree import pack_step_pairs
+from stepagent.trees.tree import pack_step_pairs
 
 LEVEL = "babyai:GoToLocalS6N2"
 SEEDS = [3, 1, 4, 15, 9]

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny_models import babyai_tokenizer, tiny_agent
 
-from stepagent.config import StepAgentConfig
+from stepagent.data.trajectory import Trajectory
 from stepagent.envs.babyai import VOCABULARY
+from stepagent.learning.config import StepAgentConfig
 from stepagent.ranks import over_ranks, shares
-from stepagent.trajectory import Trajectory
 
 BATCH = 4
 RUNS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ def trajectories() -> list[Trajectory]:
 
 def trained(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
     """What a short run made, and how it ended."""
-    from stepagent.trainer import StepAgentTrainer
+    from stepagent.learning.trainer import StepAgentTrainer
 
     options = dict(RUNS[kind])
     env = options.pop("env", None)

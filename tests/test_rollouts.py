@@ -19,10 +19,10 @@ from hostile_envs import LEVEL, Odd, Restless, Steered, Traced, Unmakeable, host
 from tiny_models import END, babyai_tokenizer, generate, tiny_agent
 
 import stepagent as sa
+from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
+from stepagent.acting.rollout import Episode, own_expert, rollout_and_query, run_episodes
 from stepagent.envs.pool import EnvCrash, LocalPool, WorkerPool, open_pool
 from stepagent.evaluation import success_rate
-from stepagent.policies import ExpertPolicy, ModelPolicy, RandomPolicy
-from stepagent.rollout import Episode, own_expert, rollout_and_query, run_episodes
 
 SEEDS = [3, 1, 4, 15, 9]
 LONG = [8, 5, 27, 15, 28]  # the expert needs five steps or more

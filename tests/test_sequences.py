@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepagent import _core
-from stepagent.tree import pack_sequences
+from stepagent.trees.tree import pack_sequences
 
 TOKENS = st.integers(0, 2)  # few, so that sequences often share beginnings
 PACKERS = pytest.mark.parametrize("pack", [pack_sequences, twins.pack_sequences])

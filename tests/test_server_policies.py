@@ -16,12 +16,12 @@ from tiny_models import END, babyai_tokenizer, tiny_agent
 
 import stepagent as sa
 from stepagent import load_trajectories
+from stepagent.acting.policies import ExpertPolicy, ModelPolicy
+from stepagent.acting.rollout import run_episodes
+from stepagent.acting.server_policies import ChatPolicy, EnginePolicy
 from stepagent.cli import main
 from stepagent.engines import CompletionsEngine, EngineError, Server
-from stepagent.episodes import Episode, load_episodes
-from stepagent.policies import ExpertPolicy, ModelPolicy
-from stepagent.rollout import run_episodes
-from stepagent.server_policies import ChatPolicy, EnginePolicy
+from stepagent.records.episodes import Episode, load_episodes
 
 SEEDS = [3, 1, 4]
 NEW = 3

@@ -17,7 +17,7 @@ from op_cases import (
 from torch import Tensor
 
 from stepagent import ops, reference
-from stepagent.losses import implicit_step_loss
+from stepagent.learning.losses import implicit_step_loss
 
 OFFSETS = torch.tensor([0, 2, 2, 5, 6, 6])  # two empty steps, one of them last
 

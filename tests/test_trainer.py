@@ -17,8 +17,14 @@ from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 from transformers import TrainerCallback, TrainingArguments
 
 from stepagent import envs, reference
-from stepagent.config import StepAgentConfig
-from stepagent.cycle import (
+from stepagent.acting.policies import ExpertPolicy
+from stepagent.acting.rollout import run_episodes
+from stepagent.data.branch import agreement
+from stepagent.data.encoding import Trunk, encode
+from stepagent.data.trajectory import Trajectory
+from stepagent.envs import ExpertUnavailable
+from stepagent.learning.config import StepAgentConfig
+from stepagent.learning.cycle import (
     Comparison,
     StepTable,
     load_comparisons,
@@ -28,15 +34,9 @@ from stepagent.cycle import (
     split_by_trunk,
     unique_tokens,
 )
-from stepagent.encoding import Trunk, encode
-from stepagent.envs import ExpertUnavailable
-from stepagent.evaluation import agreement
+from stepagent.learning.preflight import check_sharding
+from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.models import score_trees
-from stepagent.policies import ExpertPolicy
-from stepagent.preflight import check_sharding
-from stepagent.rollout import run_episodes
-from stepagent.trainer import StepAgentTrainer
-from stepagent.trajectory import Trajectory
 
 LEVEL = "babyai:GoToLocalS6N2"
 TOKENIZER = babyai_tokenizer()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepagent.trajectory import ROLES, Trajectory, load_trajectories, save_trajectories
+from stepagent.data.trajectory import ROLES, Trajectory, load_trajectories, save_trajectories
 
 GO = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": "go left"}]
 TURNS = [{"from": "human", "value": "where?"}, {"from": "gpt", "value": "go left"}]

@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import LlamaConfig, Qwen3Config
 
 from stepagent import _core
-from stepagent.encoding import Trunk
-from stepagent.tree import TokenTree, layer_windows, pack_sequences, pack_step_pairs
+from stepagent.data.encoding import Trunk
+from stepagent.trees.tree import TokenTree, layer_windows, pack_sequences, pack_step_pairs
 
 INT32_MAX = 2**31 - 1
 TOKENS = st.integers(0, 2)  # few, so that branches often repeat each other and the trunk's action

@@ -27,9 +27,9 @@ from tiny_models import END, random_trunks, separate_logprobs, tiny_agent, tiny_
 from transformers import PreTrainedModel
 
 from stepagent import Branch, StepAgentConfig, Trunk, inspect
+from stepagent.acting.policies import ExpertPolicy
+from stepagent.acting.rollout import run_episodes
 from stepagent.engines import CompletionsEngine, Engine, EngineError, VLLMEngine
-from stepagent.policies import ExpertPolicy
-from stepagent.rollout import run_episodes
 
 pytestmark = [
     pytest.mark.slow,

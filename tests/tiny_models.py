@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stepagent.encoding import Trunk
+from stepagent.data.encoding import Trunk
 
 torch.set_num_threads(1)  # for models of this size a second thread only waits
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from stepagent.tree import TokenTree
+from stepagent.trees.tree import TokenTree
 
 
 def edit_distance(a, b, *, cutoff=None):
@@ -122,7 +122,7 @@ def first_divergence(costs):
 
 
 def pack_step_pairs(trunks, branches, *, max_tokens=None):
-    """`stepagent.tree.pack_step_pairs`, one token at a time; the trees hold lists."""
+    """`stepagent.trees.tree.pack_step_pairs`, one token at a time; the trees hold lists."""
     trees = []
     for i, (trunk, steps) in enumerate(zip(trunks, branches, strict=True)):
         block = _Block(i, trunk.input_ids.tolist(), trunk.action_spans.tolist(), steps)
@@ -206,7 +206,7 @@ def _tree(blocks):
 
 
 def pack_sequences(sequences, action_masks, *, max_tokens=None, extras=None):
-    """`stepagent.tree.pack_sequences`, one token at a time; the trees hold lists."""
+    """`stepagent.trees.tree.pack_sequences`, one token at a time; the trees hold lists."""
     blocks = {}  # first token → the sequences that begin with it
     for i, sequence in enumerate(sequences):
         blocks.setdefault(sequence[0], []).append(i)
@@ -272,7 +272,7 @@ def visible(subtree_end, window=None):
 
 
 def pack_bins(lengths, capacity):
-    """`stepagent.packing.pack_bins`, every bin looked at for every item."""
+    """`stepagent.trees.packing.pack_bins`, every bin looked at for every item."""
     bins = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -i)):
         room = [capacity - sum(lengths[i] for i in bin) for bin in bins]
@@ -285,7 +285,7 @@ def pack_bins(lengths, capacity):
 
 
 def balance(costs, parts, *, equal_size=False):
-    """`stepagent.packing.balance`: lists of items, sorted anew whenever one is taken."""
+    """`stepagent.trees.packing.balance`: lists of items, sorted anew whenever one is taken."""
 
     def size(items):
         return (sum(costs[i] for i in items), len(items), items[:1])

@@ -16,16 +16,14 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import Any
 
-from .advantages import (
-    gigpo,
-    group_relative,
-    istar,
-    leave_one_out,
-    mt_grpo,
-    prime,
-    step_gae,
-)
-from .alignment import (
+# The modules that come with the package: `stepagent.policies` needs no import of its own.
+from . import episodes as episodes
+from . import policies as policies
+from . import rollout as rollout
+from . import server_policies as server_policies
+from .acting.inspection import inspect
+from .acting.rollout import Continuations, continue_rollouts, rollout_and_query
+from .data.alignment import (
     StepAlignment,
     TokenAlignment,
     align_steps,
@@ -34,11 +32,19 @@ from .alignment import (
     edit_distance,
     token_spans,
 )
-from .branches import load_branches
-from .encoding import Trunk, encode
-from .exports import tree_kwargs, trl_row
-from .inspection import Branch, inspect
-from .losses import (
+from .data.branch import Branch
+from .data.encoding import Trunk, encode
+from .data.trajectory import Trajectory, load_trajectories, save_trajectories
+from .learning.advantages import (
+    gigpo,
+    group_relative,
+    istar,
+    leave_one_out,
+    mt_grpo,
+    prime,
+    step_gae,
+)
+from .learning.losses import (
     discriminator_loss,
     implicit_step_loss,
     inverse_step_reward,
@@ -55,10 +61,10 @@ from .ops import (
     step_sums,
     token_logprobs,
 )
-from .packing import balance, pack_bins, train_flops
-from .rollout import Continuations, continue_rollouts, rollout_and_query
-from .trajectory import Trajectory, load_trajectories, save_trajectories
-from .tree import TokenTree, pack_sequences, pack_step_pairs
+from .records.branches import load_branches
+from .trees.exports import tree_kwargs, trl_row
+from .trees.packing import balance, pack_bins, train_flops
+from .trees.tree import TokenTree, pack_sequences, pack_step_pairs
 
 __version__ = _version("stepagent")
 
@@ -115,7 +121,7 @@ __all__ = [
 ]
 
 # Importing transformers' Trainer is slow and can load triton, so these wait for their first use.
-_LAZY = {"StepAgentConfig": ".config", "StepAgentTrainer": ".trainer"}
+_LAZY = {"StepAgentConfig": ".learning.config", "StepAgentTrainer": ".learning.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,258 +1,46 @@
-"""What episodes tell of a policy: metrics per episode, their means with intervals, comparisons.
+"""What is measured of episodes.
 
-A metric is a function of one record. It is None where the record does not tell it, as for files
-older than it; such episodes have no part in its mean, and where none tells it there is no mean.
-Episodes that crashed have no outcome and no part in anything but their count. Definitions of
-progress and grounding are those of AgentBoard (arXiv 2401.13178).
+The public name of :mod:`stepagent.evaluation.metrics`.
 """
 
-from __future__ import annotations
-
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, repeat
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from .episodes import Episode
-from .evaluation import Interval, bootstrap
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Metric = Callable[[Episode], float | None]
-
-_NAMED = 5  # seeds in an error
-
-# ------------------------------------------------------------------ of one episode
-
-
-def success(episode: Episode) -> float:
-    """1 where the task was done, otherwise 0."""
-    return float(episode.success)
-
-
-def reward(episode: Episode) -> float | None:
-    """The sum of the environment's rewards."""
-    return float(sum(episode.rewards)) if episode.rewards else None
-
-
-def progress_curve(episode: Episode) -> NDArray[np.float64]:
-    """Progress rate after t = 0, 1, …, T steps, (T + 1,): r_0 = 0, r_t = max_{i≤t} f(s_i).
-
-    f(s_i) in [0, 1] is the environment's progress after step i. So it never falls, and is 1 in the
-    end where the task was done. Raises ValueError for a progress outside [0, 1].
-    """
-    progress = np.array(episode.progress, dtype=np.float64)
-    for step in np.flatnonzero(~((progress >= 0) & (progress <= 1)))[:1]:
-        raise ValueError(
-            f"episode {episode.id} has progress {progress[step]} at step {step}; "
-            "progress must lie in [0, 1]"
-        )
-    return np.maximum.accumulate(np.append(0.0, progress))
-
-
-def progress_rate(episode: Episode) -> float | None:
-    """r_T: the progress rate at the end."""
-    return float(progress_curve(episode)[-1]) if episode.progress else None
-
-
-def grounding_accuracy(episode: Episode) -> float | None:
-    """Valid actions / steps."""
-    return float(np.mean(episode.valid)) if episode.valid else None
-
-
-def steps(episode: Episode) -> float:
-    """T, the number of actions."""
-    return float(len(episode.actions))
-
-
-def repetition(episode: Episode) -> float | None:
-    """The share of the T actions that do the same again although it changed nothing to be seen.
-
-    That is 1/T · |{t ≥ 1: a_t = a_{t-1} and o_t = o_{t-1}}|, where o_t is the observation to
-    which a_t is the answer. Texts are compared exactly.
-    """
-    turns = list(zip(episode.observations, episode.actions, strict=True))
-    if not turns:
-        return None
-    return sum(turn == before for before, turn in pairwise(turns)) / len(turns)
-
-
-def agreement(episode: Episode) -> float | None:
-    """Of the steps at which the expert was asked and had an answer: those at which it is the
-    action taken, word for word."""
-    answered = [
-        action == answer
-        for action, answer in zip(episode.actions, episode.expert_actions, strict=False)
-        if answer is not None
-    ]
-    return float(np.mean(answered)) if answered else None
-
-
-def step_reward(episode: Episode) -> float | None:
-    """The mean of a method's step rewards over the steps that have one."""
-    rewards = [reward for reward in episode.step_rewards if reward is not None]
-    return float(np.mean(rewards)) if rewards else None
-
-
-METRICS: dict[str, Metric] = {
-    metric.__name__: metric
-    for metric in (
-        success,
-        reward,
-        progress_rate,
-        grounding_accuracy,
-        steps,
-        repetition,
-        agreement,
-        step_reward,
-    )
-}
-
-# ------------------------------------------------------------------ of many
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Of the episodes that ended; ``crashed`` more have no outcome.
-
-    metrics: name → mean over episodes with its 95 % interval, for those that any episode tells.
-    progress_curve: of :func:`mean_progress_curve`; empty where progress was not recorded.
-    invalid_actions: kind → how often.
-    """
-
-    episodes: int
-    crashed: int
-    metrics: dict[str, Interval]
-    progress_curve: list[float]
-    invalid_actions: dict[str, int]
-
-
-def summarize(episodes: Sequence[Episode]) -> Summary:
-    """Means over the episodes that ended, of which there must be one, or ValueError."""
-    if not episodes:
-        raise ValueError("episodes is empty; a mean needs at least one")
-    ended = [episode for episode in episodes if episode.crashed is None]
-    if not ended:
-        raise ValueError(f"all {len(episodes)} episodes crashed, the first: {episodes[0].crashed}")
-    return Summary(
-        episodes=len(ended),
-        crashed=len(episodes) - len(ended),
-        metrics=_intervals({name: [m(e) for e in ended] for name, m in METRICS.items()}),
-        progress_curve=mean_progress_curve(ended).tolist(),
-        invalid_actions=invalid_actions(ended),
-    )
-
-
-def mean_progress_curve(
-    episodes: Sequence[Episode], length: int | None = None
-) -> NDArray[np.float64]:
-    """The mean of the progress curves after 0, 1, …, ``length`` steps, (length + 1,).
-
-    A curve that ended goes on with its last value. length: None is the longest episode's; a
-    smaller one cuts. Without any progress recorded it is empty.
-    """
-    curves = [progress_curve(e) for e in episodes if e.progress and e.crashed is None]
-    if not curves:
-        return np.zeros(0)
-    size = max(map(len, curves)) if length is None else length + 1
-    filled = [curve[np.minimum(np.arange(size), len(curve) - 1)] for curve in curves]
-    return np.asarray(np.mean(filled, axis=0))
-
-
-def invalid_actions(episodes: Sequence[Episode]) -> dict[str, int]:
-    """How often each kind of invalid action occurred, the most frequent first.
-
-    Those whose kind the environment does not tell are ``"unnamed"``.
-    """
-    kinds = Counter(
-        kind or "unnamed"
-        for episode in episodes
-        for valid, kind in zip(episode.valid, episode.invalid or repeat(None), strict=False)
-        if not valid
-    )
-    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0])))
-
-
-def split_by(label: str, episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
-    """Episodes by their ``"task"`` or ``"difficulty"``, sorted; those without it are left out."""
-    groups: dict[str, list[Episode]] = {}
-    for episode in episodes:
-        name = getattr(episode, label)
-        if name is not None:
-            groups.setdefault(name, []).append(episode)
-    return dict(sorted(groups.items()))
-
-
-# ------------------------------------------------------------------ two policies
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Of two policies on the same episodes.
-
-    pairs: of episodes, both of which ended; of ``crashed`` more pairs one did not.
-    differences: name → mean of (this − the other), with its 95 % interval.
-    """
-
-    pairs: int
-    crashed: int
-    differences: dict[str, Interval]
-
-
-def compare(episodes: Sequence[Episode], against: Sequence[Episode]) -> PairedComparison:
-    """Each episode minus that of the other policy in the same environment, split and seed.
-
-    :raises ValueError: naming the seeds that only one of them has, or that one has twice; for no
-        pair that ended.
-    """
-    these, others = _by_place("episodes", episodes), _by_place("against", against)
-    _refuse_unmatched("episodes", these, "against", others)
-    _refuse_unmatched("against", others, "episodes", these)
-    pairs = [(these[place], others[place]) for place in these]
-    ended = [(a, b) for a, b in pairs if a.crashed is None and b.crashed is None]
-    if not ended:
-        raise ValueError(f"none of {len(pairs)} pairs of episodes ended; one must have")
-    differences = {
-        name: [_difference(metric(a), metric(b)) for a, b in ended]
-        for name, metric in METRICS.items()
-    }
-    return PairedComparison(len(ended), len(pairs) - len(ended), _intervals(differences))
-
-
-_Place = tuple[str, str | None, int]
-
-
-def _by_place(name: str, episodes: Sequence[Episode]) -> dict[_Place, Episode]:
-    places = [(e.environment, e.split, e.seed) for e in episodes]
-    if twice := [place for place, count in Counter(places).items() if count > 1]:
-        raise ValueError(f"{name} has more than one of {_describe(twice)}")
-    return dict(zip(places, episodes, strict=True))
-
-
-def _refuse_unmatched(
-    name: str, these: dict[_Place, Episode], other_name: str, others: dict[_Place, Episode]
-) -> None:
-    if alone := [place for place in these if place not in others]:
-        raise ValueError(f"{other_name} lacks what {name} has: {_describe(alone)}")
-
-
-def _describe(places: Sequence[_Place]) -> str:
-    named = [
-        f"{environment} {'' if split is None else f'({split}) '}seed {seed}"
-        for environment, split, seed in places[:_NAMED]
-    ]
-    more = len(places) - len(named)
-    return ", ".join(named) + (f" and {more} more" if more else "")
-
-
-def _difference(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one - other
-
-
-def _intervals(columns: dict[str, list[float | None]]) -> dict[str, Interval]:
-    told = {name: [v for v in values if v is not None] for name, values in columns.items()}
-    return {name: bootstrap(values) for name, values in told.items() if values}
+from .evaluation.metrics import (
+    METRICS,
+    Metric,
+    PairedComparison,
+    Summary,
+    agreement,
+    compare,
+    grounding_accuracy,
+    invalid_actions,
+    mean_progress_curve,
+    progress_curve,
+    progress_rate,
+    repetition,
+    reward,
+    split_by,
+    step_reward,
+    steps,
+    success,
+    summarize,
+)
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "PairedComparison",
+    "Summary",
+    "agreement",
+    "compare",
+    "grounding_accuracy",
+    "invalid_actions",
+    "mean_progress_curve",
+    "progress_curve",
+    "progress_rate",
+    "repetition",
+    "reward",
+    "split_by",
+    "step_reward",
+    "steps",
+    "success",
+    "summarize",
+]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .packing import balance
+from .trees.packing import balance
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..doctor import require
+from ..optional import require
 from .base import NEW_FOLDER, Interrupted, reports
 
 
@@ -27,8 +27,8 @@ def demo(seed: int, method: str, output: Path) -> tuple[dict[str, Any], str]:
     require("stepagent demo", "demo")
     from transformers.utils.logging import disable_progress_bar
 
-    from ..demo import Settings, run_demo
     from ..report.demo import closing_table
+    from ..tools.demo import Settings, run_demo
 
     # Of reading and writing weights; ours and the trainer's stay.
     disable_progress_bar()  # type: ignore[no-untyped-call]

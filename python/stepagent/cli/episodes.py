@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from ..episode_file import describe_seeds
-from ..episodes import Episode, load_episodes
 from ..evaluation import success_rate
-from ..metrics import compare, split_by, summarize
+from ..evaluation.metrics import compare, split_by, summarize
+from ..records.episode_file import describe_seeds
+from ..records.episodes import Episode, load_episodes
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, make_parent, reports
 from .rolling import Rollout, is_url
 

@@ -12,12 +12,12 @@ import click
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..branches import Inspection, Shard, fingerprint, iterate_branches
-from ..doctor import require
-from ..encoding import encode
-from ..evaluation import agreement
-from ..inspection import inspect
-from ..trajectory import load_trajectories
+from ..acting.inspection import inspect
+from ..data.branch import agreement
+from ..data.encoding import encode
+from ..data.trajectory import load_trajectories
+from ..optional import require
+from ..records.branches import Inspection, Shard, fingerprint, iterate_branches
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
 from .loading import device, end_tokens, load_model, load_tokenizer
 

@@ -9,9 +9,10 @@ from typing import Any
 import click
 import torch
 
-from ..bench.problems import OPS, SUITES
-from ..bench.providers import PROVIDERS
-from ..doctor import describe, diagnose, require
+from ..optional import require
+from ..tools.bench.problems import OPS, SUITES
+from ..tools.bench.providers import PROVIDERS
+from ..tools.doctor import describe, diagnose
 from .base import NEW_FILE, NEW_FOLDER, reports
 
 
@@ -39,8 +40,8 @@ def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[s
     """
     if plots is not None:
         require("--plots", "plots")
-    from ..bench.output import describe as describe_bench
-    from ..bench.runner import run_bench
+    from ..tools.bench.output import describe as describe_bench
+    from ..tools.bench.runner import run_bench
 
     report = run_bench(
         suite or ("gpu" if torch.cuda.is_available() else "cpu"), plots=plots, **options
@@ -73,7 +74,7 @@ def warmup(archs: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[dict[str, A
     """
     import triton
 
-    from ..warmup import compile_all
+    from ..tools.warmup import compile_all
 
     kernels = [asdict(kernel) for kernel in compile_all(archs, dtypes, progress=True)]
     report = {"triton": triton.__version__, "cache": triton.knobs.cache.dir, "kernels": kernels}

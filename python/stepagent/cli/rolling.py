@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import envs
-from ..branches import fingerprint
-from ..episode_file import open_episodes
-from ..episodes import Episode
-from ..policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
-from ..rollout import action_tokens, own_expert, run_episodes
+from ..acting.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
+from ..acting.rollout import action_tokens, own_expert, run_episodes
+from ..records.branches import fingerprint
+from ..records.episode_file import open_episodes
+from ..records.episodes import Episode
 from .base import Interrupted
 from .loading import device, load_model, load_tokenizer
 
@@ -147,8 +147,8 @@ class Rollout:
         return ModelPolicy(model, tokenizer, max_new_tokens=limit, eos_token_id=end)
 
     def _server(self) -> Policy:
+        from ..acting.server_policies import ChatPolicy, EnginePolicy
         from ..engines import CompletionsEngine, Server
-        from ..server_policies import ChatPolicy, EnginePolicy
 
         options: Any = {"max_new_tokens": self.max_new_tokens, "name": self.policy}
         if self.tokenizer is None:

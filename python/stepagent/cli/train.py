@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
-from ..attention import TREE_ATTENTION
-from ..doctor import require
-from ..encoding import encode
-from ..trajectory import load_trajectories
+from ..data.encoding import encode
+from ..data.trajectory import load_trajectories
+from ..models.attention import TREE_ATTENTION
+from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
 from .loading import end_tokens, load_model
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import HfArgumentParser
 
-    from ..config import StepAgentConfig
+    from ..learning.config import StepAgentConfig
 
 _TRAINING_ARGUMENTS = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -44,7 +44,7 @@ class _TrainCommand(click.Command):
         super().format_options(ctx, formatter)
         from transformers import TrainingArguments
 
-        from ..config import StepAgentConfig
+        from ..learning.config import StepAgentConfig
 
         inherited = {field.name for field in fields(TrainingArguments)}
         own = [field for field in fields(StepAgentConfig) if field.name not in inherited]
@@ -112,7 +112,7 @@ def train(
     agent, tokenizer = load_model(model, attn_implementation=attn_implementation)
     # Whoever loads the trained model is told by it what ends an action.
     agent.generation_config.eos_token_id = end_tokens([encode(trajectories[0], tokenizer)])
-    from ..trainer import StepAgentTrainer
+    from ..learning.trainer import StepAgentTrainer
 
     trainer = StepAgentTrainer(
         agent, config, trajectories, tokenizer, peft_config=adapter, env=env, engine=engine
@@ -138,7 +138,7 @@ def train(
 
 
 def _training_config(options: Sequence[str]) -> StepAgentConfig:
-    from ..config import StepAgentConfig
+    from ..learning.config import StepAgentConfig
 
     parser = _training_parser(StepAgentConfig)
     values, unknown = parser.parse_known_args(list(options))

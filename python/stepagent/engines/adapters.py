@@ -19,14 +19,14 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..encoding import Trunk
+from ..data.encoding import Trunk
 from .base import Engine, EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from peft import LoraConfig
 
-    from ..inspection import Branch
+    from ..data.branch import Branch
 
 T = TypeVar("T")
 

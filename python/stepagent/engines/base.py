@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..decoding import check_count, check_temperature, uniforms
-from ..encoding import Trunk
-from ..inspection import Branch
+from ..data.branch import Branch
+from ..data.draws import check_count, check_temperature, uniforms
+from ..data.encoding import Trunk
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..inspection import Branch
+from ..data.branch import Branch
 from .base import Engine, EngineError, Sampling, State
 from .server import Server, excerpt
 

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..decoding import check_count
+from ..data.draws import check_count
 from .base import EngineError
 
 if TYPE_CHECKING:

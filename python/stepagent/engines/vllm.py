@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..inspection import Branch
+from ..data.branch import Branch
 from .base import Engine, EngineError, Sampling, State
 
 

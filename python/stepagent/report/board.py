@@ -9,9 +9,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..episodes import Episode
 from ..evaluation import Interval
-from ..metrics import METRICS, compare, invalid_actions, mean_progress_curve, split_by, summarize
+from ..evaluation.metrics import (
+    METRICS,
+    compare,
+    invalid_actions,
+    mean_progress_curve,
+    split_by,
+    summarize,
+)
+from ..records.episodes import Episode
 from .charts import Line, line_chart, ticks
 from .numbers import formatted, number, percent, points
 from .runs import Run

@@ -61,12 +61,12 @@ def write_page(
 
 
 def _text(name: str) -> str:
-    return (files("stepagent") / "templates" / name).read_text(encoding="utf-8")
+    return (files("stepagent.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stepagent", "templates"),
+        loader=jinja2.PackageLoader("stepagent.report", "templates"),
         autoescape=True,  # observations, actions and names are text of environments and models
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: visible(value) if type(value) is str else value,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..alignment import align_steps
-from ..episodes import Episode
+from ..data.alignment import align_steps
+from ..records.episodes import Episode
 from .runs import Run
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..episodes import Episode
-from ..metrics import METRICS
+from ..evaluation.metrics import METRICS
+from ..records.episodes import Episode
 from .parting import Parting, partings
 from .runs import Run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ..episodes import Episode, load_episodes
+from ..records.episodes import Episode, load_episodes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,294 @@
+"""Episodes in lock-step: one batch of decisions and one round of environment calls a step.
+
+An environment that crashes ends its own episode, which says so and has no outcome.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .. import envs as environments
+from ..data.draws import check_count
+from ..data.trajectory import Trajectory
+from ..envs.base import ExpertUnavailable, TextEnv
+from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, expert_actions, open_pool
+from ..records.episodes import Episode
+from .dialogues import Dialogues
+from .policies import Policy
+
+Expert = Callable[[TextEnv], str]
+
+CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
+
+
+def own_expert(env: TextEnv) -> str:
+    """The environment's own expert; of those in workers, all are asked at once."""
+    return env.expert_action()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an episode begins for the policy: at its first observation, or after some actions."""
+
+    seed: int  # the environment's
+    key: int  # of the policy's random numbers
+    trajectory: Trajectory | None = None
+    steps: int = 0  # actions of the trajectory to be replayed
+    name: str = ""
+
+    def content(self, message: int) -> str:
+        """Of a message of the trajectory."""
+        assert self.trajectory is not None
+        return str(self.trajectory.messages[message]["content"])
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of :func:`stepagent.rollout.run_episodes`."""
+
+    expert: Expert | None
+    max_steps: int | None
+    batch_size: int
+    workers: int
+    timeout: float
+    split: str | None = None
+    on_end: Callable[[Episode], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        if self.max_steps is not None:
+            check_count("max_steps", self.max_steps)
+        if not isinstance(self.workers, Integral) or self.workers < 0:
+            raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
+
+
+def roll_out(
+    env: str | EnvFactory,
+    policy: Policy,
+    starts: Sequence[Start],
+    options: Options,
+    progress: str | None,
+) -> list[Episode]:
+    """The episodes of these starts, in their order, batch by batch."""
+    make = environments.factory(env) if isinstance(env, str) else env
+    size = options.batch_size
+    workers = min(options.workers, size, len(starts))
+    episodes: list[Episode] = []
+    ended: list[Episode] = []
+    with (
+        tqdm(total=len(starts), desc=progress, disable=progress is None) as bar,
+        open_pool(make, workers, options.timeout) as pool,
+    ):
+        for first in range(0, len(starts), size):
+            batch = Lockstep(pool, policy, starts[first : first + size], options, ended, bar)
+            episodes += batch.run()
+    _warn_of_crashes(episodes)
+    return episodes
+
+
+def _warn_of_crashes(episodes: Sequence[Episode]) -> None:
+    crashed = [episode for episode in episodes if episode.crashed is not None]
+    if crashed:
+        warnings.warn(
+            f"{len(crashed)} of {len(episodes)} episodes crashed and have no outcome; the first, "
+            f"{crashed[0].environment} with seed {crashed[0].seed}: {crashed[0].crashed}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+class Lockstep:
+    """A batch of episodes that go on together; each has a row, which is its environment's place."""
+
+    def __init__(
+        self,
+        pool: EnvPool,
+        policy: Policy,
+        starts: Sequence[Start],
+        options: Options,
+        ended: list[Episode],
+        bar: Any,
+    ) -> None:
+        self._pool, self._policy, self._options = pool, policy, options
+        self._starts, self._ended, self._bar = starts, ended, bar
+        name = pool.env(0).name
+        self._episodes = [Episode(name, start.seed, policy.name, options.split) for start in starts]
+        self._observations = [""] * len(starts)
+        self._over = [False] * len(starts)
+        self._active = list(range(len(starts)))  # the policy's rows, in its order
+
+    def run(self) -> list[Episode]:
+        """The episodes, ended or crashed."""
+        self._begin()
+        self._settle()
+        while self._active:
+            if self._options.expert is not None:
+                self._query(self._options.expert)
+            actions = self._act()  # first: a crash of an expert that is asked changes what follows
+            decided = list(zip(self._active, actions, strict=True))
+            for row, action in decided:
+                self._give_up(row, action)
+            self._step((row, action) for row, action in decided if action is not None)
+            self._settle()
+        return self._episodes
+
+    def _begin(self) -> None:
+        """Bring every environment, then the policy, to the start."""
+        for row, (observation, info) in self._call(
+            (row, "reset", (start.seed,)) for row, start in enumerate(self._starts)
+        ):
+            self._observations[row] = observation
+            self._episodes[row].task = info.get("task")
+            self._episodes[row].difficulty = info.get("difficulty")
+        for step in range(max(start.steps for start in self._starts)):
+            self._replay(step)
+        for row in self._active:
+            if self._episodes[row].crashed is not None:
+                self._close(row)
+        self._active = [row for row in self._active if self._episodes[row].crashed is None]
+        starts = [self._starts[row] for row in self._active]
+        keys = [start.key for start in starts]
+        trajectories = [start.trajectory for start in starts if start.trajectory is not None]
+        if trajectories:
+            self._policy.resume(keys, trajectories, [start.steps for start in starts])
+        elif starts:
+            self._policy.begin(keys)
+
+    def _replay(self, step: int) -> None:
+        going = [
+            row
+            for row, start in enumerate(self._starts)
+            if start.steps > step and self._episodes[row].crashed is None
+        ]
+        for row in going:
+            self._check_replay(row, step)
+        self._step((row, self._starts[row].content(2 * step + 1)) for row in going)
+
+    def _check_replay(self, row: int, step: int) -> None:
+        """The environment shows what the trajectory says before its action at this step."""
+        start, shown = self._starts[row], self._observations[row]
+        assert start.trajectory is not None
+        name = f"{start.name} ({start.trajectory.id!r}), step {step}"
+        if self._over[row]:
+            raise ValueError(f"{name}: replayed, the episode of seed {start.seed} is over before")
+        if shown != start.content(2 * step):
+            raise ValueError(
+                f"{name}: replayed with seed {start.seed}, the environment shows {shown!r}, but "
+                f"the trajectory has {start.content(2 * step)!r}"
+            )
+
+    def _give_up(self, row: int, action: str | None) -> None:
+        """Where the policy has no action, the episode is over as it stands."""
+        if action is None:
+            episode = self._episodes[row]
+            episode.gave_up = self._over[row] = True
+            del episode.expert_actions[len(episode.actions) :]
+
+    def _act(self) -> list[str | None]:
+        return self._asked(
+            lambda envs: self._policy.act([self._observations[row] for row in self._active], envs)
+        )
+
+    def _query(self, expert: Expert) -> None:
+        ask = expert_actions if expert is own_expert else functools.partial(_ask, expert)
+        answers = self._asked(ask)
+        for row, answer in zip(self._active, answers, strict=True):
+            self._episodes[row].expert_actions.append(answer)
+
+    def _asked(self, ask: Callable[[list[TextEnv]], list[str | None]]) -> list[str | None]:
+        """What ``ask`` makes of the running environments; those that crash meanwhile are out."""
+        while self._active:
+            try:
+                return ask([self._pool.env(row) for row in self._active])
+            except EnvCrash as crash:  # its expert was asked
+                self._mark(crash)
+                self._settle()
+        return []
+
+    def _step(self, actions: Iterable[tuple[int, str]]) -> None:
+        """Take these actions and record them."""
+        taken = dict(actions)
+        for row, (observation, reward, terminated, truncated, info) in self._call(
+            (row, "step", (action,)) for row, action in taken.items()
+        ):
+            episode = self._episodes[row]
+            episode.observations.append(self._observations[row])
+            episode.actions.append(taken[row])
+            episode.rewards.append(float(reward))
+            episode.valid.append(bool(info["valid"]))
+            episode.invalid.append(None if info["valid"] else info.get("invalid"))
+            episode.progress.append(float(info["progress"]))
+            episode.success = bool(info["success"])
+            episode.last_observation = self._observations[row] = observation
+            self._over[row] = terminated or truncated
+
+    def _call(self, calls: Iterable[Call]) -> list[tuple[int, Any]]:
+        """What the environments answered, by row; those that crashed are marked."""
+        asked = list(calls)
+        answers = []
+        for (row, *_), answer in zip(asked, self._pool.call(asked), strict=True):
+            if isinstance(answer, EnvCrash):
+                self._mark(answer)
+            else:
+                answers.append((row, answer))
+        return answers
+
+    def _mark(self, crash: EnvCrash) -> None:
+        episode = self._episodes[crash.place]
+        episode.crashed, episode.success = crash.reason, False
+        del episode.expert_actions[len(episode.actions) :]  # its step has no outcome
+
+    def _settle(self) -> None:
+        """Let the episodes that are over leave the batch, and the policy."""
+        going = []
+        for place, row in enumerate(self._active):
+            episode = self._episodes[row]
+            long = len(episode.actions) >= (self._options.max_steps or float("inf"))
+            if episode.crashed is None and not self._over[row] and not long:
+                going.append(place)
+                continue
+            if isinstance(self._policy, Dialogues) and episode.crashed is None:
+                episode.trunk, episode.logps = self._policy.record(place)
+            self._close(row)
+        if len(going) < len(self._active):
+            self._active = [self._active[place] for place in going]
+            self._policy.keep(going)
+
+    def _close(self, row: int) -> None:
+        self._ended.append(self._episodes[row])
+        if self._options.on_end is not None:
+            self._options.on_end(self._episodes[row])
+        self._bar.update()
+        latest = [episode.crashed for episode in self._ended[-CRASHES_IN_A_ROW:]]
+        if len(latest) == CRASHES_IN_A_ROW and None not in latest:
+            raise RuntimeError(
+                f"{CRASHES_IN_A_ROW} episodes in a row crashed, the last with seed "
+                f"{self._episodes[row].seed}: {latest[-1]}"
+            )
+
+
+def _ask(expert: Expert, envs: Sequence[TextEnv]) -> list[str | None]:
+    """The answers of an expert, one environment after the other; None for none."""
+    answers: list[str | None] = []
+    for env in envs:
+        try:
+            answer: object = expert(env)
+        except ExpertUnavailable:
+            answers.append(None)  # recorded as unanswered, counted by the caller
+            continue
+        if not isinstance(answer, str):
+            raise TypeError(
+                f"the expert answered {answer!r} in {env.name}; an answer must be a str, "
+                "or ExpertUnavailable where it has none"
+            )
+        answers.append(answer)
+    return answers

@@ -1,0 +1,268 @@
+"""Episodes: a policy in an environment, the expert's answers at the policy's own states, and what a
+policy makes of the states of a given trajectory (Monte-Carlo continuations).
+
+All run in lock-step. An environment that crashes ends its own episode, which says so and has no
+outcome: it is neither a failure nor a reward of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from ..data.draws import check_count
+from ..data.encoding import Trunk, encode
+from ..data.trajectory import Trajectory
+from ..envs.pool import EnvFactory
+from ..records.episodes import Episode
+from .lockstep import Expert, Options, Start, own_expert, roll_out
+from .policies import ModelPolicy, Policy
+from .server_policies import EnginePolicy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..engines import Engine
+
+__all__ = [
+    "Continuations",
+    "Episode",
+    "Expert",
+    "action_tokens",
+    "continue_rollouts",
+    "own_expert",
+    "rollout_and_query",
+    "run_episodes",
+]
+
+
+def run_episodes(
+    env: str | EnvFactory,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    expert: Expert | None = None,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
+    progress: str | None = None,
+    split: str | None = None,
+    on_end: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
+
+    :param env: a name for :func:`stepagent.envs.make`, or a function that makes an environment.
+    :param expert: asked at every state for its action, which is recorded and not taken.
+    :param max_steps: ends an episode sooner than the environment would.
+    :param workers: processes that run the environments; 0: this one does. Episodes are the same.
+    :param timeout: seconds after which an environment's call in a worker counts as hung.
+    :param progress: the label of a progress bar on stderr; None: no bar.
+    :param split: the one that the environments are of, for the record.
+    :param on_end: told of each episode as it ends or crashes, while others go on.
+    :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
+    """
+    options = Options(expert, max_steps, batch_size, workers, timeout, split, on_end)
+    starts = [Start(seed, seed) for seed in seeds]
+    return roll_out(env, policy, starts, options, progress)
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What a policy made of each of the T steps of a trajectory, N times.
+
+    episodes: ``[t][n]``, each from the first observation to its end: the trajectory's actions up to
+    and including step t, then the policy's. Their trunks begin with the trajectory's own tokens.
+    """
+
+    episodes: list[list[Episode]]
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(T,), the mean of the final rewards R of those that did not crash, nan for none.
+
+        IPR (arXiv 2406.11176): r(s_t, a_t) = 1/N Σ R, exact where the trajectory ended with a_t.
+        """
+        return np.array([np.mean(R) if len(R) else np.nan for R in self._returns()])
+
+    @property
+    def standard_errors(self) -> NDArray[np.float64]:
+        """(T,), of `values`: the sample's standard deviation / √N, nan for less than two."""
+        return np.array(
+            [np.std(R, ddof=1) / len(R) ** 0.5 if len(R) > 1 else np.nan for R in self._returns()]
+        )
+
+    def _returns(self) -> list[list[float]]:
+        return [[sum(e.rewards) for e in step if e.crashed is None] for step in self.episodes]
+
+
+def continue_rollouts(
+    policy: Policy,
+    env: str | EnvFactory,
+    trajectories: Sequence[Trajectory],
+    *,
+    samples: int = 5,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
+    progress: bool = False,
+) -> list[Continuations]:
+    """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
+
+    Environments are brought to a state by replay: ``reset(meta["seed"])`` and the trajectory's
+    actions, which must show the trajectory's observations. The tokens of (trajectory, step, sample)
+    depend on the policy's seed, on these three places, and on nothing else beyond rounding. As
+    sequences, ``e.trunk.input_ids`` with ``e.trunk.action_mask``, the episodes share their
+    beginnings, which :func:`stepagent.pack_sequences` packs once. Options: `run_episodes`.
+
+    :param trajectories: as `Episode.trajectory` gives them: turns of user and assistant, and the
+        environment's seed in ``meta``.
+    :raises ValueError: for another trajectory, and where a replay takes another course, naming
+        the trajectory and the step.
+    """
+    check_count("samples", samples)
+    starts = [
+        Start(_env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
+        for i, trajectory in enumerate(trajectories)
+        for t in range(trajectory.num_steps)
+        for n in range(samples)
+    ]
+    options = Options(None, max_steps, batch_size, workers, timeout)
+    rolled = iter(roll_out(env, policy, starts, options, "continue" if progress else None))
+    return [
+        Continuations([[next(rolled) for _ in range(samples)] for _ in range(one.num_steps)])
+        for one in trajectories
+    ]
+
+
+def _env_seed(index: int, trajectory: Trajectory) -> int:
+    name = f"trajectories[{index}] ({trajectory.id!r})"
+    roles = [message["role"] for message in trajectory.messages]
+    if roles != ["user", "assistant"] * trajectory.num_steps:
+        raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+    seed = trajectory.meta.get("seed")
+    if not isinstance(seed, int):
+        raise ValueError(f"{name} has no seed of its environment: meta['seed'] is {seed!r}")
+    return seed
+
+
+def _key(*place: int) -> int:
+    """A seed, in [0, 2⁶³), of its own for (trajectory, step, sample)."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+
+
+def rollout_and_query(
+    model: PreTrainedModel | Engine,
+    env: str | EnvFactory,
+    expert: Expert | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    timeout: float = 60.0,
+    progress: bool = False,
+) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
+    """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
+
+    The agent's rollout is the trunk, the expert's answer the branch: ``branches[i][t]`` holds one
+    action, or none where the expert has no answer. :func:`stepagent.pack_step_pairs` takes both.
+    A rollout that crashed is left out, with a warning. Further options: `run_episodes`.
+
+    :param model: a model, or an engine of :mod:`stepagent.engines`, which needs ``eos_token_id``.
+    :param expert: asked for its action in an environment; None: the environment's own expert. With
+        ``workers`` it sees what a :class:`stepagent.envs.TextEnv` shows.
+    :raises RuntimeError: where all rollouts crashed.
+    """
+    episodes = queried_rollouts(
+        model,
+        env,
+        expert,
+        tokenizer=tokenizer,
+        seeds=seeds,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_token_id=eos_token_id,
+        seed=seed,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        workers=workers,
+        timeout=timeout,
+        progress=progress,
+    )
+    return trunks_and_answers(episodes, tokenizer)
+
+
+def queried_rollouts(
+    model: PreTrainedModel | Engine,
+    env: str | EnvFactory,
+    expert: Expert | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_id: int | Sequence[int] | None,
+    seed: int,
+    progress: bool,
+    **options: Any,
+) -> list[Episode]:
+    """The episodes of :func:`rollout_and_query`: what happens at a seed depends on no other."""
+    acting: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    policy: Policy
+    if isinstance(model, nn.Module):
+        policy = ModelPolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
+    elif eos_token_id is None:
+        raise ValueError("an engine needs eos_token_id: the ids of the tokens that end a turn")
+    else:
+        policy = EnginePolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
+    return run_episodes(
+        env,
+        policy,
+        seeds,
+        expert=expert or own_expert,
+        progress="rollout" if progress else None,
+        **options,
+    )
+
+
+def trunks_and_answers(
+    episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
+    """What :func:`rollout_and_query` gives, of its episodes."""
+    ended = [episode for episode in episodes if episode.crashed is None]
+    if episodes and not ended:
+        raise RuntimeError(f"all {len(episodes)} rollouts crashed: {episodes[0].crashed}")
+    tokens = {
+        action: action_tokens(action, tokenizer)
+        for action in sorted({a for e in ended for a in e.expert_actions if a is not None})
+    }
+    trunks = [episode.trunk for episode in ended if episode.trunk is not None]
+    branches = [
+        [[] if action is None else [tokens[action]] for action in episode.expert_actions]
+        for episode in ended
+    ]
+    return trunks, branches
+
+
+def action_tokens(action: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:
+    """The token ids (n,) of ``action`` as an assistant turn, end-of-turn included."""
+    turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": action}]
+    trunk = encode(Trajectory(messages=turn), tokenizer)
+    start, stop = trunk.action_spans[0]
+    return trunk.input_ids[start:stop]

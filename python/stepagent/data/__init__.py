@@ -1,0 +1,1 @@
+"""What comes in and what an agent did: from messages to tokens, and which belong together."""

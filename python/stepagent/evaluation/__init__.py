@@ -1,0 +1,21 @@
+"""How good an agent is, and how sure one can be.
+
+``metrics.py`` has what is measured of an episode and of a run, ``statistics.py`` the means, their
+intervals and the agreement with the expert.
+"""
+
+from .statistics import (
+    Interval,
+    bootstrap,
+    expert_agreement,
+    stratified_bootstrap,
+    success_rate,
+)
+
+__all__ = [
+    "Interval",
+    "bootstrap",
+    "expert_agreement",
+    "stratified_bootstrap",
+    "success_rate",
+]

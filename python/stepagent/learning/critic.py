@@ -1,0 +1,151 @@
+"""What judges steps in the inverse form: a decoder that reads token trees, with heads on its rows.
+
+A discriminator's head reads the row of an action's last token, which has seen the state and the
+whole action; the value head reads the row of a state's last token, which has seen no action. Expert
+and agent actions of a trajectory are judged in one forward, on one tree.
+
+The best discriminator is D* = π / (π + π_E), whose logit is log π − log π_E. How likely the agent's
+action was is known and need not be learnt (AIRL, arXiv 1710.11248); for the expert's the decoder's
+own likelihood q stands in, which begins as the policy's:
+
+    logit of D = log π(a|s) − log q(a|s) + head(row),    log π(a|s) = Σ log π of the action's tokens
+
+S steps of the trees, E discriminators, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice
+from ..models import read_trees, text_config, unwrapped
+from ..ops import step_sums
+from ..trees.tree import on_host
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trees.tree import TokenTree
+
+BODIES = ("own", "adapter", "frozen")
+_ADAPTER_RANK = 8
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """Of S steps: rows (S, H), fp32, of their actions and states, and log q (S,) of the actions."""
+
+    action_SH: Tensor
+    state_SH: Tensor
+    logq_S: Tensor
+
+    def at(self, steps: Tensor) -> StepReading:
+        """Of these steps alone."""
+        return StepReading(self.action_SH[steps], self.state_SH[steps], self.logq_S[steps])
+
+
+class StepCritic(nn.Module):
+    """E discriminators and a value function over steps, on the rows of one decoder."""
+
+    def __init__(self, body: nn.Module, discriminators: int) -> None:
+        """:param body: what requires a gradient in it is trained."""
+        super().__init__()
+        width = int(text_config(body).hidden_size)
+        self.body = body
+        self.discriminators = nn.ModuleList(_head(width) for _ in range(discriminators))
+        self.value = _head(width)
+        self._body_learns = any(p.requires_grad for p in body.parameters())
+        self.to(unwrapped(body).device)
+        self.eval()  # without dropout, so that a resumed run draws what an undisturbed one would
+
+    def read(self, trees: Sequence[TokenTree]) -> StepReading:
+        """What the decoder makes of the trees' steps, in one forward."""
+        rows = [[tree.action_rows(), tree.state_rows()] for tree in trees]
+        with nullcontext() if self._body_learns else torch.no_grad():
+            hidden_KH, logq_N = read_trees(
+                self.body, trees, [np.concatenate(pair) for pair in rows]
+            )
+        parts = torch.split(hidden_KH.float(), [len(part) for pair in rows for part in pair])
+        lengths_S = np.concatenate([np.diff(on_host(tree.step_offsets)) for tree in trees])
+        offsets = torch.from_numpy(np.concatenate([[0], lengths_S.cumsum()]))
+        return StepReading(
+            action_SH=torch.cat(parts[0::2]),
+            state_SH=torch.cat(parts[1::2]),
+            logq_S=step_sums(logq_N, offsets.to(logq_N.device)),
+        )
+
+    def logits(self, reading: StepReading, logp_S: Tensor) -> Tensor:
+        """(E, S) logits of D = P(agent | s, a).
+
+        :param logp_S: (S,) log π of each action under the policy that is judged.
+        """
+        heads_ES = torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
+        return heads_ES + (logp_S.to(reading.logq_S) - reading.logq_S)
+
+    def values(self, state_SH: Tensor) -> Tensor:
+        """(S,) values of states; no gradient flows into the body."""
+        values_S: Tensor = self.value(state_SH.detach()).squeeze(1)
+        return values_S
+
+    def trained(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def fixed_sums(self) -> dict[str, float]:
+        """A number for each tensor of the body that is not trained, to tell another body by."""
+        return {
+            name: float(p.detach().double().sum())
+            for name, p in self.named_parameters()
+            if not p.requires_grad
+        }
+
+
+def _head(width: int) -> nn.Sequential:
+    """0 for every input at first, so that V = 0, and D = ½ where q is the policy."""
+    head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+    nn.init.zeros_(cast("nn.Linear", head[2]).weight)
+    nn.init.zeros_(cast("nn.Linear", head[2]).bias)
+    return head
+
+
+def critic_body(policy: PreTrainedModel, kind: str) -> nn.Module:
+    """A decoder to judge with, which starts as the policy is now.
+
+    ``frozen``: never trained, the heads alone are; the weights that the policy does not train
+    itself are shared with it, not copied. ``adapter``: the same with a LoRA adapter that is
+    trained. ``own``: a copy of which all is trained that is trained of the policy.
+    """
+    check_choice("discriminator_body", kind, BODIES)
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    body: Any = copy.deepcopy(policy, dict(shared))
+    if kind == "own":
+        return cast("nn.Module", body)
+    if kind == "adapter" and hasattr(body, "unload"):
+        body = body.unload()  # the policy's own adapter is still the identity
+    for parameter in body.parameters():
+        parameter.requires_grad_(False)
+    return _with_adapter(body) if kind == "adapter" else cast("nn.Module", body)
+
+
+def _with_adapter(body: PreTrainedModel) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "discriminator_body='adapter' needs PEFT: pip install 'stepagent[train]'"
+        ) from error
+    config = LoraConfig(
+        r=_ADAPTER_RANK,
+        lora_alpha=2 * _ADAPTER_RANK,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return cast("nn.Module", get_peft_model(body, config))

@@ -1,0 +1,222 @@
+"""What a cycle learns from: trunks, the actions tried at their steps, the reference's verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from ..data.encoding import Trunk
+from ..trees.tree import TokenTree, pack_step_pairs
+from .averages import Counts
+
+_SCORES = ("ref_logps", "old_logps", "advantages")  # of a Comparison, in its order
+
+
+def _nothing() -> NDArray[np.float32]:
+    return np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """One trajectory of a cycle.
+
+    :param branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
+    :param expert_trunk: the trunk is the expert's and the branches the agent's; else the reverse.
+    In the order of the trunk's tree, and empty where the method needs none:
+
+    :param ref_logps: (N,) fp32 log-probs under the reference.
+    :param old_logps: (N,) fp32 log-probs under the policy that acted.
+    :param advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
+    """
+
+    trunk: Trunk
+    branches: list[list[NDArray[np.int32]]]
+    expert_trunk: bool
+    ref_logps: NDArray[np.float32] = field(default_factory=_nothing)
+    old_logps: NDArray[np.float32] = field(default_factory=_nothing)
+    advantages: NDArray[np.float32] = field(default_factory=_nothing)
+
+    @classmethod
+    def demonstration(cls, trunk: Trunk) -> Comparison:
+        """The expert alone: no alternatives."""
+        return cls(trunk, [[] for _ in range(trunk.num_steps)], expert_trunk=True)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its tree encodes, or a few more."""
+        return len(self.trunk.input_ids) + sum(len(b) for step in self.branches for b in step)
+
+
+def pack_comparisons(comparisons: Sequence[Comparison], max_tokens: int) -> list[TokenTree]:
+    """The token trees of a batch, each under ``max_tokens``."""
+    return pack_step_pairs(
+        [c.trunk for c in comparisons], [c.branches for c in comparisons], max_tokens=max_tokens
+    )
+
+
+def split_by_trunk(
+    values_N: NDArray[np.float32], trees: Sequence[TokenTree]
+) -> list[NDArray[np.float32]]:
+    """Values of scored tokens, in the order of ``trees``, as one array per trunk."""
+    trunk_N = np.concatenate([np.repeat(t.step_trunk, np.diff(t.step_offsets)) for t in trees])
+    # A trunk's tokens are neighbours and trunks keep their order in `pack_step_pairs`.
+    return np.split(values_N, np.flatnonzero(np.diff(trunk_N)) + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The steps of a batch of trees, and which of them are compared.
+
+    offsets: (S+1,) into the scored tokens. trunk_S: the trajectory of a step; state_S: a number for
+    its state, the same for all actions there. expert_S: the step is the expert's action.
+    expert_P, agent_P: (P,) the two steps of each compared pair. same_P: they are the same tokens.
+    """
+
+    offsets: Tensor
+    trunk_S: Tensor
+    state_S: Tensor
+    expert_S: Tensor
+    expert_P: Tensor
+    agent_P: Tensor
+    same_P: Tensor
+
+    @classmethod
+    def of(cls, trees: Sequence[TokenTree], expert_trunk: Tensor) -> StepTable:
+        """:param expert_trunk: (I,) bool per trunk: the trunk is the expert's."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([torch.as_tensor(getattr(tree, name)).cpu() for tree in trees]).long()
+
+        branch_S, trunk_S = joined("step_branch"), joined("step_trunk")
+        expert_trunk_S = expert_trunk.cpu()[trunk_S]
+        lengths_S = torch.cat([torch.as_tensor(t.step_offsets).cpu().diff() for t in trees]).long()
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
+        tried_P = torch.nonzero(branch_S > 0).squeeze(1)
+        own_P = tried_P - branch_S[tried_P]
+        swap_P = ~expert_trunk_S[tried_P]
+        labels_N = joined("labels")
+        actions = torch.split(labels_N, lengths_S.tolist())
+        return cls(
+            offsets=offsets,
+            trunk_S=trunk_S,
+            state_S=(branch_S == 0).cumsum(0) - 1,
+            expert_S=(branch_S == 0) == expert_trunk_S,
+            expert_P=torch.where(swap_P, tried_P, own_P),
+            agent_P=torch.where(swap_P, own_P, tried_P),
+            same_P=torch.tensor(
+                [torch.equal(actions[a], actions[b]) for a, b in zip(tried_P, own_P, strict=True)],
+                dtype=torch.bool,
+            ),
+        )
+
+    def to(self, device: torch.device) -> StepTable:
+        """A copy on ``device``."""
+        return StepTable(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def counts(self) -> Counts:
+        """What there is to average over."""
+        lengths_S = self.offsets.diff()
+        expert_tokens = int(lengths_S[self.expert_S].sum())
+        return Counts(
+            pairs=len(self.expert_P),
+            expert_tokens=expert_tokens,
+            agent_steps=int((~self.expert_S).sum()),
+            agent_tokens=int(lengths_S.sum()) - expert_tokens,
+        )
+
+    def expert_nll(self, logps_N: Tensor, total: float) -> Tensor:
+        """−log π summed over the tokens of the expert's actions, / ``total``; a connected zero."""
+        expert_N = self.expert_S.repeat_interleave(self.offsets.diff())
+        return -logps_N[expert_N].sum() / (total or 1)
+
+
+def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
+    """Tokens that token trees encode."""
+    return sum(len(tree.input_ids) for tree in pack_comparisons(comparisons, max_tokens))
+
+
+def naive_tokens(comparisons: Sequence[Comparison]) -> int:
+    """Tokens that pairs encode without a tree: each pair, its prefix with either action."""
+    total = 0
+    for c in comparisons:
+        for (start, stop), step in zip(c.trunk.action_spans, c.branches, strict=True):
+            total += sum(2 * int(start) + int(stop - start) + len(branch) for branch in step)
+    return total
+
+
+def save_comparisons(
+    path: Path, comparisons: Sequence[Comparison], progress: dict[str, Any]
+) -> None:
+    """Write a cycle as one safetensors file of flat arrays, so that an interrupted cycle resumes.
+
+    :param progress: what else the cycle's resumption needs, as JSON in the file's metadata.
+    """
+    steps = [step for c in comparisons for step in c.branches]
+    branches = [branch for step in steps for branch in step]
+    ids = [c.trunk.input_ids for c in comparisons]
+    arrays: dict[str, NDArray[Any]] = {
+        "trunk_ids": _flat(ids),
+        "trunk_lengths": _lengths(ids),
+        "action_spans": np.concatenate([c.trunk.action_spans for c in comparisons]),
+        "trunk_steps": np.array([c.trunk.num_steps for c in comparisons]),
+        "branch_counts": _lengths(steps),
+        "branch_ids": _flat(branches),
+        "branch_lengths": _lengths(branches),
+        "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
+    }
+    for name in _SCORES:
+        scores = [getattr(c, name) for c in comparisons]
+        arrays |= {name: np.concatenate(scores), f"{name}_lengths": _lengths(scores)}
+    save_file(arrays, path, metadata={"progress": json.dumps(progress)})
+
+
+def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
+    """Read what :func:`save_comparisons` wrote.
+
+    :raises FileNotFoundError: naming the file; a checkpoint without it cannot be resumed.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: it holds the cycle that the checkpoint was in, without which the "
+            "run cannot be resumed; take a checkpoint that has it, or start anew"
+        )
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        progress = json.loads(file.metadata()["progress"])
+    spans = _split(arrays["action_spans"], arrays["trunk_steps"])
+    branches = iter(_split(arrays["branch_ids"], arrays["branch_lengths"]))
+    steps = iter([[next(branches) for _ in range(n)] for n in arrays["branch_counts"]])
+    columns = zip(
+        _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
+        spans,
+        arrays["expert_trunk"],
+        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in _SCORES),
+        strict=True,
+    )
+    comparisons = [
+        Comparison(Trunk(ids, spans), [next(steps) for _ in spans], bool(expert), *scores)
+        for ids, spans, expert, *scores in columns
+    ]
+    return comparisons, progress
+
+
+def _lengths(parts: Sequence[object]) -> NDArray[np.int64]:
+    return np.array([len(part) for part in parts], dtype=np.int64)  # type: ignore[arg-type]
+
+
+def _flat(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    return np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+
+
+def _split(flat: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -1,0 +1,446 @@
+"""A cycle's reflection in the inverse form: what a discriminator makes of the agent's steps.
+
+Once a cycle, before the policy learns: discriminators are fitted to tell the agent's actions from
+the expert's at the same states; their verdict is the reward of each of the agent's steps; rewards
+become advantages, which the policy's update (PPO) then follows. All of it happens here, between two
+updates of the policy, with an optimiser of its own.
+
+StepAgent: arXiv 2411.03817. Several discriminators with a pessimistic or an optimistic aggregate:
+after OPARL, arXiv 2312.15965, which does so with critics.
+
+S steps of a cycle, A of them the agent's, P pairs of both at one state, E discriminators.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..ops import step_rewards, step_sums
+from ..ranks import over_ranks, sum_gradients, sum_over_ranks
+from .advantages import group_relative, leave_one_out, step_gae
+from .averages import Counts
+from .critic import StepCritic, StepReading, critic_body
+from .cycle import (
+    Comparison,
+    StepTable,
+    load_comparisons,
+    pack_comparisons,
+    save_comparisons,
+)
+from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trees.tree import TokenTree
+    from .config import StepAgentConfig
+
+CRITIC_FILE, REPLAY_FILE = "critic.safetensors", "replay.safetensors"
+_AGGREGATES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "pessimistic": torch.amin,
+    "mean": torch.mean,
+    "optimistic": torch.amax,
+}
+_PINNED, _FLAT = 0.99, 0.01  # a collapse: the accuracy, and the deviation of the rewards in nats
+
+_logger = logging.getLogger(__name__)
+
+
+class InverseReflection:
+    """The discriminators, the value function, their optimiser, and the cycles they remember."""
+
+    def __init__(
+        self, policy: PreTrainedModel, args: StepAgentConfig, body: PreTrainedModel | None = None
+    ) -> None:
+        """:param body: what to judge with; None: what ``args.discriminator_body`` says."""
+        self._args = args
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            self.critic = StepCritic(
+                critic_body(policy, args.discriminator_body) if body is None else body,
+                args.discriminators,
+            ).to(args.device)  # where the policy is not yet, with FSDP
+        self._optimizer = torch.optim.AdamW(
+            self.critic.trained().values(), lr=args.critic_learning_rate, weight_decay=0.0
+        )
+        self._replay: list[Comparison] = []
+        self._replayed: list[int] = []  # how many of them each remembered cycle left
+
+    def prepare(
+        self, comparisons: Sequence[Comparison], cycle: int
+    ) -> tuple[list[Comparison], dict[str, float]]:
+        """The comparisons with the advantage of each of the agent's steps; and figures to log.
+
+        Where every action equals the expert's, nothing is left to correct: all advantages are 0.
+
+        :raises ValueError: where no step has an action of both sides.
+        :raises FloatingPointError: where logits or values are not finite.
+        """
+        trees = self._pack(comparisons)
+        steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+        if not len(steps.expert_P):
+            raise ValueError(
+                f"cycle {cycle} has no step with an action of the expert and one of the agent: a "
+                "discriminator cannot learn from one side alone"
+            )
+        # The values are those of the body that they were fitted on: before it changes again.
+        unseen_ES, values_S, _ = self._judge(comparisons, steps)
+        loss = self._fit_discriminators([*comparisons, *self._replay], cycle)
+        logits_ES, _, state_SH = self._judge(comparisons, steps)
+        agent_A = torch.nonzero(~steps.expert_S).squeeze(1)
+        rewards_A = self._rewards(logits_ES[:, agent_A])
+        figures = {
+            "discriminator_loss": loss,
+            "discriminator_accuracy": accuracy(logits_ES, steps),
+            "discriminator_accuracy_unseen": accuracy(unseen_ES, steps),
+            "discriminator_calibration_error": calibration_error(logits_ES, steps),
+            "step_reward": float(rewards_A.mean()),
+            "step_reward_std": float(rewards_A.std(correction=0)),
+        }
+        figures["discriminator_collapsed"] = _collapsed(figures, cycle)
+        rewards_A = rewards_A - self._kl_penalty(comparisons, steps, agent_A)
+        advantages_A, returns_A = self._advantages(steps, agent_A, rewards_A, values_S[agent_A])
+        if bool(steps.same_P.all()):
+            advantages_A = torch.zeros_like(advantages_A)
+        if self._args.baseline == "value":
+            figures["value_explained"] = _explained(values_S[agent_A], returns_A)
+            self._fit_values(state_SH[agent_A], returns_A, cycle)
+        advantages_S = torch.zeros_like(values_S).index_copy(0, agent_A, advantages_A).float()
+        self._remember(comparisons)
+        sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
+        prepared = [
+            replace(c, advantages=part.numpy())
+            for c, part in zip(comparisons, torch.split(advantages_S, sizes), strict=True)
+        ]
+        return prepared, figures
+
+    def _remember(self, comparisons: Sequence[Comparison]) -> None:
+        """Keep the latest cycles for the discriminators, the present one included."""
+        if not self._args.discriminator_replay:
+            return
+        self._replay += comparisons
+        self._replayed.append(len(comparisons))
+        while len(self._replayed) > self._args.discriminator_replay:
+            self._replay = self._replay[self._replayed.pop(0) :]
+
+    # -- rewards and advantages ------------------------------------------------------------------
+
+    def _rewards(self, logits_EA: Tensor) -> Tensor:
+        """The verdict of the discriminators together: their least, mean or largest reward."""
+        rewards_EA = torch.stack(
+            [inverse_step_reward(logits_A, form=self._args.reward_form) for logits_A in logits_EA]
+        )
+        aggregate = _AGGREGATES[self._args.reward_aggregate]
+        return aggregate(rewards_EA, 0)
+
+    def _kl_penalty(
+        self, comparisons: Sequence[Comparison], steps: StepTable, agent_A: Tensor
+    ) -> Tensor | float:
+        """What the KL to the reference costs each of the agent's steps, where rewards pay it."""
+        if self._args.kl_in != "reward" or not self._args.kl_coef:
+            return 0.0
+        old_N, ref_N = (_joined(comparisons, name) for name in ("old_logps", "ref_logps"))
+        kl_S = step_sums(kl_terms(old_N, ref_N, self._args.kl_estimator), steps.offsets)
+        return self._args.kl_coef * kl_S[agent_A]
+
+    def _advantages(
+        self, steps: StepTable, agent_A: Tensor, rewards_A: Tensor, values_A: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of the agent's steps, from rewards of mean 0 and deviation 1.
+
+        On a trajectory of the agent's a step's return is what follows; at a state of the expert's
+        what the agent's action leads to is not known, so each action is a trajectory of its own.
+        """
+        scale = rewards_A.std(correction=0)
+        rewards_A = (rewards_A - rewards_A.mean()) / torch.where(scale > 0, scale, 1.0)
+        state_A = steps.state_S[agent_A]
+        if self._args.baseline == "leave_one_out":
+            return leave_one_out(rewards_A, state_A), rewards_A
+        if self._args.baseline == "group":
+            return group_relative(rewards_A, state_A), rewards_A
+        if self._args.states == "agent":
+            lengths = torch.bincount(steps.trunk_S[agent_A])
+        else:
+            lengths = torch.ones(len(agent_A), dtype=torch.long)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        return step_gae(
+            rewards_A, values_A, offsets, gamma=self._args.gamma, lam=self._args.gae_lambda
+        )
+
+    # -- the critic ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _judge(
+        self, comparisons: Sequence[Comparison], steps: StepTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (E, S) and values (S,) of all steps, float64 on the CPU; rows (S, H) of states."""
+        size = self._args.per_device_eval_batch_size
+        sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
+        logp_S = step_sums(_joined(comparisons, "old_logps"), steps.offsets)
+        logps = torch.split(logp_S, sizes)
+
+        def judged(places: list[int]) -> list[tuple[Tensor, ...]]:
+            found: list[tuple[Tensor, ...]] = []
+            for batch in (places[i : i + size] for i in range(0, len(places), size)):
+                reading = self.critic.read(self._pack([comparisons[i] for i in batch]))
+                logits_ES = self.critic.logits(reading, torch.cat([logps[i] for i in batch]))
+                values_S = self.critic.values(reading.state_SH)
+                parts = [part.cpu() for part in (logits_ES.T, values_S, reading.state_SH)]
+                rows = [sizes[i] for i in batch]
+                found += zip(*(torch.split(part, rows) for part in parts), strict=True)
+            return found
+
+        columns = zip(*over_ranks(judged, [c.tokens for c in comparisons]), strict=True)
+        logits_SE, values_S, state_SH = (torch.cat(parts) for parts in columns)
+        logits_ES, values_S = logits_SE.T.double(), values_S.double()
+        if not bool(logits_ES.isfinite().all() and values_S.isfinite().all()):
+            raise FloatingPointError(
+                "the critic's logits or values hold NaN or infinity; lower "
+                "discriminator_learning_rate. Checkpoints written so far are kept"
+            )
+        return logits_ES, values_S, state_SH.to(self._args.device)
+
+    def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
+        """Passes over the comparisons; the mean loss of the last."""
+
+        def loss(batch: list[int]) -> tuple[Tensor | None, int]:
+            chosen = [comparisons[i] for i in batch]
+            trees = self._pack(chosen)
+            steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in chosen]))
+            if not len(steps.expert_P):
+                return None, 0  # the expert had no answer at any of these states
+            pairs_K = torch.cat([steps.expert_P, steps.agent_P])
+            logp_K = step_sums(_joined(chosen, "old_logps"), steps.offsets)[pairs_K]
+            reading = self.critic.read(trees).at(pairs_K)
+            return self._discriminator_loss(reading, logp_K), len(steps.expert_P)
+
+        return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
+
+    def _discriminator_loss(self, reading: StepReading, logp_K: Tensor) -> Tensor:
+        """The mean over discriminators, and a penalty λ/2 E‖∂ logit / ∂ row‖² (R1, 1801.04406).
+
+        :param reading: of the expert's actions of all pairs, then of the agent's.
+        """
+        penalty, smoothing = self._args.discriminator_penalty, self._args.discriminator_smoothing
+        rows_KH = reading.action_SH
+        if penalty and not rows_KH.requires_grad:
+            rows_KH.requires_grad_(True)
+        logits_EK = self.critic.logits(reading, logp_K.to(rows_KH.device))
+        expert_EP, agent_EP = logits_EK.chunk(2, dim=1)
+        losses = [
+            discriminator_loss(expert_P, agent_P, smoothing=smoothing)
+            for expert_P, agent_P in zip(expert_EP, agent_EP, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        if penalty:
+            (slope_KH,) = torch.autograd.grad(logits_EK.sum(), rows_KH, create_graph=True)
+            loss = loss + penalty / 2 * (slope_KH**2).sum(-1).mean()
+        return loss
+
+    def _fit_values(self, state_AH: Tensor, returns_A: Tensor, cycle: int) -> None:
+        """Least squares of the states' values on the returns; the rows are constants."""
+        returns_A = returns_A.to(state_AH)
+
+        def loss(batch: list[int]) -> tuple[Tensor, int]:
+            values_A = self.critic.values(state_AH[batch])
+            return F.mse_loss(values_A, returns_A[batch]), len(batch)
+
+        self._passes(len(state_AH), loss, (cycle, 1), "value")
+
+    def _passes(
+        self,
+        count: int,
+        loss: Callable[[list[int]], tuple[Tensor | None, int]],
+        seed: tuple[int, int],
+        label: str,
+    ) -> float:
+        """Minimise a loss of batches of ``count`` items; its mean over the last pass.
+
+        Each process has its share of a batch, and the gradients are added up.
+
+        :param loss: of some items, a mean and over how many.
+        """
+        args = self._args
+        size = args.per_device_train_batch_size * args.world_size
+        losses: list[float] = []
+        bar = tqdm(range(args.critic_epochs), desc=label, disable=args.disable_tqdm, leave=False)
+        for epoch in bar:
+            order = np.random.default_rng((args.seed, *seed, epoch)).permutation(count)
+            losses = []
+            for first in range(0, count, size):
+                share = order[first : first + size][args.process_index :: args.world_size].tolist()
+                mean, weight = loss(share) if share else (None, 0)
+                total = sum_over_ranks(weight)
+                if not total:
+                    continue
+                self._optimizer.zero_grad(set_to_none=True)
+                own = 0.0
+                if mean is not None:
+                    mean = mean * (weight / total)
+                    mean.backward()  # type: ignore[no-untyped-call]
+                    own = float(mean.detach())
+                sum_gradients(self.critic.trained().values())
+                self._optimizer.step()
+                losses.append(sum_over_ranks(own))
+        return float(np.mean(losses))
+
+    def _pack(self, comparisons: Sequence[Comparison]) -> list[TokenTree]:
+        return pack_comparisons(comparisons, self._args.max_tokens)
+
+    # -- through a checkpoint --------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained, the optimiser's moments and the remembered cycles."""
+        tensors = {f"critic.{name}": p.detach() for name, p in self.critic.trained().items()}
+        state = self._optimizer.state_dict()["state"]
+        for index, moments in state.items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        fixed = json.dumps(self.critic.fixed_sums())
+        save_file(
+            {name: value.contiguous().cpu() for name, value in tensors.items()},
+            folder / CRITIC_FILE,
+            metadata={"fixed_sums": fixed, "replayed": json.dumps(self._replayed)},
+        )
+        if self._replay:
+            save_comparisons(folder / REPLAY_FILE, self._replay, {})
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote.
+
+        :raises ValueError: where the weights that are not trained are not those of the run.
+        """
+        path = folder / CRITIC_FILE
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing, without which the run cannot be resumed")
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        if json.loads(metadata["fixed_sums"]) != self.critic.fixed_sums():
+            raise ValueError(
+                f"{folder} was written with another model to begin with: the discriminator's fixed "
+                "weights are those of the model given, so resume with the same one"
+            )
+        with torch.no_grad():
+            for name, parameter in self.critic.trained().items():
+                parameter.copy_(tensors[f"critic.{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                index, _, name = rest.partition(".")
+                moments.setdefault(int(index), {})[name] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._replayed = json.loads(metadata["replayed"])
+        self._replay = load_comparisons(folder / REPLAY_FILE)[0] if self._replayed else []
+
+
+def _joined(comparisons: Sequence[Comparison], name: str) -> Tensor:
+    """(N,) float64, the scores of all comparisons' tokens."""
+    return torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
+
+
+def ppo_step_loss(
+    args: StepAgentConfig,
+    logps_N: Tensor,
+    entropy_N: Tensor | None,
+    steps: StepTable,
+    total: Counts,
+    *,
+    advantages: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ppo_loss` of the agent's steps of a batch, less their entropy; and figures of each step.
+
+    :param total: what the means are over: of the batch itself, or of all that it is a part of.
+    :param advantages: (S,) of all steps; old_logps, ref_logps: (N,) of all their tokens.
+    """
+    lengths_S, agent_S = steps.offsets.diff(), ~steps.expert_S
+    agent_N = agent_S.repeat_interleave(lengths_S)
+    offsets_A = F.pad(lengths_S[agent_S].cumsum(0), (1, 0))
+    logps_n, old_n = logps_N[agent_N], old_logps[agent_N]
+    in_loss = args.kl_in == "loss"
+    loss = ppo_loss(
+        logps_n,
+        old_n,
+        advantages[agent_S],
+        offsets_A,
+        clip=args.clip,
+        ratio=args.ratio,
+        ref_logps_N=ref_logps[agent_N],
+        kl_coef=args.kl_coef if in_loss else 0.0,
+        kl=args.kl_estimator if in_loss else "k3",
+    )
+    if args.ratio == "token":
+        share = len(logps_n) / (total.agent_tokens or 1)
+    else:
+        share = (len(offsets_A) - 1) / (total.agent_steps or 1)
+    loss = loss * share
+    log_ratios_A = step_rewards(logps_n.detach(), old_n, offsets_A, beta=1.0)
+    figures = {
+        # E over the old policy's own samples of ρ − 1 − log ρ estimates KL(old ‖ π).
+        "kl": log_ratios_A.expm1() - log_ratios_A,
+        "clip_fraction": (log_ratios_A.expm1().abs() > args.clip).float(),
+    }
+    if entropy_N is not None:
+        loss = loss - args.entropy_coef * entropy_N[agent_N].sum() / (total.agent_tokens or 1)
+        figures["entropy"] = entropy_N[agent_N].detach()
+    return loss, figures
+
+
+def accuracy(logits_ES: Tensor, steps: StepTable) -> float:
+    """How often the discriminators together are right, half of the weight on either side.
+
+    A logit of 0 is half right; so is any on a pair whose two actions are the same.
+    """
+    mean_S = logits_ES.mean(0)
+    right_P = (mean_S[steps.agent_P].sign() - mean_S[steps.expert_P].sign()) / 4 + 0.5
+    return float(right_P.mean())
+
+
+def calibration_error(logits_ES: Tensor, steps: StepTable, bins: int = 10) -> float:
+    """Expected calibration error of D = P(agent | s, a) over the pairs' actions.
+
+    Σ_b n_b / n · |mean D − share of the agent's| over bins of equal width (arXiv 1706.04599).
+    """
+    D_S = torch.sigmoid(logits_ES).mean(0)
+    D_K = torch.cat([D_S[steps.agent_P], D_S[steps.expert_P]])
+    agent_K = torch.arange(len(D_K)) < len(steps.agent_P)
+    bin_K = (D_K * bins).long().clamp(max=bins - 1)
+    gap_B = torch.zeros(bins, dtype=D_K.dtype).index_add(0, bin_K, D_K - agent_K.to(D_K))
+    return float(gap_B.abs().sum() / len(D_K))
+
+
+def _collapsed(figures: dict[str, float], cycle: int) -> float:
+    """1.0, said aloud, where the discriminators tell all actions apart and reward them alike."""
+    pinned = figures["discriminator_accuracy"] >= _PINNED
+    if not (pinned and figures["step_reward_std"] <= _FLAT):
+        return 0.0
+    _logger.warning(
+        "cycle %d: the discriminator has collapsed. It is right about %.1f %% of the actions and "
+        "its rewards differ by no more than %.2g nats (standard deviation), so they teach nothing: "
+        "raise discriminator_smoothing or discriminator_penalty, or lower critic_epochs or "
+        "critic_learning_rate",
+        *(cycle, 100 * figures["discriminator_accuracy"], figures["step_reward_std"]),
+    )
+    return 1.0
+
+
+def _explained(values_A: Tensor, returns_A: Tensor) -> float:
+    """1 − Var(return − value) / Var(return); 0 where the returns are all equal."""
+    total = returns_A.var(correction=0)
+    return float(1 - (returns_A - values_A).var(correction=0) / total) if total > 0 else 0.0

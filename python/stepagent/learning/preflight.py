@@ -1,0 +1,102 @@
+"""What training refuses before any work is done: models, and data that would not fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.encoding import Trunk
+from ..models import check_fits, check_tree_support, text_config
+
+if TYPE_CHECKING:
+    from .config import StepAgentConfig
+
+
+def check_reference(
+    ref_model: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
+) -> None:
+    if ref_model is None:
+        if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
+            raise ValueError(
+                "kl_in='reward' needs a ref_model: the divergence from the policy that acted, the "
+                "reference without one, is 0"
+            )
+        return
+    if args.method == "sft":
+        raise ValueError("ref_model is given, but method='sft' has no reference")
+    if ref_model is model:
+        raise ValueError("ref_model must be another object than model, which training changes")
+    check_tree_support(ref_model)
+
+
+def check_discriminator(
+    discriminator: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
+) -> None:
+    if discriminator is None:
+        return
+    if args.method != "inverse":
+        raise ValueError(f"discriminator is given, but method={args.method!r} has none")
+    if discriminator is model:
+        raise ValueError("discriminator must be another object than model, which PPO changes")
+    check_tree_support(discriminator)
+
+
+def check_no_dropout(policy: torch.nn.Module) -> None:
+    """PPO compares the policy with itself: dropped units would look like a change of it."""
+    rates = {
+        name: module.p
+        for name, module in policy.named_modules()
+        if isinstance(module, torch.nn.Dropout)
+    }
+    rates["config.attention_dropout"] = getattr(text_config(policy), "attention_dropout", None) or 0
+    for name, rate in rates.items():
+        if rate > 0:
+            raise ValueError(
+                f"method='inverse' needs a policy without dropout, but {name} drops {rate}: "
+                "with it PPO's ratio is not 1 where nothing has changed"
+            )
+
+
+def check_sharding(fsdp_plugin: Any, deepspeed_plugin: Any) -> None:
+    """Refuse the kinds of sharding in which weights cannot be read as the methods need them."""
+    if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version is {fsdp_plugin.fsdp_version}, but stepagent shards with FSDP2: set "
+            "fsdp_version: 2, as examples/fsdp2.yaml does"
+        )
+    if deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 is not supported: stepagent reads the head's weight, which it has "
+            "partitioned. Shard with FSDP2, as examples/fsdp2.yaml does, or take ZeRO-2"
+        )
+
+
+def check_loaded_everywhere() -> None:
+    """Before anything is computed: accelerate can leave all but one process without weights."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(name, "").lower() == "true" for name in names):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading must be false: stepagent tries the model on a small "
+            "tree in every process, and with it one process alone has the weights"
+        )
+
+
+def check_budget(
+    model: torch.nn.Module, trunks: Sequence[Trunk], args: StepAgentConfig, new_tokens: int
+) -> None:
+    """Refuse what would not fit into a tree or the model, before any work is done."""
+    inspects = args.has_cycles and args.states == "expert"
+    for i, trunk in enumerate(trunks):
+        length, what = len(trunk.input_ids), f"train_dataset[{i}]"
+        tried = trunk.num_steps * args.samples * new_tokens if inspects else 0
+        if length + tried > args.max_tokens:
+            actions = f" and up to {tried} of sampled actions" if tried else ""
+            raise ValueError(
+                f"{what} has {length} tokens{actions}, more than max_tokens={args.max_tokens}; "
+                f"it must be at least {length + tried}"
+            )
+        deepest = int(trunk.action_spans[-1, 0]) + new_tokens if inspects else 0
+        check_fits(model, what, trunk.input_ids, max(length, deepest))

@@ -1,0 +1,134 @@
+"""The record of an episode, and its one format on disk: a trajectory line of JSONL.
+
+What can be trained on is the trajectory itself; all that an evaluation knows beside it is in its
+``meta``, per step a list of T. What a record does not tell is absent there, and empty or None here.
+
+    messages  user o_0, assistant a_0, user o_1, …, assistant a_T-1
+    meta      last_observation: o_T
+              rewards, progress, valid, invalid, expert_actions, step_rewards: T each
+              token_ids (L), action_spans (T, 2), logps (T, tokens of the action): a local model's
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.encoding import Trunk
+from ..data.trajectory import Trajectory, load_trajectories
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_REQUIRED = ("environment", "seed", "success")
+_LABELS = ("policy", "split", "task", "difficulty")  # str or None, always written
+_PER_STEP = ("rewards", "progress", "valid", "invalid")
+_PER_STEP_ASKED = ("expert_actions", "step_rewards")  # written only where there are any
+
+
+@dataclass
+class Episode:
+    """What happened in one episode, step by step; of one that crashed, the steps before.
+
+    invalid: what was wrong with an action that is not valid, where the environment says so.
+    expert_actions: what the expert would have done; None where it had no answer.
+    step_rewards: of a method, for the actions taken; None where there is none.
+    logps: per action the policy's log-prob of each of its tokens (fp32, at temperature 1); empty
+    for an action that was replayed.
+    """
+
+    environment: str
+    seed: int
+    policy: str | None = None
+    split: str | None = None
+    task: str | None = None
+    difficulty: str | None = None  # "easy" or "hard"
+    observations: list[str] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    progress: list[float] = field(default_factory=list)
+    valid: list[bool] = field(default_factory=list)
+    invalid: list[str | None] = field(default_factory=list)
+    expert_actions: list[str | None] = field(default_factory=list)  # empty unless queried
+    step_rewards: list[float | None] = field(default_factory=list)
+    last_observation: str | None = None  # what followed the last action
+    success: bool = False
+    trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
+    logps: list[NDArray[np.float32]] = field(default_factory=list)  # with a trunk
+    crashed: str | None = None  # what happened to its environment
+    gave_up: bool = False  # the policy had no action, as an expert without an answer
+
+    @property
+    def id(self) -> str:
+        """``environment/seed``."""
+        return f"{self.environment}/{self.seed}"
+
+    def trajectory(self) -> Trajectory:
+        """The episode as chat messages, all else in ``meta``; :meth:`of` gives the same back.
+
+        One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
+        where it took no step.
+        """
+        messages = []
+        for observation, action in zip(self.observations, self.actions, strict=True):
+            messages.append({"role": "user", "content": observation})
+            messages.append({"role": "assistant", "content": action})
+        if not messages:
+            raise ValueError(f"episode {self.id} took no step, which a trajectory cannot hold")
+        return Trajectory(
+            messages=messages,
+            reward=sum(self.rewards) if self.crashed is None else None,
+            id=self.id,
+            meta=self._meta(),
+        )
+
+    def _meta(self) -> dict[str, Any]:
+        always = ("environment", "policy", "seed", "split", "task", "difficulty", "success")
+        meta = {name: getattr(self, name) for name in (*always, *_PER_STEP, "last_observation")}
+        asked = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, "crashed", "gave_up")}
+        meta |= {name: value for name, value in asked.items() if value}
+        if self.trunk is not None:
+            meta["token_ids"] = self.trunk.input_ids.tolist()
+            meta["action_spans"] = self.trunk.action_spans.tolist()
+            meta["logps"] = [logps.tolist() for logps in self.logps]
+        return meta
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Episode:
+        """The episode of a trajectory: the inverse of :meth:`trajectory`.
+
+        Keys of ``meta`` that are no part of an episode are passed over, and those that an older
+        file lacks stay empty. Raises ValueError, naming trajectory and key, where a trajectory
+        does not tell its environment, seed and success, or a list has another length than T.
+        """
+        name, meta, T = f"trajectory {trajectory.id!r}", trajectory.meta, trajectory.num_steps
+        roles = [message["role"] for message in trajectory.messages]
+        if roles != ["user", "assistant"] * T:
+            raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+        for key in _REQUIRED:
+            if key not in meta:
+                raise ValueError(f"{name} is no record of an episode: its meta has no {key!r}")
+        lists = {key: meta.get(key) or [] for key in (*_PER_STEP, *_PER_STEP_ASKED)}
+        logps = [np.array(step, dtype=np.float32) for step in meta.get("logps", [])]
+        for key, values in {**lists, "logps": logps}.items():
+            if not isinstance(values, list) or len(values) not in (0, T):
+                raise ValueError(f"{name} has {T} steps, but its meta has {key!r}: {values!r}")
+        contents = [message["content"] for message in trajectory.messages]
+        labels = (*_REQUIRED, *_LABELS, "last_observation", "crashed", "gave_up")
+        trunk = Trunk(meta["token_ids"], meta["action_spans"]) if "token_ids" in meta else None
+        told: dict[str, Any] = {key: meta[key] for key in labels if key in meta}
+        told |= {key: list(values) for key, values in lists.items()}
+        return cls(
+            observations=contents[::2], actions=contents[1::2], trunk=trunk, logps=logps, **told
+        )
+
+
+def load_episodes(path: str | os.PathLike[str]) -> list[Episode]:
+    """The episodes of a file that ``stepagent evaluate`` or ``collect`` wrote, in its order.
+
+    Raises as :func:`stepagent.load_trajectories` and :meth:`Episode.of`.
+    """
+    return [Episode.of(trajectory) for trajectory in load_trajectories(path)]

@@ -1,0 +1,1 @@
+"""Applications of the library, not part of it: the demo, the benchmark of ops, the doctor."""

@@ -1,0 +1,1 @@
+"""Sequences that share their beginnings as one token tree, and which trees fit one batch."""

@@ -26,7 +26,7 @@ from tiny_models import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepagent import ops, reference
-from stepagent.models import check_tree_support
+from stepagent.models import check_tree_support, lm_head
 from stepagent.operators import blocks, linear
 from stepagent.operators import head as head_slices
 
@@ -341,6 +341,26 @@ def test_triton_and_torch_agree_to_float32_on_halves(monkeypatch: pytest.MonkeyP
 
 @interpreted
 @pytest.mark.usefixtures("triton_path")
+def test_on_rocm_halves_are_upcast_before_they_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch has no product of halves with float32 results there; nor on CPU, where it raises."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    arguments = {**head(dtype=torch.bfloat16), "return_entropy": True}
+    for rows_N in (arguments["rows_N"], None):
+        if rows_N is None:
+            arguments |= {"hidden_RH": arguments["hidden_RH"][[0, 1, 2, 3, 4, 5, 6, 0, 1]]}
+        arguments["rows_N"] = rows_N
+        expected = run(reference.linear_logprobs, arguments, HEAD_LEAVES)
+        for i, (a, e) in enumerate(
+            zip(run(ops.linear_logprobs, arguments, HEAD_LEAVES), expected, strict=True)
+        ):
+            loose = {"rtol": 2e-2, "atol": 2e-2} if i >= 2 else SINGLE
+            torch.testing.assert_close(a.double(), e.double(), **loose)
+
+
+@interpreted
+@pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("case", ["everything", "row n for label n"])
 def test_the_batch_invariant_path_equals_the_reference(
     case: str, monkeypatch: pytest.MonkeyPatch
@@ -455,6 +475,22 @@ def test_a_setting_for_all_of_torch_goes_on_to_be_followed() -> None:
     ops.linear_logprobs(**head())
     torch.backends.fp32_precision = "ieee"
     assert precision() == ["ieee"] * 3
+
+
+@pytest.mark.usefixtures("restore_precision")
+def test_logits_for_sampling_are_not_rounded_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `inspect`: what multiplies them runs under the guard."""
+    from stepagent.models import head as model_head
+
+    seen, product = [], model_head._product
+    monkeypatch.setattr(
+        model_head, "_product", lambda *given: (seen.append(precision()), product(*given))[1]
+    )
+    _new_way_of_products()
+    hidden_RH = torch.randn(3, 32)
+    lm_head(tiny_model("llama")).logits(hidden_RH)
+    assert "ieee" in seen[0]
+    assert precision() == ["tf32", "bf16", "none"]
 
 
 @pytest.mark.usefixtures("restore_precision")

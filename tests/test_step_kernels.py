@@ -137,6 +137,11 @@ def test_offsets_that_break_the_rule_give_nan_and_read_nothing(
         if not bad:
             sound_S[start:stop] = True
     assert torch.equal(~returns_S.isnan(), sound_S)
+    # A gradient too, of a token that no sound step holds: it is not left as memory was.
+    upstream_S = torch.ones(len(offsets) - 1)
+    grad_N = launch(step_rewards_backward, upstream_S, torch.tensor(offsets), 0.5, N, torch.float32)
+    assert torch.equal(grad_N[sound_S], torch.full_like(grad_N[sound_S], 0.5))
+    assert grad_N[~sound_S].isnan().all()
 
 
 def test_no_step_and_no_token() -> None:

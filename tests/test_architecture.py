@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -74,3 +75,12 @@ def test_every_file_that_the_map_names_exists() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     for name in re.findall(r"`([\w/]+\.(?:py|pyi|json|cpp|toml))`", page):
         assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+def test_the_stub_has_every_public_name() -> None:
+    """Which a client's type checker reads in place of the package's `__init__.py`."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    names = {alias.asname for node in imports for alias in node.names}
+    assert set(stepagent.__all__) <= names
+    assert all(hasattr(stepagent, name) for name in names)

@@ -1,4 +1,10 @@
+from . import episodes as episodes
+from . import policies as policies
+from . import rollout as rollout
+from . import server_policies as server_policies
 from .acting.inspection import inspect as inspect
+from .acting.rollout import Continuations as Continuations
+from .acting.rollout import continue_rollouts as continue_rollouts
 from .acting.rollout import rollout_and_query as rollout_and_query
 from .data.alignment import StepAlignment as StepAlignment
 from .data.alignment import TokenAlignment as TokenAlignment

@@ -2,7 +2,7 @@
 
     x = product + b,    z = cap · tanh(x / cap) / T
 
-The hybrid of ``operators/linear.py``: the math library multiplies a slice, these kernels read it
+The hybrid of ``ops/linear.py``: the math library multiplies a slice, these kernels read it
 once (twice, where they also write weights). One program a token, tokens on grid axis 0 (the other
 axes end at 65,535). A slice is folded tile after tile in order, into state from which the next
 slice goes on.

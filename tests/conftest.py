@@ -34,22 +34,7 @@ settings.register_profile("stepagent", deadline=None)  # machines are shared: ti
 settings.load_profile("stepagent")
 
 POISON = -(2**30)  # for integers, which have no NaN
-POISONED = (
-    "stepagent.operators.advantages",
-    "stepagent.operators.blocks",
-    "stepagent.operators.head",
-    "stepagent.operators.linear",
-    "stepagent.operators.shards",
-    "stepagent.operators.steps",
-    "stepagent.operators.tokens",
-    "stepagent.kernels.fused_linear",
-    "stepagent.kernels.labels",
-    "stepagent.kernels.linear_logprobs",
-    "stepagent.kernels.logprob_diff",
-    "stepagent.kernels.step_gae",
-    "stepagent.kernels.step_rewards",
-    "stepagent.kernels.token_logprobs",
-)
+POISONED = ("stepagent.ops.", "stepagent.kernels.")
 
 
 def _poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -69,9 +54,9 @@ def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned.__dict__.update(torch.__dict__)
     for name in ("empty", "empty_like"):
         setattr(poisoned, name, _poisoned(getattr(torch, name)))
-    for name in POISONED:
-        if name in sys.modules:
-            monkeypatch.setattr(sys.modules[name], "torch", poisoned)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(POISONED) and hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", poisoned)
 
 
 @pytest.fixture
@@ -80,7 +65,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     import op_cases
 
     from stepagent.kernels import online_softmax
-    from stepagent.operators import blocks, head, paths
+    from stepagent.ops import blocks, head, paths
 
     pytest.importorskip("triton")
     monkeypatch.setattr(online_softmax, "MAX_BLOCK", 4)

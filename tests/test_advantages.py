@@ -22,7 +22,7 @@ from stepagent.learning.advantages import (
     prime,
     step_gae,
 )
-from stepagent.operators.advantages import step_gae_op
+from stepagent.ops.gae import step_gae_op
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 OFFSETS = torch.tensor([0, 0, 3, 4, 4, 9, 9])  # three empty trajectories, first and last among them
@@ -158,7 +158,7 @@ def test_opcheck_and_fullgraph(bootstrap: bool) -> None:
     gamma, lam = arguments.pop("gamma"), arguments.pop("lam")
     if not bootstrap:
         arguments["bootstrap_values"] = None
-    torch.library.opcheck(step_gae_op, (*arguments.values(), gamma, lam))
+    torch.library.opcheck(step_gae_op.custom_op, (*arguments.values(), gamma, lam))
     compiled: Callable[..., Any] = torch.compile(step_gae, fullgraph=True, backend="aot_eager")
     expected = step_gae(**arguments, gamma=gamma, lam=lam)
     for a, e in zip(compiled(**arguments, gamma=gamma, lam=lam), expected, strict=True):

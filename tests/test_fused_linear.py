@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from stepagent import reference
 from stepagent.kernels import fused_linear
 from stepagent.kernels.fused_linear import Config, fused_linear_logprobs
-from stepagent.operators import linear
+from stepagent.ops import linear
 
 # The kernels rely on log 0 = −inf and inf − inf = NaN; numpy warns of them in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -84,7 +84,7 @@ def assert_like_reference(
         assert ((ours - exact).abs() <= allowed).all()
     temperature = torch.as_tensor(options.get("temperature", 1.0))
     head = (options.get("bias_V"), temperature, options.get("softcap"))
-    expected = linear.linear_forward(
+    expected = linear.linear_logprobs_op.compute(
         hidden_nH.float(), weight_VH.float(), labels_n, None, *head, True, *PLAIN
     )
     torch.testing.assert_close(max_n, expected[2], rtol=2e-6, atol=2e-6)
@@ -272,10 +272,10 @@ def test_the_backward_of_the_torch_path_takes_its_results() -> None:
     inputs = (hidden_nH, weight_VH, labels_n, None, None, torch.tensor(0.7), 5.0)
     g = torch.Generator().manual_seed(1)
     upstreams = torch.randn(2, 3, generator=g)
-    *expected, kept = linear.linear_forward(*inputs, True, *PLAIN)
+    *expected, kept = linear.linear_logprobs_op.compute(*inputs, True, *PLAIN)
     actual = launch(hidden_nH, weight_VH, labels_n, temperature=0.7, softcap=5.0)
     grads = [
-        linear.linear_backward(
+        linear.linear_logprobs_backward_op.compute(
             *upstreams, list(results[:4]), *inputs, kept, "nothing", "", [True, True, False]
         )
         for results in (actual, expected)

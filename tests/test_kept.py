@@ -25,8 +25,8 @@ from op_cases import (
 from torch import Tensor
 
 from stepagent import ops, reference
-from stepagent.operators import blocks, linear
-from stepagent.operators import head as head_slices
+from stepagent.ops import blocks, linear
+from stepagent.ops import head as head_slices
 
 FROZEN = ["hidden_RH"]  # the only leaf where the head is frozen
 
@@ -104,7 +104,7 @@ def test_kept_logits_are_those_before_the_mask(path: str, case: str, keep_bytes:
     for a, e in zip(kept, again, strict=True):
         assert torch.equal(a, e)
     inputs = linear_inputs(arguments, "logits", keep_bytes)
-    masked, bare = (linear.linear_forward(*given)[4] for given in (inputs, inputs[:-1]))
+    masked, bare = (linear.linear_logprobs_op.compute(*given)[4] for given in (inputs, inputs[:-1]))
     torch.testing.assert_close(masked, bare, rtol=0, atol=0, equal_nan=True)  # pads are NaN
 
 
@@ -201,8 +201,10 @@ def test_a_mask_is_of_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_slices, "MIN_SLICE", 32)
     inputs = linear_inputs(with_sets(head(N=N, V=V, R=50, dtype=torch.float32)))
     with Recorder() as recorder:
-        results = linear.linear_forward(*inputs)
-        linear.linear_backward(*backward_inputs(results, inputs, [True, True, True]))
+        results = linear.linear_logprobs_op.compute(*inputs)
+        linear.linear_logprobs_backward_op.compute(
+            *backward_inputs(results, inputs, [True, True, True])
+        )
     assert max(recorder.sizes) <= N * (128 + 1)
 
 
@@ -240,7 +242,7 @@ def test_triton_refuses_sets_with_batch_invariance() -> None:
 def test_the_fused_kernel_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is faster it takes a forward that keeps nothing, but it knows no sets."""
     asked = []
-    monkeypatch.setattr(linear, "_fused_is_faster", lambda *_: asked.append(1))
+    monkeypatch.setattr(linear, "fused_is_faster", lambda *_: asked.append(1))
     ops.linear_logprobs(**head())
     assert asked
     asked.clear()
@@ -260,8 +262,8 @@ def test_opcheck_and_gradcheck(keep: str) -> None:
     for name in leaves:
         arguments[name].requires_grad_()
     inputs = linear_inputs(arguments, keep, 10**6 if keep == "logits" else 0)
-    torch.library.opcheck(linear.linear_logprobs_op, inputs)
-    torch.autograd.gradcheck(lambda *a: linear.linear_logprobs_op(*a), inputs)
+    torch.library.opcheck(linear.linear_logprobs_op.custom_op, inputs)
+    torch.autograd.gradcheck(lambda *a: linear.linear_logprobs_op.custom_op(*a), inputs)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces

@@ -14,7 +14,7 @@ from stepagent import reference
 from stepagent.kernels import online_softmax
 from stepagent.kernels.logprob_diff import logprob_diff
 from stepagent.kernels.token_logprobs import token_logprobs, token_logprobs_backward
-from stepagent.operators import paths, tokens
+from stepagent.ops import paths, token_diff, tokens
 
 # The kernels rely on log 0 = −inf and inf − inf = NaN; numpy warns of them in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -258,8 +258,8 @@ def test_the_backwards_of_triton_and_torch_exchange_their_results(entropy: bool)
     logits_NV, labels_N = random_logits(3, 37), torch.tensor([0, -100, 36])
     upstreams = (torch.tensor([1.0, 2.0, -3.0]), torch.ones(3) if entropy else None)
     inputs = (logits_NV, labels_N, torch.tensor(0.7))
-    from_torch = tokens.token_forward(*inputs, entropy, "device")
-    expected_NV = tokens.token_backward(*upstreams, list(from_torch), *inputs)
+    from_torch = tokens.token_logprobs_op.compute(*inputs, entropy, "device")
+    expected_NV = tokens.token_logprobs_backward_op.compute(*upstreams, list(from_torch), *inputs)
     for results in (from_torch, launch(*inputs, entropy=entropy)):
         grad_NV = launch_backward(*inputs, *upstreams, results=results)
         torch.testing.assert_close(grad_NV, expected_NV, rtol=1e-5, atol=1e-6)
@@ -347,11 +347,11 @@ def test_the_operators_on_a_gpu_return_what_they_do_on_cpu(
     inputs = (logits_NV, labels_N, torch.full((), 0.7, dtype=dtype))
     two_logits = (logits_NV, logits_NV.flip(1), *inputs[1:])
     grads_N = (torch.tensor([1.0, 2.0, -3.0], dtype=dtype), torch.ones(3, dtype=dtype))
-    results = list(tokens.token_forward(*inputs, True, "device"))
+    results = list(tokens.token_logprobs_op.compute(*inputs, True, "device"))
     calls = (
-        (tokens.token_forward, (*inputs, True, "device")),
-        (tokens.token_backward, (*grads_N, results, *inputs)),
-        (tokens.diff_forward, (*two_logits, "device")),
+        (tokens.token_logprobs_op.compute, (*inputs, True, "device")),
+        (tokens.token_logprobs_backward_op.compute, (*grads_N, results, *inputs)),
+        (token_diff.logprob_diff_op.compute, (*two_logits, "device")),
     )
     expected = [operator(*arguments) for operator, arguments in calls]
     monkeypatch.setattr(paths, "on_gpu", lambda tensor: True)

@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepagent import ops, reference
 from stepagent.models import check_tree_support, lm_head
-from stepagent.operators import blocks, linear
-from stepagent.operators import head as head_slices
+from stepagent.ops import blocks, folds, linear, linear_diff
+from stepagent.ops import head as head_slices
+from stepagent.ops.arguments import what_to_keep
 
 DTYPES = [torch.float64, torch.float32]
 FROZEN = ["hidden_RH"]  # the only leaf where the head is frozen
@@ -79,9 +80,9 @@ def passes(N: int = 12, scored: int = 12, **options: Any) -> tuple[float, float]
     upstream_N = options.pop("upstream_N", torch.ones(N))
     needs = options.pop("needs", [True, True, True])
     inputs = linear_inputs({**arguments, "labels_N": labels_N, "rows_N": None}, **options)
-    results, forward = products(linear.linear_forward, *inputs)
+    results, forward = products(linear.linear_logprobs_op.compute, *inputs)
     gradients = backward_inputs(results, inputs, needs, upstream_N)
-    _, backward = products(linear.linear_backward, *gradients)
+    _, backward = products(linear.linear_logprobs_backward_op.compute, *gradients)
     unit = N * arguments["hidden_RH"].shape[1] * 17
     return forward / unit, backward / unit
 
@@ -160,11 +161,11 @@ def test_without_grad_nothing_is_kept() -> None:
     """No second product for a gradient that nobody will ask for."""
     hidden_RH = torch.randn(3, 4, requires_grad=True)
     weight_VH, labels_N = torch.randn(5, 4), torch.tensor([0, 1, 2])
-    assert ops._kept(hidden_RH, weight_VH, None, False, 0) == ("gradient", 0)
-    assert ops._kept(hidden_RH, weight_VH, None, True, 0) == ("nothing", 0)
-    assert ops._kept(hidden_RH.detach(), weight_VH, None, False, 10) == ("nothing", 0)
+    assert what_to_keep(hidden_RH, weight_VH, None, False, 0) == ("gradient", 0)
+    assert what_to_keep(hidden_RH, weight_VH, None, True, 0) == ("nothing", 0)
+    assert what_to_keep(hidden_RH.detach(), weight_VH, None, False, 10) == ("nothing", 0)
     with torch.no_grad():
-        assert ops._kept(hidden_RH, weight_VH, None, False, 10) == ("nothing", 0)
+        assert what_to_keep(hidden_RH, weight_VH, None, False, 10) == ("nothing", 0)
         assert not ops.linear_logprobs(hidden_RH, weight_VH, labels_N).requires_grad
 
 
@@ -224,7 +225,7 @@ def test_a_shared_head_is_multiplied_once() -> None:
         if not shared:
             arguments["ref_weight_VH"] = arguments["ref_weight_VH"].clone()
         with Recorder() as recorder:
-            linear.diff_forward(*diff_inputs(arguments))
+            linear_diff.linear_logprob_diff_op.compute(*diff_inputs(arguments))
         assert recorder.products == (1 if shared else 2)
 
 
@@ -329,7 +330,8 @@ def test_triton_and_torch_agree_to_float32_on_halves(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         head_slices, "product", lambda a, b, out: product(a.float(), b.float(), out)
     )
-    monkeypatch.setattr(linear, "add_product", upcast(add_product))
+    for module in (linear, folds):
+        monkeypatch.setattr(module, "add_product", upcast(add_product))
     for leaves in (HEAD_LEAVES, FROZEN):
         arguments = {**head(dtype=torch.bfloat16), "return_entropy": True}
         expected = run(reference.linear_logprobs, arguments, leaves)

@@ -19,7 +19,7 @@ from op_cases import (
 from torch import Tensor
 
 from stepagent import ops
-from stepagent.operators import linear, steps, tokens
+from stepagent.ops import linear, linear_diff, pairs, rewards, sums, token_diff, tokens
 
 OFFSETS = torch.tensor([0, 2, 2, 5, 6, 6])  # two empty steps, one of them last
 
@@ -60,21 +60,21 @@ def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear, frozen head": (linear.linear_logprobs_op, linear_inputs(frozen)),
         "linear, kept gradient": (linear.linear_logprobs_op, linear_inputs(frozen, "gradient")),
         "linear, kept logits": (linear.linear_logprobs_op, linear_inputs(bare, "logits", 200)),
-        "linear diff": (linear.linear_logprob_diff_op, diff_inputs(pair)),
+        "linear diff": (linear_diff.linear_logprob_diff_op, diff_inputs(pair)),
         "linear diff, kept gradient": (
-            linear.linear_logprob_diff_op,
+            linear_diff.linear_logprob_diff_op,
             diff_inputs(shared, "gradient"),
         ),
         "token": (tokens.token_logprobs_op, (*token_inputs, True, "device")),
         "token, no entropy": (tokens.token_logprobs_op, (*token_inputs, False, "device")),
-        "diff": (tokens.logprob_diff_op, (*two_logits, "device")),
-        "steps": (steps.step_sums_op, (values_N, OFFSETS)),
+        "diff": (token_diff.logprob_diff_op, (*two_logits, "device")),
+        "steps": (sums.step_sums_op, (values_N, OFFSETS)),
         "step rewards": (
-            steps.step_rewards_op,
+            rewards.step_rewards_op,
             (values_N, values_N.detach().flip(0), OFFSETS, 0.3),
         ),
         "step pairs": (
-            steps.step_pair_loss_op,
+            pairs.step_pair_loss_op,
             (
                 values_N,
                 values_N.detach().flip(0),
@@ -87,17 +87,60 @@ def op_calls(**shapes: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
+# What others call and what compiled graphs hold: an operator keeps its name and its order.
+SCHEMAS = """
+linear_logprob_diff(Tensor hidden_RH, Tensor weight_VH, Tensor ref_hidden_RH, Tensor ref_weight_VH,\
+ Tensor labels_N, Tensor? rows_N, Tensor? ref_rows_N, Tensor? bias_V, Tensor? ref_bias_V,\
+ Tensor temperature, float? softcap, str keep, SymInt keep_bytes, str group, str check)\
+ -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+linear_logprobs(Tensor hidden_RH, Tensor weight_VH, Tensor labels_N, Tensor? rows_N,\
+ Tensor? bias_V, Tensor temperature, float? softcap, bool with_entropy, str keep,\
+ SymInt keep_bytes, str group, str check, bool batch_invariant, Tensor? kept_NK=None)\
+ -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+linear_logprobs_backward(Tensor grad_logps_N, Tensor? grad_entropy_N, Tensor[] results,\
+ Tensor hidden_RH, Tensor weight_VH, Tensor labels_N, Tensor? rows_N, Tensor? bias_V,\
+ Tensor temperature, float? softcap, Tensor kept, str keep, str group, bool[] needs,\
+ Tensor? kept_NK=None) -> (Tensor, Tensor, Tensor)
+logprob_diff(Tensor logits_NV, Tensor ref_logits_NV, Tensor labels_N, Tensor temperature,\
+ str check) -> (Tensor, Tensor, Tensor, Tensor)
+step_gae(Tensor rewards_S, Tensor values_S, Tensor trajectory_offsets, Tensor? bootstrap_B,\
+ float gamma, float lam) -> (Tensor, Tensor)
+step_pair_loss(Tensor logps_N, Tensor ref_logps_N, Tensor step_offsets, Tensor expert_steps_P,\
+ Tensor agent_steps_P, float beta) -> (Tensor, Tensor)
+step_pair_loss_backward(Tensor grad_P, Tensor pull_P, Tensor step_offsets, Tensor expert_steps_P,\
+ Tensor agent_steps_P, float beta, SymInt N, ScalarType dtype) -> Tensor
+step_rewards(Tensor logps_N, Tensor ref_logps_N, Tensor step_offsets, float beta) -> Tensor
+step_rewards_backward(Tensor grad_S, Tensor step_offsets, float beta, SymInt N, ScalarType dtype)\
+ -> Tensor
+step_sums(Tensor values_N, Tensor step_offsets) -> Tensor
+token_logprobs(Tensor logits_NV, Tensor labels_N, Tensor temperature, bool with_entropy,\
+ str check) -> (Tensor, Tensor, Tensor, Tensor)
+token_logprobs_backward(Tensor grad_logps_N, Tensor? grad_entropy_N, Tensor[] results,\
+ Tensor logits_NV, Tensor labels_N, Tensor temperature) -> Tensor
+"""
+
+
+def test_operators_keep_their_names_and_the_order_of_their_schemas() -> None:
+    registered = [
+        torch._C._get_schema(name, "")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("stepagent::")
+    ]
+    written = [f"stepagent::{line}" for line in SCHEMAS.strip().splitlines()]
+    assert sorted(map(str, registered)) == written
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
 @pytest.mark.parametrize("case", op_calls())
 def test_opcheck(case: str) -> None:
     op, inputs = op_calls()[case]
-    torch.library.opcheck(op, inputs)
+    torch.library.opcheck(op.custom_op, inputs)
 
 
 @pytest.mark.parametrize("case", op_calls())
 def test_gradcheck(case: str) -> None:
     op, inputs = op_calls(R=3, H=2, V=4, N=3)[case]
-    torch.autograd.gradcheck(lambda *a: op(*a), inputs)
+    torch.autograd.gradcheck(lambda *a: op.custom_op(*a), inputs)
 
 
 def scored_rewards(arguments: dict[str, Any]) -> Tensor:
@@ -106,8 +149,8 @@ def scored_rewards(arguments: dict[str, Any]) -> Tensor:
     labels_R = torch.arange(logits_NV.shape[0])
     diff_R, kl_R = ops.logprob_diff(logits_NV, 2 * logits_NV, labels_R, return_kl=True)
     rewards_S = ops.step_rewards(logps_N, entropy_N, torch.tensor([0, 4, 9]), beta=0.5)
-    pairs = torch.tensor([0, 4, 9]), torch.tensor([0, 1]), torch.tensor([1, 1])
-    loss_P = ops.step_pair_loss(logps_N, entropy_N, *pairs, beta=0.5)
+    steps = torch.tensor([0, 4, 9]), torch.tensor([0, 1]), torch.tensor([1, 1])
+    loss_P = ops.step_pair_loss(logps_N, entropy_N, *steps, beta=0.5)
     sums_S = ops.step_sums(entropy_N, np.array([0, 9]))
     return rewards_S.sum() + (diff_R + kl_R).sum() + sums_S.sum() + loss_P.sum()
 

@@ -24,8 +24,8 @@ from op_cases import (
 from torch import Tensor
 
 from stepagent import ops, reference
-from stepagent.operators import blocks, linear, tokens
-from stepagent.operators import head as head_slices
+from stepagent.ops import blocks, linear, tokens
+from stepagent.ops import head as head_slices
 
 
 @pytest.fixture
@@ -276,9 +276,11 @@ def test_no_tensor_of_n_by_v_and_no_upcast_weight(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(head_slices, "MIN_SLICE", 32)
     inputs = linear_inputs(head(N=N, V=V, H=H, R=50, dtype=torch.bfloat16))
     with Recorder() as forward:
-        results = linear.linear_forward(*inputs)
+        results = linear.linear_logprobs_op.compute(*inputs)
     with Recorder() as backward:
-        linear.linear_backward(*backward_inputs(results, inputs, [True, False, False]))
+        linear.linear_logprobs_backward_op.compute(
+            *backward_inputs(results, inputs, [True, False, False])
+        )
     assert max(forward.sizes) <= N * 128
     assert max(backward.sizes) <= N * 128  # less than the V·H of the weights too
 
@@ -287,13 +289,17 @@ def test_a_frozen_head_allocates_no_weight_gradient() -> None:
     """TRL #7076, Liger #1441."""
     N, V, H = 9, 64, 96
     inputs = linear_inputs(head(N=N, V=V, H=H, dtype=torch.float32))
-    results = linear.linear_forward(*inputs)
+    results = linear.linear_logprobs_op.compute(*inputs)
     with Recorder() as recorder:
-        grads = linear.linear_backward(*backward_inputs(results, inputs, [True, False, False]))
+        grads = linear.linear_logprobs_backward_op.compute(
+            *backward_inputs(results, inputs, [True, False, False])
+        )
     assert [g.numel() for g in grads] == [7 * H, 0, 0]
     assert V * H not in recorder.sizes
     with Recorder() as recorder:
-        grads = linear.linear_backward(*backward_inputs(results, inputs, [False, True, False]))
+        grads = linear.linear_logprobs_backward_op.compute(
+            *backward_inputs(results, inputs, [False, True, False])
+        )
     assert [g.numel() for g in grads] == [0, V * H, 0]
 
 
@@ -302,7 +308,7 @@ def test_token_logprobs_keeps_to_its_workspace(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 4 * V * 8)
     arguments = logits(N=N, V=V, dtype=torch.float32)
     with Recorder() as recorder:
-        tokens.token_forward(
+        tokens.token_logprobs_op.compute(
             arguments["logits_NV"], arguments["labels_N"], torch.ones(()), True, "off"
         )
     assert max(recorder.sizes) <= 8 * V

@@ -22,7 +22,8 @@ from stepagent.kernels.step_rewards import (
     step_rewards,
     step_rewards_backward,
 )
-from stepagent.operators import advantages, paths, steps
+from stepagent.ops import gae, paths, rewards, sums
+from stepagent.ops import pairs as pair_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf − inf
 
@@ -174,7 +175,8 @@ def test_more_steps_than_the_second_axis_of_a_grid_has() -> None:
     loss_P, pull_P = launch(step_pair_loss, values_N.double(), *pairs)
     inputs = (loss_P, pull_P, offsets, *pairs, 1.0, S, torch.float32)
     torch.testing.assert_close(
-        launch(step_pair_loss_backward, *inputs), steps.pair_backward(*inputs)
+        launch(step_pair_loss_backward, *inputs),
+        pair_steps.step_pair_loss_backward_op.compute(*inputs),
     )
     advantages_S, _ = launch(step_gae, values_N, 0 * values_N, offsets, None, 1.0, 1.0)
     assert torch.equal(advantages_S, values_N)
@@ -307,16 +309,16 @@ def test_the_operators_on_a_gpu_return_what_they_do_on_cpu(
 ) -> None:
     logps_N, ref_logps_N = random(2, N, dtype=dtype)
     pairs = (OFFSETS, EXPERT_STEPS, AGENT_STEPS)
-    _, pull_P = steps.pair_forward(logps_N, ref_logps_N, *pairs, 0.1)
+    _, pull_P = pair_steps.step_pair_loss_op.compute(logps_N, ref_logps_N, *pairs, 0.1)
     upstream = random(8, dtype=dtype)
     bootstrap = upstream[:7]
     calls = (
-        (steps.sums_forward, (logps_N, OFFSETS)),
-        (steps.rewards_forward, (logps_N, ref_logps_N, OFFSETS, 0.1)),
-        (steps.rewards_backward, (bootstrap, OFFSETS, 0.1, N, dtype)),
-        (steps.pair_forward, (logps_N, ref_logps_N, *pairs, 0.1)),
-        (steps.pair_backward, (upstream, pull_P, *pairs, 0.1, N, dtype)),
-        (advantages.gae_forward, (logps_N, ref_logps_N, OFFSETS, bootstrap, 0.95, 0.9)),
+        (sums.step_sums_op.compute, (logps_N, OFFSETS)),
+        (rewards.step_rewards_op.compute, (logps_N, ref_logps_N, OFFSETS, 0.1)),
+        (sums.step_rewards_backward_op.compute, (bootstrap, OFFSETS, 0.1, N, dtype)),
+        (pair_steps.step_pair_loss_op.compute, (logps_N, ref_logps_N, *pairs, 0.1)),
+        (pair_steps.step_pair_loss_backward_op.compute, (upstream, pull_P, *pairs, 0.1, N, dtype)),
+        (gae.step_gae_op.compute, (logps_N, ref_logps_N, OFFSETS, bootstrap, 0.95, 0.9)),
     )
     expected = [operator(*inputs) for operator, inputs in calls]
     monkeypatch.setattr(paths, "on_gpu", lambda tensor: True)

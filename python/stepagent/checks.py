@@ -137,7 +137,7 @@ def _refuse(bad_N: Tensor, name: str, values_N: Tensor, rule: str, *, wait: bool
         raise ValueError(f"{name}[{first}] = {values_N[first].item()}, but {rule}")
 
 
-def check_labels(labels_N: Tensor, V: int, check: str, op: str) -> None:
+def check_label_values(labels_N: Tensor, V: int, check: str, op: str) -> None:
     """As `check` says, one of LABEL_CHECKS; the device assertion cannot name the value."""
     if check == "off":
         return

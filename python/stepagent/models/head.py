@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..operators.head import full_precision
 from ..ops import linear_logprobs
+from ..ops.head import full_precision
 from .wrappers import text_config, unwrapped
 
 if TYPE_CHECKING:

@@ -45,6 +45,7 @@ def spare_bytes(device: torch.device) -> int:
 # logps_N, entropy_N (0 unless asked for), and for the backward max_N and log_sum_N: max_j z_j and
 # log Σ_j exp(z_j − max). Their sum alone would lose the digits that a large maximum takes.
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+RESULTS = ("logps_N", "entropy_N", "max_N", "log_sum_N")
 
 
 class Fold:

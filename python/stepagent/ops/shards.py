@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from stepagent.checks import IGNORE, check_shard
-from stepagent.operators.blocks import Fold
+from stepagent.ops.blocks import Fold
 
 
 def _ranks(group: str) -> ProcessGroup:

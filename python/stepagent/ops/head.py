@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stepagent.checks import IGNORE
-from stepagent.operators import blocks, paths
-from stepagent.operators.blocks import per_token, scored, sum_rows
+from stepagent.ops import blocks, paths
+from stepagent.ops.blocks import per_token, scored, sum_rows
 
 MIN_SLICE = 256  # vocabulary entries, of which a slice is a multiple
 GPU_MIN_SLICE = 8192  # narrower ones read and write ∂h too often

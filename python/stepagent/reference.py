@@ -8,9 +8,11 @@ advantage estimation: arXiv 1506.02438.
 """
 
 import itertools
+import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Index = Tensor | np.ndarray
@@ -95,13 +97,15 @@ def logprob_diff(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """d = log π(y) − log π_ref(y), the log-ratio of DPO, π_ref a constant; k3 = exp(−d) − 1 + d.
 
+    Its exp is that of `_ratio`, which does not overflow.
+
     k3 estimates KL(π ‖ π_ref): http://joschu.net/blog/kl-approx.html.
     """
     index_N, ref_logits_NV = _index(labels_N), ref_logits_NV.detach()
     logps_N, _ = _logps_and_entropy(logits_NV, index_N, temperature, dtype)
     ref_logps_N, _ = _logps_and_entropy(ref_logits_NV, index_N, temperature, dtype)
     diff_N = logps_N - ref_logps_N
-    return (diff_N, torch.exp(-diff_N) - 1 + diff_N) if return_kl else diff_N
+    return (diff_N, _ratio(-diff_N) - 1 + diff_N) if return_kl else diff_N
 
 
 def linear_logprob_diff(
@@ -177,7 +181,7 @@ def implicit_step_loss(
     expert_rewards_P: Tensor, agent_rewards_P: Tensor, *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """loss_p = −log σ(r_E − r_A): DPO's loss, the expert's action against the agent's."""
-    return -torch.log(torch.sigmoid(expert_rewards_P.to(dtype) - agent_rewards_P.to(dtype)))
+    return -F.logsigmoid(expert_rewards_P.to(dtype) - agent_rewards_P.to(dtype))
 
 
 def step_gae(
@@ -212,11 +216,9 @@ def discriminator_loss(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """−mean log D(agent) − mean log(1 − D(expert)), D = σ(logit); with smoothing of both labels."""
-    expert_D, agent_D = (
-        torch.sigmoid(logits.to(dtype)) for logits in (expert_logits_P, agent_logits_Q)
-    )
-    agent = (1 - smoothing) * agent_D.log() + smoothing * (1 - agent_D).log()
-    expert = (1 - smoothing) * (1 - expert_D).log() + smoothing * expert_D.log()
+    x, y = agent_logits_Q.to(dtype), expert_logits_P.to(dtype)  # 1 − D = σ(−logit)
+    agent = (1 - smoothing) * F.logsigmoid(x) + smoothing * F.logsigmoid(-x)
+    expert = (1 - smoothing) * F.logsigmoid(-y) + smoothing * F.logsigmoid(y)
     return -agent.mean() - expert.mean()
 
 
@@ -224,8 +226,8 @@ def inverse_step_reward(
     agent_logits_S: Tensor, *, form: str = "agent", dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """−log D, log(1 − D), or their sum."""
-    D_S = torch.sigmoid(agent_logits_S.to(dtype))
-    by_form = {"agent": -D_S.log(), "expert": (1 - D_S).log()}
+    x_S = agent_logits_S.to(dtype)  # D = σ(x), 1 − D = σ(−x)
+    by_form = {"agent": -F.logsigmoid(x_S), "expert": F.logsigmoid(-x_S)}
     return by_form[form] if form in by_form else by_form["agent"] + by_form["expert"]
 
 
@@ -237,9 +239,9 @@ def outcome_loss(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The binary cross-entropy of σ(Σ r) with the outcome."""
-    p_B = torch.sigmoid(step_sums(rewards_S, trajectory_offsets, dtype=dtype))
+    x_B = step_sums(rewards_S, trajectory_offsets, dtype=dtype)
     y_B = successes_B.to(dtype)
-    return -(y_B * p_B.log() + (1 - y_B) * (1 - p_B).log())
+    return -(y_B * F.logsigmoid(x_B) + (1 - y_B) * F.logsigmoid(-x_B))
 
 
 def ppo_loss(
@@ -255,7 +257,7 @@ def ppo_loss(
     kl: str = "k3",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """−mean min(ρ A, clip(ρ) A) + kl_coef · mean KL, over steps or over tokens."""
+    """−mean min(ρ A, clip(ρ) A) + kl_coef · mean KL, over steps or over tokens; ρ by `_ratio`."""
     logps_N, old_N = logps_N.to(dtype), old_logps_N.detach().to(dtype)
     terms: list[Tensor] = []
     kls: list[Tensor] = []
@@ -263,14 +265,21 @@ def ppo_loss(
     for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
         tokens = [list(range(start, stop))]
         for unit in tokens if ratio == "step" else [[n] for n in tokens[0]]:
-            rho = torch.exp((logps_N[unit] - old_N[unit]).sum())
+            rho = _ratio((logps_N[unit] - old_N[unit]).sum())
             A = advantages_S[s].detach().to(dtype)
             terms.append(torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A))
             if ref_logps_N is not None:
                 d = logps_N[unit] - ref_logps_N[unit].detach().to(dtype)
-                kls.append((d**2 / 2 if kl == "k2" else torch.exp(-d) - 1 + d).sum())
+                kls.append((d**2 / 2 if kl == "k2" else _ratio(-d) - 1 + d).sum())
     loss = -torch.stack(terms).mean()
     return loss + kl_coef * torch.stack(kls).mean() if kls else loss
+
+
+def _ratio(x: Tensor) -> Tensor:
+    """exp(x) up to 40; beyond, its tangent there: exp is infinite in float32 from 88.8 on, and
+    infinity times the 0 of an advantage, or of a clipped gradient, would be NaN."""
+    beyond = math.exp(40.0) * (1 + x - 40.0)
+    return torch.where(x > 40.0, beyond, x.clamp(max=40.0).exp())
 
 
 def leave_one_out(
@@ -288,16 +297,27 @@ def leave_one_out(
 
 
 def group_relative(
-    rewards_S: Tensor, groups_S: Index, *, scale: bool = True, dtype: torch.dtype = torch.float64
+    rewards_S: Tensor,
+    groups_S: Index,
+    *,
+    scale: bool = True,
+    sizes_S: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """A_s = (r_s − mean) / std of its group; 0 where the group's rewards are all the same."""
+    """A_s = (r_s − mean) / std of its group; 0 where the group's rewards are all the same.
+
+    std is at least 1e-4 of the group's largest reward, as a deviation of rounding errors is none;
+    sizes_S: the sizes of what the rewards were added from, where these may cancel.
+    """
     rewards, groups = rewards_S.detach().to(dtype), _index(groups_S)
+    sizes = rewards.abs() if sizes_S is None else sizes_S
     advantages = torch.zeros_like(rewards)
     for s in range(len(rewards)):
         group = rewards[groups == groups[s]]
         if group.min() == group.max():
             continue
-        advantages[s] = (rewards[s] - group.mean()) / (group.std() if scale else 1.0)
+        floor = 1e-4 * sizes[groups == groups[s]].max()
+        advantages[s] = (rewards[s] - group.mean()) / (max(group.std(), floor) if scale else 1.0)
     return advantages
 
 
@@ -314,9 +334,14 @@ def gigpo(
 ) -> Tensor:
     """A = A^E + ω A^S, of whole trajectories and of steps at equal states."""
     sums_B = step_sums(rewards_S, trajectory_offsets, dtype=dtype)
-    episode_B = group_relative(sums_B, trajectory_groups_B, scale=scale, dtype=dtype)
-    returns_S = _discounted(rewards_S.to(dtype), trajectory_offsets, gamma)
-    step_S = group_relative(returns_S, state_groups_S, scale=scale, dtype=dtype)
+    rewards_S = rewards_S.detach().to(dtype)
+    sizes_B = step_sums(rewards_S.abs(), trajectory_offsets, dtype=dtype)
+    episode_B = group_relative(
+        sums_B, trajectory_groups_B, scale=scale, sizes_S=sizes_B, dtype=dtype
+    )
+    returns_S = _discounted(rewards_S, trajectory_offsets, gamma)
+    sizes_S = _discounted(rewards_S.abs(), trajectory_offsets, gamma)
+    step_S = group_relative(returns_S, state_groups_S, scale=scale, sizes_S=sizes_S, dtype=dtype)
     return _spread(episode_B, trajectory_offsets) + omega * step_S
 
 

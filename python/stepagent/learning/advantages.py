@@ -20,6 +20,8 @@ from stepagent.checks import (
 from stepagent.ops import step_gae as step_gae
 from stepagent.ops import step_sums
 
+LEAST_DEVIATION = 1e-4  # of a group's largest reward: less is what rounding leaves
+
 # ------------------------------------------------- baselines from samples of the same kind
 
 
@@ -55,17 +57,39 @@ def group_relative(rewards_S: Tensor, groups_S: Index, *, scale: bool = True) ->
 
         A_s = (r_s − mean) / std,  std² = 1/(n − 1) Σ (r_j − mean)²;  without scale A_s = r_s − mean
 
-    0 where a group's rewards are all equal or it has but one.
+    0 where a group's rewards are all equal or it has but one. std is at least 1e-4 of the largest
+    |r| in the group: rewards that differ by rounding alone would else count as good and bad.
 
     Args, Returns, Raises: as `leave_one_out`, whose groups of one are allowed here.
     """
+    return _relative(rewards_S, groups_S, scale)
+
+
+def _relative(
+    rewards_S: Tensor, groups_S: Index, scale: bool, sizes_S: Tensor | None = None
+) -> Tensor:
+    """Args: sizes_S: of what the rewards were added from, which may cancel; None: |r|."""
+    dtype = compute_dtype(rewards_S)
     rewards_S, group_S, count_G = _grouped(rewards_S, groups_S)
-    centred_S = _centred(rewards_S, group_S, count_G)
     if not scale:
-        return centred_S
+        return _centred(rewards_S, group_S, count_G)
+    sizes_S = (rewards_S if sizes_S is None else sizes_S).abs().double()
+    largest_G = torch.zeros_like(count_G, dtype=torch.float64)
+    largest_S = largest_G.scatter_reduce_(0, group_S, sizes_S, "amax")[group_S]
+    # In units of the largest, whatever its size, squares neither overflow nor vanish.
+    units_S = rewards_S.double() / torch.where(largest_S > 0, largest_S, 1.0)
+    count_G = count_G.double()
+    centred_S = _centred(units_S, group_S, count_G)
     squares_G = torch.zeros_like(count_G).index_add_(0, group_S, centred_S**2)
     std_S = (squares_G / (count_G - 1).clamp(min=1)).sqrt()[group_S]
-    return torch.where(std_S > 0, centred_S / std_S, 0.0)
+    return (centred_S / std_S.clamp(min=LEAST_DEVIATION)).to(dtype)
+
+
+def standardised(rewards_S: Tensor) -> Tensor:
+    """To mean 0 and deviation 1 over all; the deviation is floored as `group_relative` says."""
+    floor = LEAST_DEVIATION * rewards_S.abs().amax()
+    deviation = torch.maximum(rewards_S.std(correction=0), floor)
+    return (rewards_S - rewards_S.mean()) / torch.where(deviation > 0, deviation, 1.0)
 
 
 def _grouped(rewards_S: Tensor, groups_S: Index) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +130,8 @@ def gigpo(
         A_s = A^E + ω A^S,  A^E = (R(τ) − mean) / F over trajectories of one task, R(τ) = Σ r,
         A^S = (R_t − mean) / F over steps at one state, R_t = Σ_{k ≥ t} γ^{k−t} r_k
 
-    F is 1, with scale the standard deviation; a state met once has A^S = 0.
+    F is 1, with scale the standard deviation, at least 1e-4 of the largest R that the group would
+    have without signs (rounding, where rewards cancel); a state met once has A^S = 0.
 
     Args:
         rewards_S: (S,) rewards of the steps of B trajectories, any float dtype.
@@ -118,9 +143,13 @@ def gigpo(
     """
     offsets = _offsets(trajectory_offsets, rewards_S)
     check_nonnegative("omega", omega)
-    episode_B = group_relative(step_sums(rewards_S, offsets), trajectory_groups_B, scale=scale)
-    returns_S, _ = step_gae(rewards_S, torch.zeros_like(rewards_S), offsets, gamma=gamma, lam=1.0)
-    step_S = group_relative(returns_S, state_groups_S, scale=scale)
+    rewards_S = rewards_S.detach()
+    sizes_S, zeros_S = rewards_S.abs(), torch.zeros_like(rewards_S)
+    sums_B, sizes_B = step_sums(rewards_S, offsets), step_sums(sizes_S, offsets)
+    episode_B = _relative(sums_B, trajectory_groups_B, scale, sizes_B)
+    returns_S, _ = step_gae(rewards_S, zeros_S, offsets, gamma=gamma, lam=1.0)
+    sizes_S, _ = step_gae(sizes_S, zeros_S, offsets, gamma=gamma, lam=1.0)
+    step_S = _relative(returns_S, state_groups_S, scale, sizes_S)
     return episode_B.repeat_interleave(offsets.diff()) + omega * step_S
 
 

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..ops import step_rewards, step_sums
 from ..ranks import over_ranks, sum_gradients, sum_over_ranks
-from .advantages import group_relative, leave_one_out, step_gae
+from .advantages import group_relative, leave_one_out, standardised, step_gae
 from .averages import Counts
 from .critic import StepCritic, StepReading, critic_body
 from .cycle import (
@@ -164,13 +164,13 @@ class InverseReflection:
         On a trajectory of the agent's a step's return is what follows; at a state of the expert's
         what the agent's action leads to is not known, so each action is a trajectory of its own.
         """
-        scale = rewards_A.std(correction=0)
-        rewards_A = (rewards_A - rewards_A.mean()) / torch.where(scale > 0, scale, 1.0)
+        raw_A, rewards_A = rewards_A, standardised(rewards_A)
         state_A = steps.state_S[agent_A]
         if self._args.baseline == "leave_one_out":
             return leave_one_out(rewards_A, state_A), rewards_A
         if self._args.baseline == "group":
-            return group_relative(rewards_A, state_A), rewards_A
+            # Of the raw ones, whose size says which deviations are rounding.
+            return group_relative(raw_A, state_A), rewards_A
         if self._args.states == "agent":
             lengths = torch.bincount(steps.trunk_S[agent_A])
         else:

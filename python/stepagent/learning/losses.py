@@ -18,8 +18,10 @@ from stepagent.checks import (
     check_nonnegative,
     check_pair,
     check_positive,
+    compute_dtype,
 )
 from stepagent.ops import step_rewards, step_sums
+from stepagent.ops.kl import k3, ratios_of
 
 REWARD_FORMS = ("agent", "expert", "difference")
 RATIOS = ("step", "token")
@@ -44,6 +46,11 @@ def implicit_step_loss(expert_rewards_P: Tensor, agent_rewards_P: Tensor) -> Ten
     check_floats(*((name, rewards_P, 1) for name, rewards_P in pair))
     check_pair(*pair[0], *pair[1])
     return -F.logsigmoid(expert_rewards_P - agent_rewards_P)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ) for any x; torch's own is x from 20 on, which float64 can tell."""
+    return -F.logsigmoid(-x)
 
 
 def discriminator_loss(
@@ -79,8 +86,8 @@ def discriminator_loss(
     if not 0 <= smoothing < 0.5:
         raise ValueError(f"smoothing must be in [0, 0.5), got {smoothing}")
     # −(1 − ε) log σ(x) − ε log σ(−x) = softplus(−x) + ε x
-    agent = (F.softplus(-agent_logits_Q) + smoothing * agent_logits_Q).mean()
-    expert = (F.softplus(expert_logits_P) - smoothing * expert_logits_P).mean()
+    agent = (_softplus(-agent_logits_Q) + smoothing * agent_logits_Q).mean()
+    expert = (_softplus(expert_logits_P) - smoothing * expert_logits_P).mean()
     return agent + expert
 
 
@@ -107,8 +114,8 @@ def inverse_step_reward(agent_logits_S: Tensor, *, form: str = "agent") -> Tenso
     check_choice("form", form, REWARD_FORMS)
     check_finite("agent_logits_S", agent_logits_S)
     if form == "agent":
-        return F.softplus(-agent_logits_S)
-    return -F.softplus(agent_logits_S) if form == "expert" else -agent_logits_S
+        return _softplus(-agent_logits_S)
+    return -_softplus(agent_logits_S) if form == "expert" else -agent_logits_S
 
 
 def outcome_loss(rewards_S: Tensor, trajectory_offsets: Index, successes_B: Tensor) -> Tensor:
@@ -131,9 +138,9 @@ def outcome_loss(rewards_S: Tensor, trajectory_offsets: Index, successes_B: Tens
     """
     sums_B = step_sums(rewards_S, trajectory_offsets)
     check_pair("successes_B", successes_B, "the trajectories", sums_B)
-    return F.binary_cross_entropy_with_logits(
-        sums_B, successes_B.to(sums_B.dtype), reduction="none"
-    )
+    y_B = successes_B.to(sums_B.dtype)
+    # Not torch's own, whose max(x, 0) − x y + log(1 + e^−|x|) cancels where the loss is small.
+    return -(y_B * F.logsigmoid(sums_B) + (1 - y_B) * F.logsigmoid(-sums_B))
 
 
 def ppo_loss(
@@ -157,6 +164,10 @@ def ppo_loss(
     token's d = log π − log π_ref: k2 = d²/2, k3 = exp(−d) − 1 + d
     (http://joschu.net/blog/kl-approx.html).
 
+    Where the exponent x of a ratio, or of k3, is above 40, exp(x) goes on along its tangent,
+    e⁴⁰ (1 + x − 40): exp alone is infinite in float32 from 88.8 on, and its product with an
+    advantage of 0, or with the 0 that a clipped ratio has for a gradient, would be NaN.
+
     Args:
         logps_N: (N,) log-probs under π, any float dtype; the gradient flows to them alone.
         old_logps_N: (N,) under the policy that took the actions.
@@ -166,7 +177,7 @@ def ppo_loss(
         ref_logps_N: (N,) under the reference; needed where kl_coef > 0.
 
     Returns:
-        L, a scalar: float32, float64 where logps_N is. A connected 0 for no steps.
+        L, a scalar: float32, float64 where an input is. A connected 0 for no steps.
 
     Raises:
         TypeError: a dtype or number that is none of these.
@@ -192,7 +203,7 @@ def ppo_loss(
     if ratio == "step":
         log_ratios = step_rewards(logps_N, old_logps_N, offsets, beta=1.0)
     else:
-        log_ratios = logps_N - old_logps_N.detach()
+        log_ratios = _differences(logps_N, old_logps_N)
         advantages = advantages.repeat_interleave(offsets.diff())
     count = max(len(log_ratios), 1)
     loss = _clipped(log_ratios, advantages, clip).sum() / count
@@ -204,17 +215,27 @@ def ppo_loss(
 
 
 def _clipped(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    ratios = log_ratios.exp()
+    ratios = ratios_of(log_ratios)
     return -torch.minimum(
         ratios * advantages, ratios.clamp(min=1 - clip, max=1 + clip) * advantages
     )
 
 
 def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: str) -> Tensor:
-    """(N,) k1 = d, k2 = d²/2 or k3 = exp(−d) − 1 + d, of d = log π − log π_ref, π_ref constant."""
+    """(N,) k1 = d, k2 = d²/2 or k3 = exp(−d) − 1 + d, of d = log π − log π_ref, π_ref constant.
+
+    float32, float64 where an input is; in k3 exp goes on along its tangent where d < −40, as in
+    `ppo_loss`.
+    """
     check_floats(("ref_logps_N", ref_logps_N, 1))
     check_pair("ref_logps_N", ref_logps_N, "logps_N", logps_N)
-    diff_N = logps_N - ref_logps_N.detach()
+    diff_N = _differences(logps_N, ref_logps_N)
     if kl == "k1":
         return diff_N
-    return diff_N**2 / 2 if kl == "k2" else torch.expm1(-diff_N) + diff_N
+    return diff_N**2 / 2 if kl == "k2" else k3(diff_N)
+
+
+def _differences(logps_N: Tensor, constants_N: Tensor) -> Tensor:
+    """Taken in float64, as step_rewards takes them: halves would round what is left of them."""
+    diff_N = logps_N.double() - constants_N.detach().double()
+    return diff_N.to(compute_dtype(logps_N, constants_N))

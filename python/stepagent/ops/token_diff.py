@@ -63,7 +63,9 @@ def logprob_diff(
         logits_NV, ref_logits_NV: (N, V), any float dtypes and strides.
         labels_N, temperature: as `token_logprobs`; temperature applies to both. Label -100 gives 0.
         return_kl: also return exp(−diff) − 1 + diff >= 0, the k3 estimate of KL(π ‖ π_ref) for
-            labels sampled from π; its gradient flows too.
+            labels sampled from π; its gradient flows too. Where diff < −40, exp(−diff) goes on
+            along its tangent, as exp overflows float32: the estimate stays finite and so does its
+            gradient.
         check_labels: as in `linear_logprobs`.
 
     Returns:

@@ -3,8 +3,8 @@
 Three statements are timed: ``import torch``, ``import stepagent``, and the import of every public
 name but the trainer's two, which loads torch. Measured: seconds from before to after the statement
 in a fresh interpreter, on the wall and of CPU, in turn, so that all meet the same load. The first
-of each fills the file cache and is dropped. Ratios are those of the medians, to ``import torch``. The
-start of the interpreter is left out.
+of each fills the file cache and is dropped. Ratios are those of the medians, to ``import torch``.
+The start of the interpreter is left out.
 
 Checked first: ``import stepagent`` does not load torch, and none of the names loads triton,
 matplotlib, transformers' model code or its Trainer.

@@ -54,7 +54,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
-        stepagent.no_such_name
+        stepagent.no_such_name  # noqa: B018
 
 
 def test_mypy_accepts_the_client_and_refuses_what_is_wrong(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_nan_weights_are_said_to_be_nan(data):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
-    with pytest.raises(FloatingPointError, match="LlamaForCausalLM hold NaN"):
+    with pytest.raises(FloatingPointError, match="LlamaForCausalLM must be finite, got NaN"):
         score_trees(model, pack_step_pairs(*data))
 
 

@@ -85,7 +85,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def shares(costs: ArrayLike, ranks: int) -> list[list[int]]:
-    """The items of each process, as :func:`stepagent.balance`; some have none of a few."""
+    """The items of each process, as `stepagent.balance`; some have none of a few."""
     count = len(costs)  # type: ignore[arg-type]
     filled = balance(costs, min(ranks, count)) if count else []
     return filled + [[]] * (ranks - len(filled))

@@ -43,13 +43,16 @@ def progress_curve(episode: Episode) -> NDArray[np.float64]:
     """Progress rate after t = 0, 1, …, T steps, (T + 1,): r_0 = 0, r_t = max_{i≤t} f(s_i).
 
     f(s_i) in [0, 1] is the environment's progress after step i. So it never falls, and is 1 in the
-    end where the task was done. Raises ValueError for a progress outside [0, 1].
+    end where the task was done.
+
+    Raises:
+        ValueError: for a progress outside [0, 1].
     """
     progress = np.array(episode.progress, dtype=np.float64)
     for step in np.flatnonzero(~((progress >= 0) & (progress <= 1)))[:1]:
         raise ValueError(
-            f"episode {episode.id} has progress {progress[step]} at step {step}; "
-            "progress must lie in [0, 1]"
+            f"the progress of episode {episode.id} must lie in [0, 1], got {progress[step]} at "
+            f"step {step}"
         )
     return np.maximum.accumulate(np.append(0.0, progress))
 
@@ -120,7 +123,7 @@ class Summary:
     """Of the episodes that ended; ``crashed`` more have no outcome.
 
     metrics: name → mean over episodes with its 95 % interval, for those that any episode tells.
-    progress_curve: of :func:`mean_progress_curve`; empty where progress was not recorded.
+    progress_curve: of `mean_progress_curve`; empty where progress was not recorded.
     invalid_actions: kind → how often.
     """
 
@@ -134,7 +137,7 @@ class Summary:
 def summarize(episodes: Sequence[Episode]) -> Summary:
     """Means over the episodes that ended, of which there must be one, or ValueError."""
     if not episodes:
-        raise ValueError("episodes is empty; a mean needs at least one")
+        raise ValueError("episodes must hold at least one, got none")
     ended = [episode for episode in episodes if episode.crashed is None]
     if not ended:
         raise ValueError(f"all {len(episodes)} episodes crashed, the first: {episodes[0].crashed}")
@@ -206,8 +209,9 @@ class PairedComparison:
 def compare(episodes: Sequence[Episode], against: Sequence[Episode]) -> PairedComparison:
     """Each episode minus that of the other policy in the same environment, split and seed.
 
-    :raises ValueError: naming the seeds that only one of them has, or that one has twice; for no
-        pair that ended.
+    Raises:
+        ValueError: naming the seeds that only one of them has, or that one has twice; for no pair
+            that ended.
     """
     these, others = _by_place("episodes", episodes), _by_place("against", against)
     _refuse_unmatched("episodes", these, "against", others)

@@ -375,7 +375,9 @@ def test_positions_and_tokens_beyond_the_model_are_named(data):
     with pytest.raises(ValueError, match=r"trees\[0\] must fit .*embeddings=16, got \d+ positions"):
         score_trees(short, pack_step_pairs(trunks, branches))
     narrow = tiny_model("gpt2", vocab_size=50)
-    with pytest.raises(ValueError, match=r"trees\[0\] must hold tokens below vocab_size=50, got \d\d"):
+    with pytest.raises(
+        ValueError, match=r"trees\[0\] must hold tokens below vocab_size=50, got \d\d"
+    ):
         score_trees(narrow, pack_step_pairs(trunks, branches))
     with pytest.raises(ValueError, match="trees must hold at least one"):
         score_trees(narrow, [])

@@ -234,7 +234,9 @@ def test_a_policys_options_are_checked(options, message):
 
 def test_an_episode_longer_than_the_model_is_named():
     model = tiny_agent(max_position_embeddings=40)
-    with pytest.raises(ValueError, match=r"the episode of seed 3 must fit .*=40, got \d+ positions"):
+    with pytest.raises(
+        ValueError, match=r"the episode of seed 3 must fit .*=40, got \d+ positions"
+    ):
         run_episodes(LEVEL, model_policy(model), SEEDS)
 
 

@@ -40,9 +40,9 @@ def over_ranks(
         return list(work(list(items))) if items else []
     mine = list(items) if alike else shares(costs, ranks)[rank]
     own, error = _tried(work, mine)
-    told = (None if alike and rank else own, None if error is None else repr(error))
+    outcome = (None if alike and rank else own, None if error is None else repr(error))
     everyones: list[Any] = [None] * ranks
-    dist.all_gather_object(everyones, told)
+    dist.all_gather_object(everyones, outcome)
     if error is not None:
         raise error
     for other, (_, failure) in enumerate(everyones):

@@ -65,7 +65,7 @@ def run_episodes(
         timeout: seconds after which an environment's call in a worker counts as hung.
         progress: the label of a progress bar on stderr; None: no bar.
         split: the one that the environments are of, for the record.
-        on_end: told of each episode as it ends or crashes, while others go on.
+        on_end: called with each episode as it ends or crashes, while others continue.
 
     Raises:
         RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.

@@ -1,4 +1,4 @@
-"""What an engine is: states in, actions out, token ids both ways, nothing taken on trust."""
+"""What an engine is: prompts in, actions out, as token ids both ways; every answer is checked."""
 
 from __future__ import annotations
 

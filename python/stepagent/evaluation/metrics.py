@@ -1,8 +1,8 @@
-"""What episodes tell of a policy: metrics per episode, their means with intervals, comparisons.
+"""What episodes say about a policy: metrics per episode, their means with intervals, comparisons.
 
-A metric is a function of one record. It is None where the record does not tell it, as for files
-older than it; such episodes have no part in its mean, and where none tells it there is no mean.
-Episodes that crashed have no outcome and no part in anything but their count. Definitions of
+A metric is a function of one record. It is None where the record lacks what it needs, as files
+of older versions do. Such episodes are left out of its mean; without any other there is no mean.
+Episodes that crashed have no outcome; only their number counts. Definitions of
 progress and grounding are those of AgentBoard (arXiv 2401.13178).
 """
 
@@ -122,7 +122,7 @@ METRICS: dict[str, Metric] = {
 class Summary:
     """Of the episodes that ended; ``crashed`` more have no outcome.
 
-    metrics: name → mean over episodes with its 95 % interval, for those that any episode tells.
+    metrics: name → mean over episodes with its 95 % interval, for those that any episode has.
     progress_curve: of `mean_progress_curve`; empty where progress was not recorded.
     invalid_actions: kind → how often.
     """
@@ -169,7 +169,7 @@ def mean_progress_curve(
 def invalid_actions(episodes: Sequence[Episode]) -> dict[str, int]:
     """How often each kind of invalid action occurred, the most frequent first.
 
-    Those whose kind the environment does not tell are ``"unnamed"``.
+    Those whose kind the environment does not name are ``"unnamed"``.
     """
     kinds = Counter(
         kind or "unnamed"
@@ -258,5 +258,5 @@ def _difference(one: float | None, other: float | None) -> float | None:
 
 
 def _intervals(columns: dict[str, list[float | None]]) -> dict[str, Interval]:
-    told = {name: [v for v in values if v is not None] for name, values in columns.items()}
-    return {name: bootstrap(values) for name, values in told.items() if values}
+    known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+    return {name: bootstrap(values) for name, values in known.items() if values}

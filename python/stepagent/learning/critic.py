@@ -101,7 +101,7 @@ class StepCritic(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def fixed_sums(self) -> dict[str, float]:
-        """A number for each tensor of the body that is not trained, to tell another body by."""
+        """A number for each tensor of the body that is not trained, by which another body shows."""
         return {
             name: float(p.detach().double().sum())
             for name, p in self.named_parameters()

@@ -431,7 +431,7 @@ def calibration_error(logits_ES: Tensor, steps: StepTable, bins: int = 10) -> fl
 
 
 def _collapsed(figures: dict[str, float], cycle: int) -> float:
-    """1.0, said aloud, where the discriminators tell all actions apart and reward them alike."""
+    """1.0, with a warning, where the discriminators separate all actions but reward them alike."""
     pinned = figures["discriminator_accuracy"] >= _PINNED
     if not (pinned and figures["step_reward_std"] <= _FLAT):
         return 0.0

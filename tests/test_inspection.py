@@ -488,7 +488,7 @@ def test_a_cache_filled_in_pieces_and_cut_back_gives_the_states_of_one_forward()
         ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
         ({"temperature": float("inf")}, "temperature must be finite and >= 0, got inf"),
         ({"temperature": -1.0}, r"temperature must be finite and >= 0, got -1\.0"),
-        ({"max_new_tokens": 200}, r"trunks\[0\] with max_new_tokens=200 needs .*embeddings=128"),
+        ({"max_new_tokens": 200}, r"trunks\[0\] with max_new_tokens=200 must fit .*embeddings=128"),
         ({"top_k": 0}, "top_k must be a whole number >= 1, got 0"),
         ({"top_k": 2.5}, r"top_k must be a whole number >= 1, got 2\.5"),
         ({"top_p": 0.0}, r"top_p must be > 0 and <= 1, got 0\.0"),

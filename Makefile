@@ -12,7 +12,7 @@ CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.module
 MODULES := $(sort $(shell find python/stepagent -name '*.py'))
 $(shell mkdir -p build; echo $(MODULES) | cmp -s - build/.modules || echo $(MODULES) > build/.modules)
 
-.PHONY: demo test test-all lint format types fuzz bench gpu-kit gpu-kit-cute clean
+.PHONY: demo test test-all lint format types docs fuzz bench gpu-kit gpu-kit-cute clean
 
 # A thread that waits for another lets go of its core: with other work about, spinning is far slower.
 demo: $(VENV)/.demo
@@ -35,6 +35,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# The site, into build/site. Warnings and links that lead nowhere are errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -94,11 +98,16 @@ $(VENV)/.built: $(CORE)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
-# What it needs, each with the isolation that its own build expects: for the demo, or for all work.
+# What it needs, each with the isolation that its own build expects: for the demo, for all work, or
+# for the documentation.
 $(VENV)/.demo: $(VENV)/.built
 	$(PIP) "stepagent[demo]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.built
 	$(PIP) "stepagent[dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	$(PIP) "stepagent[docs]"
 	touch $@

@@ -53,7 +53,7 @@ def ways(policy: ModelPolicy, options: argparse.Namespace) -> dict[str, Roll]:
 def model_policy(options: argparse.Namespace) -> ModelPolicy:
     """An untrained Llama with the words of the level, learnt from the expert's episodes."""
     # Not above: every worker imports this script, as multiprocessing does, but needs no model.
-    from stepagent.tools.scratch import small_llama, word_tokenizer
+    from stepagent.tools.small_models import small_llama, word_tokenizer
 
     torch.set_num_threads(options.threads)
     expert = run_episodes(options.env, ExpertPolicy(), range(options.episodes))

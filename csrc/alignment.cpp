@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "edit_distance.hpp"
+#include "tokens.hpp"
 
 namespace stepagent {
 namespace {
@@ -22,16 +23,20 @@ struct Interval {
 
 using Intervals = std::vector<Interval>;
 
+std::string text(Interval interval) {
+    return "[" + std::to_string(interval.start) + ", " + std::to_string(interval.end) + ")";
+}
+
 std::string described(const char* name, std::size_t index, Interval interval) {
-    return std::string(name) + "[" + std::to_string(index) + "] is [" +
-           std::to_string(interval.start) + ", " + std::to_string(interval.end) + ")";
+    return std::string(name) + "[" + std::to_string(index) + "] is " + text(interval);
 }
 
 void check(const char* name, std::size_t index, Interval interval) {
     const char* rule = nullptr;
-    if (interval.end < interval.start) rule = "it must not end before it starts";
-    if (interval.start < 0) rule = "offsets must not be negative";
-    if (rule) throw std::invalid_argument(described(name, index, interval) + "; " + rule);
+    if (interval.end < interval.start) rule = "must not end before it starts";
+    if (interval.start < 0) rule = "must not be negative";
+    if (rule)
+        throw std::invalid_argument(place(name, index) + " " + rule + ", got " + text(interval));
 }
 
 // A token without characters gets the place where the one before it ends: its own offsets are often
@@ -49,10 +54,9 @@ Intervals intervals(const Tokenization& tokens) {
         check(tokens.name, i, current);
         if (current.empty()) continue;
         if (current.start < previous.start || current.end < previous.end) {
-            throw std::invalid_argument(described(tokens.name, i, current) +
-                                        "; offsets must not descend, and the token before it is [" +
-                                        std::to_string(previous.start) + ", " +
-                                        std::to_string(previous.end) + ")");
+            throw std::invalid_argument(stepagent::place(tokens.name, i) +
+                                        " must not come before the token before it, " +
+                                        text(previous) + ", got " + text(current));
         }
         place(i, current.start);
         result[i] = previous = current;

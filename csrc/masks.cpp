@@ -52,7 +52,7 @@ class Sight {
 };
 
 void check_window(std::size_t window) {
-    if (window < 1) throw std::invalid_argument("window is 0; it must be at least 1");
+    if (window < 1) throw std::invalid_argument("window must be at least 1, got 0");
 }
 
 // Rows [first, last) of the mask: each is the one before it with what changes.
@@ -92,9 +92,10 @@ void check_subtree_ends(Ends ends) {
         while (!open.empty() && static_cast<std::size_t>(open.back()) <= k) open.pop_back();
         const auto limit = open.empty() ? index32(ends.size()) : open.back();
         if (ends[k] <= static_cast<std::int32_t>(k) || ends[k] > limit) {
-            throw std::invalid_argument(place("subtree_end", k) + " is " + std::to_string(ends[k]) +
-                                        "; it must lie in (" + std::to_string(k) + ", " +
-                                        std::to_string(limit) + "], inside the subtree around it");
+            throw std::invalid_argument(place("subtree_end", k) + " must lie in (" +
+                                        std::to_string(k) + ", " + std::to_string(limit) +
+                                        "], inside the subtree around it, got " +
+                                        std::to_string(ends[k]));
         }
         open.push_back(ends[k]);
     }
@@ -129,7 +130,7 @@ template void fill_mask(Ends, std::size_t, std::uint64_t, std::uint64_t, std::sp
 BlockLists block_lists(Ends ends, std::size_t window, std::size_t block_size) {
     check_subtree_ends(ends);
     check_window(window);
-    if (block_size < 1) throw std::invalid_argument("block_size is 0; it must be at least 1");
+    if (block_size < 1) throw std::invalid_argument("block_size must be at least 1, got 0");
     // Larger ones make the same one ragged block, but sums and squares of them overflow.
     block_size = std::min(block_size, ends.size() + 1);
     BlockLists lists;

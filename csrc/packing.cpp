@@ -119,17 +119,19 @@ class Partitions {
 void check_costs(std::span<const double> costs, std::size_t parts) {
     for (std::size_t i = 0; i < costs.size(); ++i) {
         if (!(costs[i] >= 0) || !std::isfinite(costs[i])) {
-            throw std::invalid_argument(place("costs", i) + " is " + std::to_string(costs[i]) +
-                                        "; costs are finite and not negative");
+            throw std::invalid_argument(place("costs", i) +
+                                        " must be finite and not negative, got " +
+                                        std::to_string(costs[i]));
         }
     }
     // Beyond, two sums would be infinite and their spread no number.
     if (!std::isfinite(std::accumulate(costs.begin(), costs.end(), 0.0))) {
-        throw std::invalid_argument("the sum of the costs exceeds float64");
+        throw std::invalid_argument("the sum of costs must be finite in float64");
     }
     if (parts < 1 || costs.size() < parts) {
-        throw std::invalid_argument(std::to_string(costs.size()) + " items for parts=" +
-                                    std::to_string(parts) + "; every part needs an item");
+        throw std::invalid_argument("parts must be at least 1 and at most the number of items, " +
+                                    std::to_string(costs.size()) + ", got " +
+                                    std::to_string(parts));
     }
 }
 
@@ -138,9 +140,9 @@ void check_costs(std::span<const double> costs, std::size_t parts) {
 Groups pack_bins(std::span<const std::int64_t> lengths, std::int64_t capacity) {
     for (std::size_t i = 0; i < lengths.size(); ++i) {
         if (lengths[i] < 1 || lengths[i] > capacity) {
-            throw std::invalid_argument(
-                place("lengths", i) + " is " + std::to_string(lengths[i]) +
-                "; it must lie in [1, capacity=" + std::to_string(capacity) + "]");
+            throw std::invalid_argument(place("lengths", i) +
+                                        " must lie in [1, capacity=" + std::to_string(capacity) +
+                                        "], got " + std::to_string(lengths[i]));
         }
     }
     std::vector<std::vector<std::size_t>> bins;

@@ -126,10 +126,11 @@ class Packer {
             const std::int64_t start = spans_[trunk][2 * t], end = spans_[trunk][2 * t + 1];
             const auto length = static_cast<std::int64_t>(trunks_[trunk].size());
             if (start < done || end <= start || end > length) {
-                throw std::invalid_argument(
-                    place(place("trunks", trunk) + ".action_spans", t) + " is [" +
-                    std::to_string(start) + ", " + std::to_string(end) + "); it must lie in [" +
-                    std::to_string(done) + ", " + std::to_string(length) + ") and not be empty");
+                throw std::invalid_argument(place(place("trunks", trunk) + ".action_spans", t) +
+                                            " must lie in [" + std::to_string(done) + ", " +
+                                            std::to_string(length) + ") and not be empty, got [" +
+                                            std::to_string(start) + ", " + std::to_string(end) +
+                                            ")");
             }
             done = end;
         }

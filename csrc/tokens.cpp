@@ -24,9 +24,8 @@ void check(std::span<const Id> ids, const std::function<std::string()>& name) {
     if (is_token(bits)) return;
     std::size_t i = 0;
     while (is_token(ids[i])) ++i;
-    throw std::invalid_argument(name() + "[" + std::to_string(i) + "] is " +
-                                std::to_string(ids[i]) + "; token ids lie in [0, " +
-                                std::to_string(largest_id) + "]");
+    throw std::invalid_argument(name() + "[" + std::to_string(i) + "] must lie in [0, " +
+                                std::to_string(largest_id) + "], got " + std::to_string(ids[i]));
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ std::int32_t index32(std::size_t value) {
 std::size_t token_limit(std::optional<std::int64_t> max_tokens) {
     if (!max_tokens) return std::numeric_limits<std::size_t>::max();
     if (*max_tokens < 1 || *max_tokens > std::numeric_limits<std::int32_t>::max()) {
-        throw std::invalid_argument("max_tokens is " + std::to_string(*max_tokens) +
-                                    "; it must lie in [1, 2147483647]");
+        throw std::invalid_argument("max_tokens must lie in [1, 2147483647], got " +
+                                    std::to_string(*max_tokens));
     }
     return static_cast<std::size_t>(*max_tokens);
 }

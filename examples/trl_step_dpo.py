@@ -24,7 +24,7 @@ from trl import DPOConfig, DPOTrainer
 
 import stepagent as sa
 from stepagent.models import hidden_states, lm_head
-from stepagent.tools.scratch import small_llama, word_tokenizer
+from stepagent.tools.small_models import small_llama, word_tokenizer
 
 
 class StepDPOTrainer(DPOTrainer):
@@ -54,7 +54,7 @@ class StepDPOTrainer(DPOTrainer):
                 labels_N,
                 rows_N=rows_N,
                 bias_V=head.bias_V,
-                temperature=head.temperature,
+                temperature=head.logit_divisor,
                 softcap=head.softcap,
                 return_entropy=True,
             )

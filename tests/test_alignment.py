@@ -119,20 +119,20 @@ def test_strings_are_compared_by_code_point():
 @pytest.mark.parametrize(
     ("a", "b", "cutoff", "error", "message"),
     [
-        ([1.5], [1], None, TypeError, "a has dtype float64"),
-        ([1], [True], None, TypeError, "b has dtype bool"),
-        ([1], [[1]], None, ValueError, r"b has shape \(1, 1\)"),
-        ([1], [[1], [2, 3]], None, TypeError, "b is not an array"),
-        ([1], 3, None, ValueError, r"b has shape \(\)"),
-        ([1], [None], None, TypeError, "b has dtype object"),
-        ([1], [0, 2**31], None, ValueError, r"b\[1\] is 2147483648; token ids must fit int32"),
-        ([2**70], [0], None, TypeError, "a has dtype object"),
-        ([-(2**40)], [0], None, ValueError, r"a\[0\] is -1099511627776"),
-        ([1], [torch.nan], None, TypeError, "b has dtype float64"),
-        ([1], torch.ones(2, dtype=torch.bfloat16), None, TypeError, "b is not an array"),
+        ([1.5], [1], None, TypeError, "a must hold integers, got dtype float64"),
+        ([1], [True], None, TypeError, "b must hold integers, got dtype bool"),
+        ([1], [[1]], None, ValueError, r"b must be one-dimensional, got shape \(1, 1\)"),
+        ([1], [[1], [2, 3]], None, TypeError, "b must be an array"),
+        ([1], 3, None, ValueError, r"b must be one-dimensional, got shape \(\)"),
+        ([1], [None], None, TypeError, "b must hold integers, got dtype object"),
+        ([1], [0, 2**31], None, ValueError, r"b\[1\] must fit int32, got 2147483648"),
+        ([2**70], [0], None, TypeError, "a must hold integers, got dtype object"),
+        ([-(2**40)], [0], None, ValueError, r"a\[0\] must fit int32, got -1099511627776"),
+        ([1], [torch.nan], None, TypeError, "b must hold integers, got dtype float64"),
+        ([1], torch.ones(2, dtype=torch.bfloat16), None, TypeError, "b must be an array"),
         ("a", [1], None, TypeError, "both be strings"),
-        ([1], [1], -1, ValueError, "cutoff is -1"),
-        ([1], [1], 1.0, TypeError, r"cutoff is 1\.0; it must be an integer"),
+        ([1], [1], -1, ValueError, "cutoff must be at least 0, got -1"),
+        ([1], [1], 1.0, TypeError, r"cutoff must be an integer or None, got 1\.0"),
     ],
 )
 def test_edit_distance_refuses(a, b, cutoff, error, message):
@@ -240,14 +240,17 @@ def test_bytes_of_one_character_agree_as_a_whole():
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
-        ([(0, 2), (3, 1)], r"\[1\] is \[3, 1\); it must not end before it starts"),
-        ([(-1, 2)], r"\[0\] is \[-1, 2\); offsets must not be negative"),
-        ([(-1, -1)], r"\[0\] is \[-1, -1\); offsets must not be negative"),
-        ([(0, 2), (5, 5), (1, 1), (0, 1)], r"\[3\] is \[0, 1\); offsets must not descend, and the"),
-        ([(2, 4), (1, 5)], r"\[1\] is \[1, 5\).*token before it is \[2, 4\)"),
-        ([(2, 4), (2, 3)], r"\[1\] is \[2, 3\); offsets must not descend"),
-        ([[0, 1, 2]], r" has shape \(1, 3\); it must be \(n, 2\)"),
-        ([0, 1], r" has shape \(2,\)"),
+        ([(0, 2), (3, 1)], r"\[1\] must not end before it starts, got \[3, 1\)"),
+        ([(-1, 2)], r"\[0\] must not be negative, got \[-1, 2\)"),
+        ([(-1, -1)], r"\[0\] must not be negative, got \[-1, -1\)"),
+        ([(0, 2), (5, 5), (1, 1), (0, 1)], r"\[3\] must not come before the .*, got \[0, 1\)"),
+        (
+            [(2, 4), (1, 5)],
+            r"\[1\] must not come before the token before it, \[2, 4\), got \[1, 5\)",
+        ),
+        ([(2, 4), (2, 3)], r"\[1\] must not come before .*, got \[2, 3\)"),
+        ([[0, 1, 2]], r" must have shape \(n, 2\), got \(1, 3\)"),
+        ([0, 1], r" must have shape \(n, 2\), got \(2,\)"),
     ],
 )
 def test_bad_offsets_are_named(offsets, message):
@@ -261,7 +264,7 @@ def test_bad_offsets_are_named(offsets, message):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.uint8, object, bool])
 def test_offsets_are_int32_or_int64(dtype):
-    with pytest.raises(TypeError, match="recorded_offsets has dtype"):
+    with pytest.raises(TypeError, match="recorded_offsets must be int32 or int64, got dtype"):
         sa.align_tokens(np.zeros((1, 2), dtype), [])
 
 
@@ -283,7 +286,7 @@ def test_ids_come_for_both_sides_and_every_token():
     offsets = [(0, 1)]
     with pytest.raises(ValueError, match="together"):
         sa.align_tokens(offsets, offsets, recorded_ids=[1])
-    with pytest.raises(ValueError, match=r"retokenized_ids has 2 entries.*offsets has 1"):
+    with pytest.raises(ValueError, match=r"retokenized_ids must be as long as .* 1, got 2"):
         sa.align_tokens(offsets, offsets, recorded_ids=[1], retokenized_ids=[1, 2])
 
 
@@ -342,8 +345,8 @@ def test_spans_without_tokens_or_characters_are_empty():
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
-        ([(1, 0)], r"token_spans\[0\] is \[1, 0\); it must not end before it starts"),
-        ([(0, 1), (-1, 0)], r"token_spans\[1\] is \[-1, 0\); offsets must not be negative"),
+        ([(1, 0)], r"token_spans\[0\] must not end before it starts, got \[1, 0\)"),
+        ([(0, 1), (-1, 0)], r"token_spans\[1\] must not be negative, got \[-1, 0\)"),
         ([(0, 3)], r"token_spans\[0\] is \[0, 3\), but there are 2 tokens"),
     ],
 )
@@ -465,7 +468,9 @@ def test_nothing_aligns_with_nothing(method):
 def test_one_side_empty_leaves_the_other_alone(method):
     got = sa.align_steps(["a", "b"], [], method=method)
     assert (got.pairs.shape, got.first_divergence, got.distance) == ((0, 2), 0, 2)
-    with pytest.raises(ValueError, match="a warping path needs steps on both sides; got 0 and 1"):
+    with pytest.raises(
+        ValueError, match="a warping path must have steps on both sides, got 0 and 1"
+    ):
         sa.align_steps([], ["a"], method="dtw")
 
 
@@ -492,20 +497,36 @@ def test_errors_of_a_cost_function_pass_through():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "needle"}, ValueError, "method is 'needle'"),
-        ({"method": None}, ValueError, "method is None"),
-        ({"band": 0}, ValueError, "band is 0, but there are 2 and 3 steps; it must be at least 1"),
-        ({"band": -1}, ValueError, "band is -1; it must be at least 0"),
-        ({"band": 1.0}, TypeError, r"band is 1\.0"),
-        ({"cutoff": -0.5}, ValueError, r"cutoff is -0\.5"),
-        ({"cutoff": math.nan}, ValueError, "cutoff is nan"),
-        ({"cost": np.zeros((3, 2))}, ValueError, r"cost has shape \(3, 2\)"),
-        ({"cost": [[0, 1, 2], [0, -1, 0]]}, ValueError, r"cost\[1, 1\] is -1\.0"),
-        ({"cost": [[0, math.nan, 2], [0, 1, 0]]}, ValueError, r"cost\[0, 1\] is nan"),
-        ({"cost": lambda a, b: math.inf}, ValueError, r"cost\[0, 0\] is inf"),
-        ({"cost": lambda a, b: -1e-9}, ValueError, r"cost\[0, 0\] is -1e-09"),
-        ({"cost": [["a"] * 3] * 2}, TypeError, "cost has dtype"),
-        ({"cost": [[1j] * 3] * 2}, TypeError, "cost has dtype complex128"),
+        ({"method": "needle"}, ValueError, "method must be .*, got 'needle'"),
+        ({"method": None}, ValueError, "method must be .*, got None"),
+        ({"band": 0}, ValueError, "band must be at least 1 for 2 and 3 steps.* got 0"),
+        ({"band": -1}, ValueError, "band must be at least 0, got -1"),
+        ({"band": 1.0}, TypeError, r"band must be an integer or None, got 1\.0"),
+        ({"cutoff": -0.5}, ValueError, r"cutoff must be at least 0, got -0\.5"),
+        ({"cutoff": math.nan}, ValueError, "cutoff must be at least 0, got nan"),
+        ({"cost": np.zeros((3, 2))}, ValueError, r"cost must have shape \(2, 3\).*, got \(3, 2\)"),
+        (
+            {"cost": [[0, 1, 2], [0, -1, 0]]},
+            ValueError,
+            r"cost\[1, 1\] must be finite and at least 0, got -1\.0",
+        ),
+        (
+            {"cost": [[0, math.nan, 2], [0, 1, 0]]},
+            ValueError,
+            r"cost\[0, 1\] must be finite and at least 0, got nan",
+        ),
+        (
+            {"cost": lambda a, b: math.inf},
+            ValueError,
+            r"cost\[0, 0\] must be finite and at least 0, got inf",
+        ),
+        (
+            {"cost": lambda a, b: -1e-9},
+            ValueError,
+            r"cost\[0, 0\] must be finite and at least 0, got -1e-09",
+        ),
+        ({"cost": [["a"] * 3] * 2}, TypeError, "cost must hold numbers, got dtype"),
+        ({"cost": [[1j] * 3] * 2}, TypeError, "cost must hold numbers, got dtype complex128"),
     ],
 )
 def test_align_steps_refuses(options, error, message):
@@ -516,12 +537,17 @@ def test_align_steps_refuses(options, error, message):
 @pytest.mark.parametrize(
     ("expert", "agent", "error", "message"),
     [
-        ("abc", ["abc"], TypeError, "expert is a str"),
+        ("abc", ["abc"], TypeError, "expert must be a list of steps, got a str"),
         (["a"], [[1]], TypeError, "all strings, or all token ids"),
         (["a", [1]], ["a"], TypeError, "all strings, or all token ids"),
-        ([[1]], [[1], [0.5]], TypeError, r"agent\[1\] has dtype float64"),
-        ([[1], [2**31]], [[1]], ValueError, r"expert\[1\]\[0\] is 2147483648"),
-        ([[1]], [np.zeros((2, 2), np.int32)], ValueError, r"agent\[0\] has shape \(2, 2\)"),
+        ([[1]], [[1], [0.5]], TypeError, r"agent\[1\] must hold integers, got dtype float64"),
+        ([[1], [2**31]], [[1]], ValueError, r"expert\[1\]\[0\] must fit int32, got 2147483648"),
+        (
+            [[1]],
+            [np.zeros((2, 2), np.int32)],
+            ValueError,
+            r"agent\[0\] must be one-dimensional, got shape \(2, 2\)",
+        ),
     ],
 )
 def test_steps_are_strings_or_ids(expert, agent, error, message):

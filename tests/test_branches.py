@@ -31,7 +31,7 @@ from stepagent import (
     save_trajectories,
 )
 from stepagent.cli import main
-from stepagent.records.branches import Inspection, Shard, fingerprint
+from stepagent.records.branches import BranchWriter, Shard, fingerprint
 
 TRAJECTORIES = 10
 CHUNK = 3
@@ -63,13 +63,13 @@ def trunks() -> list[Trunk]:
     return random_trunks(np.random.default_rng(0), count=TRAJECTORIES)[0]
 
 
-def inspection(trunks: Sequence[Trunk], agent: Callable[..., Any], **run: Any) -> Inspection:
+def inspection(trunks: Sequence[Trunk], agent: Callable[..., Any], **run: Any) -> BranchWriter:
     message = {"role": "assistant", "content": "go"}
     trajectories = [
         Trajectory([message] * trunk.num_steps, id=None if i % 2 else f"t{i}")
         for i, trunk in enumerate(trunks)
     ]
-    return Inspection(trajectories, trunks, agent, lambda ids: f"{len(ids)} tokens", RUN | run)
+    return BranchWriter(trajectories, trunks, agent, lambda ids: f"{len(ids)} tokens", RUN | run)
 
 
 def write(

@@ -171,7 +171,7 @@ def test_samples_depend_on_seed_and_place_and_not_on_the_batch(truncation, trunk
     assert tokens(sampled(trunks[2:])) != tokens(first[2:])
     part = sampled([trunks[2], trunks[0]], places=[2, 0])
     assert tokens(part) == tokens([first[2], first[0]])
-    with pytest.raises(ValueError, match=f"places has 1 entries for {len(trunks)} trunks"):
+    with pytest.raises(ValueError, match=f"places must have {len(trunks)} entries"):
         sampled(places=[0])
     # One state asked twice is two draws.
     twice = sampled([trunks[0], trunks[0]])
@@ -488,7 +488,7 @@ def test_a_cache_filled_in_pieces_and_cut_back_gives_the_states_of_one_forward()
         ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
         ({"temperature": float("inf")}, "temperature must be finite and >= 0, got inf"),
         ({"temperature": -1.0}, r"temperature must be finite and >= 0, got -1\.0"),
-        ({"max_new_tokens": 200}, r"trunks\[0\] with max_new_tokens=200 needs .*embeddings=128"),
+        ({"max_new_tokens": 200}, r"trunks\[0\] with max_new_tokens=200 must fit .*embeddings=128"),
         ({"top_k": 0}, "top_k must be a whole number >= 1, got 0"),
         ({"top_k": 2.5}, r"top_k must be a whole number >= 1, got 2\.5"),
         ({"top_p": 0.0}, r"top_p must be > 0 and <= 1, got 0\.0"),
@@ -514,10 +514,10 @@ def test_a_model_that_names_no_end_token_needs_one(trunks):
 def test_a_trunk_that_does_not_fit_the_model_is_named(trunks):
     fitting = Trunk(np.full(20, 3), [(4, 5)])
     long = Trunk(np.full(129, 3), [(4, 5)])
-    with pytest.raises(ValueError, match=r"trunks\[1\].*needs 129 positions"):
+    with pytest.raises(ValueError, match=r"trunks\[1\].*got 129 positions"):
         inspect(tiny_model("llama"), [fitting, long], max_new_tokens=4)
     foreign = Trunk(np.full(20, VOCAB), [(4, 5)])
-    with pytest.raises(ValueError, match=rf"trunks\[1\].*holds token {VOCAB}.*vocab_size={VOCAB}"):
+    with pytest.raises(ValueError, match=rf"trunks\[1\].*below vocab_size={VOCAB}, got {VOCAB}"):
         inspect(tiny_model("llama"), [fitting, foreign], max_new_tokens=4)
 
 

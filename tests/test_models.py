@@ -345,7 +345,7 @@ def test_an_attention_implementation_without_masks_is_refused():
     check_tree_support(model)
     # Also after the model has passed: the setting can change.
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' takes no tree"):
+    with pytest.raises(ValueError, match="tree mask, got 'flash_attention_2'"):
         check_tree_support(model)
 
 
@@ -353,7 +353,7 @@ def test_nan_weights_are_said_to_be_nan(data):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
-    with pytest.raises(FloatingPointError, match="LlamaForCausalLM hold NaN"):
+    with pytest.raises(FloatingPointError, match="LlamaForCausalLM must be finite, got NaN"):
         score_trees(model, pack_step_pairs(*data))
 
 
@@ -372,12 +372,14 @@ def test_a_refused_model_is_left_in_its_mode():
 def test_positions_and_tokens_beyond_the_model_are_named(data):
     trunks, branches = data
     short = tiny_model("gpt2", n_positions=16)
-    with pytest.raises(ValueError, match=r"trees\[0\] needs \d+ positions.*embeddings=16"):
+    with pytest.raises(ValueError, match=r"trees\[0\] must fit .*embeddings=16, got \d+ positions"):
         score_trees(short, pack_step_pairs(trunks, branches))
     narrow = tiny_model("gpt2", vocab_size=50)
-    with pytest.raises(ValueError, match=r"trees\[0\] holds token \d\d, .*vocab_size=50"):
+    with pytest.raises(
+        ValueError, match=r"trees\[0\] must hold tokens below vocab_size=50, got \d\d"
+    ):
         score_trees(narrow, pack_step_pairs(trunks, branches))
-    with pytest.raises(ValueError, match="trees is empty"):
+    with pytest.raises(ValueError, match="trees must hold at least one"):
         score_trees(narrow, [])
 
 
@@ -395,7 +397,7 @@ def test_positions_where_rope_would_be_rescaled_are_refused():
     assert position_limit(model) == 16
     ids = np.arange(3, 20)
     (tree,) = pack_step_pairs([Trunk(ids, [(2, 4)])], [[[]]])
-    with pytest.raises(ValueError, match="needs 17 positions"):
+    with pytest.raises(ValueError, match="got 17 positions"):
         score_trees(model, [tree])
     (tree,) = pack_step_pairs([Trunk(ids[:16], [(2, 4)])], [[[ids[:3]]]])
     assert bool(torch.isfinite(score_trees(model, [tree])).all())

@@ -66,14 +66,19 @@ def test_nothing_to_pack():
 @pytest.mark.parametrize(
     ("lengths", "capacity", "error", "message"),
     [
-        ([3, 9, 10], 8, ValueError, r"lengths\[1\] is 9; it must lie in \[1, capacity=8\]"),
-        ([3, 0], 8, ValueError, r"lengths\[1\] is 0"),
-        ([-1], 8, ValueError, r"lengths\[0\] is -1"),
-        (np.uint64([2**63]), 8, ValueError, r"lengths\[0\] is 9223372036854775808"),
-        ([1.5], 8, TypeError, "lengths has dtype float64"),
-        ([[1]], 8, ValueError, r"lengths has shape \(1, 1\)"),
-        ([1], 0, ValueError, "capacity is 0"),
-        ([1], 2.0, TypeError, r"capacity is 2\.0; it must be an integer"),
+        ([3, 9, 10], 8, ValueError, r"lengths\[1\] must lie in \[1, capacity=8\], got 9"),
+        ([3, 0], 8, ValueError, r"lengths\[1\] must lie in .*, got 0"),
+        ([-1], 8, ValueError, r"lengths\[0\] must .*, got -1"),
+        (
+            np.uint64([2**63]),
+            8,
+            ValueError,
+            r"lengths\[0\] must lie in .*, got 9223372036854775808",
+        ),
+        ([1.5], 8, TypeError, "lengths must hold integers, got dtype float64"),
+        ([[1]], 8, ValueError, r"lengths must be one-dimensional, got shape \(1, 1\)"),
+        ([1], 0, ValueError, "capacity must be at least 1, got 0"),
+        ([1], 2.0, TypeError, r"capacity must be an integer, got 2\.0"),
     ],
 )
 def test_bad_lengths_are_named(lengths, capacity, error, message):
@@ -125,17 +130,22 @@ def test_float_costs_and_large_integers():
 @pytest.mark.parametrize(
     ("costs", "parts", "error", "message"),
     [
-        ([1, 2], 3, ValueError, "2 items for parts=3; every part needs an item"),
-        ([], 1, ValueError, "0 items for parts=1"),
-        ([1, -2], 1, ValueError, r"costs\[1\] is -2"),
-        ([1, math.nan], 1, ValueError, r"costs\[1\] is nan"),
-        ([math.inf], 1, ValueError, r"costs\[0\] is inf"),
-        ([1e308] * 4, 2, ValueError, "the sum of the costs exceeds float64"),
-        ([2**53 + 1], 1, ValueError, r"costs\[0\] is 9007199254740993"),
-        (["a"], 1, TypeError, "costs has dtype <U1"),
-        ([True], 1, TypeError, "costs has dtype bool"),
-        ([1], 0, ValueError, "parts is 0"),
-        ([1], 1.0, TypeError, r"parts is 1\.0"),
+        (
+            [1, 2],
+            3,
+            ValueError,
+            "parts must be at least 1 and at most the number of items, 2, got 3",
+        ),
+        ([], 1, ValueError, "at most the number of items, 0, got 1"),
+        ([1, -2], 1, ValueError, r"costs\[1\] must be finite and not negative, got -2"),
+        ([1, math.nan], 1, ValueError, r"costs\[1\] must be finite and not negative, got nan"),
+        ([math.inf], 1, ValueError, r"costs\[0\] must be finite and not negative, got inf"),
+        ([1e308] * 4, 2, ValueError, "the sum of costs must be finite"),
+        ([2**53 + 1], 1, ValueError, r"costs\[0\] must be at most .*, got 9007199254740993"),
+        (["a"], 1, TypeError, "costs must hold numbers, got dtype <U1"),
+        ([True], 1, TypeError, "costs must hold numbers, got dtype bool"),
+        ([1], 0, ValueError, "parts must be at least 1, got 0"),
+        ([1], 1.0, TypeError, r"parts must be an integer, got 1\.0"),
     ],
 )
 def test_bad_costs_are_named(costs, parts, error, message):
@@ -212,7 +222,7 @@ def test_what_cannot_be_counted_is_refused():
         train_flops([1], DeepseekV3Config())
     with pytest.raises(ValueError, match="MambaConfig"):
         train_flops([1], MambaConfig())
-    with pytest.raises(ValueError, match=r"lengths\[1\] is -1"):
+    with pytest.raises(ValueError, match=r"lengths\[1\] must .*, got -1"):
         train_flops([1, -1], LlamaConfig())
     with pytest.raises(TypeError, match="dtype float64"):
         train_flops([1.0], LlamaConfig())

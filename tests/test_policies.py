@@ -234,13 +234,15 @@ def test_a_policys_options_are_checked(options, message):
 
 def test_an_episode_longer_than_the_model_is_named():
     model = tiny_agent(max_position_embeddings=40)
-    with pytest.raises(ValueError, match=r"the episode of seed 3 needs \d+ positions.*=40"):
+    with pytest.raises(
+        ValueError, match=r"the episode of seed 3 must fit .*=40, got \d+ positions"
+    ):
         run_episodes(LEVEL, model_policy(model), SEEDS)
 
 
 def test_words_beyond_the_models_vocabulary_are_named():
     model = tiny_agent(vocab_size=10)
-    with pytest.raises(ValueError, match=r"seed 3 holds token \d+, the model has vocab_size=10"):
+    with pytest.raises(ValueError, match=r"seed 3 must hold tokens below vocab_size=10, got \d+"):
         run_episodes(LEVEL, model_policy(model), SEEDS)
 
 

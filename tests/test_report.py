@@ -21,7 +21,7 @@ from stepagent.cli import main
 from stepagent.report import Run, load_run, load_runs, write_report
 from stepagent.report.board import board
 from stepagent.report.charts import Line, line_chart, ticks
-from stepagent.report.parting import partings
+from stepagent.report.divergence import divergences
 from stepagent.report.payload import payload
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -134,17 +134,17 @@ def test_a_folder_without_episodes_and_a_run_given_twice_are_refused(tmp_path: P
         load_runs([folder, folder])
 
 
-# ---------------------------------------------------------------------------- parting and payload
+# ------------------------------------------------------------------ divergence and payload
 
 
 def test_where_the_two_part_is_told_by_the_experts_own_episode(runs: list[Run]) -> None:
     random, agent, expert = runs
-    assert [found and found.step for found in partings(random, runs)] == [0] * 6 + [0]
-    for found in partings(agent, runs):
+    assert [found and found.step for found in divergences(random, runs)] == [0] * 6 + [0]
+    for found in divergences(agent, runs):
         assert found is not None
         assert (found.step, found.course) == (2, EXPERT)
         assert found.pairs == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert partings(expert, runs) == [None] * 6
+    assert divergences(expert, runs) == [None] * 6
 
 
 def test_before_they_part_steps_are_paired_side_by_side(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_before_they_part_steps_are_paired_side_by_side(tmp_path: Path) -> None:
     bot = loaded(tmp_path / "bot", [episode(1, policy="expert", actions=["right", "right"])])
     actions = ["right", "forward", "right", "right"]
     agent = loaded(tmp_path / "agent", [episode(1, actions=actions)])
-    (found,) = partings(agent, [agent, bot])
+    (found,) = divergences(agent, [agent, bot])
     assert found is not None
     assert found.step == 1
     assert found.pairs[0] == (0, 0)
@@ -164,7 +164,7 @@ def test_without_the_experts_episode_the_recorded_answers_tell(tmp_path: Path) -
     unknown = episode(3, expert_actions=[None, "no", *EXPERT[2:]])
     never = episode(4, expert_actions=[None] * 4)
     agent = loaded(tmp_path, [same, other, unknown, never, episode(5, expert_actions=None)] * 1)
-    found = partings(agent, [agent])
+    found = divergences(agent, [agent])
     assert [one and one.step for one in found] == [None, 1, 1, None, None]
     assert [one is None for one in found] == [False, False, False, True, True]
 
@@ -187,7 +187,7 @@ def test_the_payload_holds_every_step_and_every_text_once(runs: list[Run]) -> No
     assert texts[step["last"]] == "seed 0: the end"
     assert step["valid"] == [1, 0, 1, 1]
     assert step["stepRewards"] == [None, -0.5, 1.0, -1.5]
-    assert index["parts"] == [0] * 7 + [2] * 6 + [None] * 6
+    assert index["first_divergence"] == [0] * 7 + [2] * 6 + [None] * 6
     assert index["crashed"][6] == "the game died"
     assert index["success"][6] is None
     assert index["grounding_accuracy"][7] == 0.75
@@ -205,7 +205,7 @@ def test_what_a_record_does_not_tell_is_not_invented(tmp_path: Path) -> None:
     index, (block,) = payload([run])
     (step,) = unpacked(block)["episodes"]
     assert step.keys() == {"observations", "actions"}
-    for key in ("reward", "progress_rate", "grounding_accuracy", "task", "parts"):
+    for key in ("reward", "progress_rate", "grounding_accuracy", "task", "first_divergence"):
         assert index[key] == [None], key
     shown = board([run], run)
     assert [it["title"] for it in shown["bars"]] == ["Success", "Repetition", "Steps"]

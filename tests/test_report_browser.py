@@ -128,7 +128,7 @@ def test_an_episode_unfolds_by_key_into_its_steps(opened: Opened) -> None:
     assert texts[2] == "Here the two part: the expert does expert does 2"
     assert "agent does something expert does 2 ✗" in texts[3]
     assert texts[0].endswith("−0.25 n/a 25%")
-    expect(unfolded).to_contain_text("Parts from the expert at step 3.")
+    expect(unfolded).to_contain_text("First differs from the expert at step 3.")
     expect(unfolded).to_contain_text("The expert’s own episode, 4 actions: expert does 0 → expert")
     expect(unfolded).to_contain_text("seed 0: the end")
     shares = unfolded.locator(".strip .reward").evaluate_all(

@@ -561,5 +561,5 @@ def test_a_policy_that_does_not_end_its_turns_as_the_template_does_is_refused():
 
 def test_a_trajectory_longer_than_the_model_is_named():
     policy = model_policy(talker(max_position_embeddings=60))
-    with pytest.raises(ValueError, match=rf"trajectory '{LEVEL}/3' needs \d+ positions"):
+    with pytest.raises(ValueError, match=rf"trajectory '{LEVEL}/3' must fit .*, got \d+ positions"):
         sa.continue_rollouts(policy, LEVEL, demonstrations([3]), samples=1)

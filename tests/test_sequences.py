@@ -247,23 +247,89 @@ def test_no_sequences_give_no_trees():
 FAILURES = [
     ([[1, 2]], [], {}, ValueError, "0 action_masks for 1 sequences"),
     ([[1, 2], []], [[0, 1], []], {}, ValueError, r"sequences\[1\] is empty"),
-    ([[1, 2], [3, -4]], [[0, 1]] * 2, {}, ValueError, r"sequences\[1\]\[1\] is -4"),
-    ([[1, 2**31]], [[0, 1]], {}, ValueError, r"sequences\[0\]\[1\] is 2147483648"),
-    ([np.uint64([1, 2**63])], [[0, 1]], {}, ValueError, r"\[0\]\[1\] is 9223372036854775808"),
-    ([[1.0, 2.0]], [[0, 1]], {}, TypeError, r"sequences\[0\] has dtype float64"),
-    ([[[1, 2]]], [[0, 1]], {}, ValueError, r"sequences\[0\] has shape \(1, 2\)"),
-    ([[1, 2], "ab"], [[0, 1]] * 2, {}, ValueError, r"sequences\[1\] has shape \(\)"),
+    (
+        [[1, 2], [3, -4]],
+        [[0, 1]] * 2,
+        {},
+        ValueError,
+        r"sequences\[1\]\[1\] must lie in .*, got -4",
+    ),
+    ([[1, 2**31]], [[0, 1]], {}, ValueError, r"sequences\[0\]\[1\] must lie in .*, got 2147483648"),
+    (
+        [np.uint64([1, 2**63])],
+        [[0, 1]],
+        {},
+        ValueError,
+        r"\[0\]\[1\] must lie .*, got 9223372036854775808",
+    ),
+    (
+        [[1.0, 2.0]],
+        [[0, 1]],
+        {},
+        TypeError,
+        r"sequences\[0\] must hold integers, got dtype float64",
+    ),
+    (
+        [[[1, 2]]],
+        [[0, 1]],
+        {},
+        ValueError,
+        r"sequences\[0\] must be one-dimensional, got shape \(1, 2\)",
+    ),
+    (
+        [[1, 2], "ab"],
+        [[0, 1]] * 2,
+        {},
+        ValueError,
+        r"sequences\[1\] must be one-dimensional, got shape \(\)",
+    ),
     ([[1, 2]], [[0, 1, 1]], {}, ValueError, r"action_masks\[0\] has 3 entries, but seq.* 2 tokens"),
     ([[1, 2]], [[1, 1]], {}, ValueError, r"action_masks\[0\]\[0\] is True, but no row predicts"),
-    ([[1, 2]], [[0, 2]], {}, ValueError, r"action_masks\[0\] is 2 at 1"),
-    ([[1, 2]], [[0, -1]], {}, ValueError, r"action_masks\[0\] is -1 at 1"),
-    ([[1, 2]], [[0.0, 1.0]], {}, TypeError, r"action_masks\[0\] has dtype float64"),
-    ([[1, 2]], [[[0], [1]]], {}, ValueError, r"action_masks\[0\] has shape \(2, 1\)"),
-    ([[1, 2]], [[0, 1]], {"r": []}, ValueError, r"extras\['r'\] has 0 entries for 1 sequences"),
-    ([[1, 2]], [[0, 1]], {"r": [[1]]}, ValueError, r"extras\['r'\]\[0\] has 1 entries"),
-    ([[1, 2]], [[0, 1]], {"r": ["ab"]}, ValueError, r"extras\['r'\]\[0\] has shape \(\)"),
-    ([[1, 2]], [[0, 1]], {"r": [["a", "b"]]}, TypeError, r"extras\['r'\]\[0\] has dtype <U1"),
-    ([[1, 2]] * 2, [[0, 1]] * 2, {"r": [[1, 2], [1.0, 2]]}, TypeError, r"\[1\] has dtype float64"),
+    ([[1, 2]], [[0, 2]], {}, ValueError, r"action_masks\[0\] must hold 0 and 1 only, got 2 at 1"),
+    ([[1, 2]], [[0, -1]], {}, ValueError, r"action_masks\[0\] must hold 0 and 1 only, got -1 at 1"),
+    (
+        [[1, 2]],
+        [[0.0, 1.0]],
+        {},
+        TypeError,
+        r"action_masks\[0\] must be boolean.*, got dtype float64",
+    ),
+    (
+        [[1, 2]],
+        [[[0], [1]]],
+        {},
+        ValueError,
+        r"action_masks\[0\] must be one-dimensional, got shape \(2, 1\)",
+    ),
+    ([[1, 2]], [[0, 1]], {"r": []}, ValueError, r"extras\['r'\] must have 1 entries, .* got 0"),
+    (
+        [[1, 2]],
+        [[0, 1]],
+        {"r": [[1]]},
+        ValueError,
+        r"extras\['r'\]\[0\] must have 2 entries, .* got 1",
+    ),
+    (
+        [[1, 2]],
+        [[0, 1]],
+        {"r": ["ab"]},
+        ValueError,
+        r"extras\['r'\]\[0\] must be one-dimensional, got shape \(\)",
+    ),
+    (
+        [[1, 2]],
+        [[0, 1]],
+        {"r": [["a", "b"]]},
+        TypeError,
+        r"extras\['r'\]\[0\] must hold numbers, got dtype <U1",
+    ),
+    (
+        [[1, 2]] * 2,
+        [[0, 1]] * 2,
+        {"r": [[1, 2], [1.0, 2]]},
+        TypeError,
+        r"\[1\] must have .* int64, got float64",
+    ),
 ]
 
 
@@ -292,7 +358,7 @@ def test_core_refuses_what_its_callers_would_not_pass():
     with pytest.raises(TypeError, match="no contiguous array"):
         _core.pack_sequences([np.repeat(ids, 2)[::2]], [mask], 9, 1)
     for limit in (0, -1, 2**31):
-        with pytest.raises(ValueError, match=f"max_tokens is {limit}"):
+        with pytest.raises(ValueError, match=f"max_tokens must .*, got {limit}"):
             _core.pack_sequences([ids], [mask], limit, 1)
 
 

@@ -828,7 +828,7 @@ def test_what_does_not_fit_is_refused_before_any_work(trainer, trajectories):
     with pytest.raises(ValueError, match=f"sampled actions, .*; it must be at least {room}"):
         trainer(samples=3, max_tokens=room - 1)
     trainer(samples=3, max_tokens=room)
-    with pytest.raises(ValueError, match=r"train_dataset\[0\] needs \d+ positions"):
+    with pytest.raises(ValueError, match=r"train_dataset\[0\] must fit .*, got \d+ positions"):
         trainer(tiny_agent(max_position_embeddings=16))
 
 

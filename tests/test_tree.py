@@ -271,7 +271,7 @@ def test_trees_do_not_depend_on_the_number_of_threads(pairs, max_tokens, threads
 def test_of_several_bad_branches_the_first_is_named_whatever_the_threads(trunk):
     bad = [np.array([-1 - k]) for k in range(50)]
     for threads in (1, 2, 7):
-        with pytest.raises(ValueError, match=r"branches\[0\]\[0\]\[1\]\[0\] is -1;"):
+        with pytest.raises(ValueError, match=r"branches\[0\]\[0\]\[1\]\[0\] must lie in .* got -1"):
             _core.pack_step_pairs(
                 [trunk.input_ids],
                 [trunk.action_spans],
@@ -290,18 +290,24 @@ def test_a_tree_of_more_than_2_to_the_31_tokens_is_refused_before_it_is_made():
 
 
 CORE_REFUSALS = [
-    ({"action_spans": [[[2, 4], [3, 7]]]}, r"trunks\[0\]\.action_spans\[1\] is \[3, 7\)"),
-    ({"action_spans": [[[0, 4], [5, 7]]]}, r"action_spans\[0\] is \[0, 4\)"),
-    ({"action_spans": [[[-5, 4], [5, 7]]]}, r"action_spans\[0\] is \[-5, 4\)"),
-    ({"action_spans": [[[2, 2], [5, 7]]]}, r"action_spans\[0\] is \[2, 2\)"),
-    ({"action_spans": [[[2, 4], [5, 9]]]}, r"action_spans\[1\] is \[5, 9\); .* \[4, 8\)"),
+    (
+        {"action_spans": [[[2, 4], [3, 7]]]},
+        r"trunks\[0\]\.action_spans\[1\] must lie in .* got \[3, 7\)",
+    ),
+    ({"action_spans": [[[0, 4], [5, 7]]]}, r"action_spans\[0\] must lie in .* got \[0, 4\)"),
+    ({"action_spans": [[[-5, 4], [5, 7]]]}, r"action_spans\[0\] must lie in .* got \[-5, 4\)"),
+    ({"action_spans": [[[2, 2], [5, 7]]]}, r"action_spans\[0\] must lie in .* got \[2, 2\)"),
+    (
+        {"action_spans": [[[2, 4], [5, 9]]]},
+        r"action_spans\[1\] must lie in \[4, 8\) .* got \[5, 9\)",
+    ),
     ({"action_spans": [[2, 4, 5]]}, r"trunks\[0\]\.action_spans has 3 bounds; they come in pairs"),
     ({"action_spans": []}, "0 action_spans for 1 trunks"),
     ({"branch_counts": [1]}, "1 branch_counts for 2 steps"),
     ({"branch_counts": [1, -1]}, r"branch_counts\[1\] is -1"),
     ({"branch_counts": [1, 2**40]}, r"branch_counts\[1\] is 1099511627776"),
     ({"branch_counts": [1, 1]}, "branch_counts sum to 2, but there are 1 branches"),
-    ({"trunks": [[-1] * 8]}, r"trunks\[0\]\[0\] is -1"),
+    ({"trunks": [[-1] * 8]}, r"trunks\[0\]\[0\] must lie in .* got -1"),
 ]
 
 
@@ -395,20 +401,28 @@ def test_arrays_are_int32_and_outlive_the_tree(trunk):
 
 
 BAD_BRANCHES = [
-    ([1, -1], ValueError, r"branches\[1\]\[1\]\[2\]\[1\] is -1"),
-    ([INT32_MAX + 1], ValueError, r"branches\[1\]\[1\]\[2\]\[0\] is 2147483648"),
+    ([1, -1], ValueError, r"branches\[1\]\[1\]\[2\]\[1\] must lie in .*, got -1"),
+    ([INT32_MAX + 1], ValueError, r"branches\[1\]\[1\]\[2\]\[0\] must lie in .*, got 2147483648"),
     (np.array([2**63], np.uint64), ValueError, r"branches\[1\]\[1\]\[2\]"),
-    ([2**70], TypeError, r"branches\[1\]\[1\]\[2\] has dtype object"),
-    ([1.0, 2.0], TypeError, r"branches\[1\]\[1\]\[2\] has dtype float64"),
-    ([True], TypeError, r"branches\[1\]\[1\]\[2\] has dtype bool"),
-    (["a"], TypeError, r"branches\[1\]\[1\]\[2\] has dtype <U1"),
-    (torch.tensor([1.0]), TypeError, r"branches\[1\]\[1\]\[2\] has dtype float32"),
+    ([2**70], TypeError, r"branches\[1\]\[1\]\[2\] must hold integers, got dtype object"),
+    ([1.0, 2.0], TypeError, r"branches\[1\]\[1\]\[2\] must hold integers, got dtype float64"),
+    ([True], TypeError, r"branches\[1\]\[1\]\[2\] must hold integers, got dtype bool"),
+    (["a"], TypeError, r"branches\[1\]\[1\]\[2\] must hold integers, got dtype <U1"),
+    (
+        torch.tensor([1.0]),
+        TypeError,
+        r"branches\[1\]\[1\]\[2\] must hold integers, got dtype float32",
+    ),
     (torch.tensor([1.0], dtype=torch.bfloat16), TypeError, r"branches\[1\]\[1\]\[2\]"),
-    ([[1, 2]], ValueError, r"branches\[1\]\[1\]\[2\] has shape \(1, 2\)"),
-    (np.empty((0, 2), int), ValueError, r"branches\[1\]\[1\]\[2\] has shape \(0, 2\)"),
-    ([[1], [2, 3]], TypeError, r"branches\[1\]\[1\]\[2\] is not an array of integers"),
-    (7, ValueError, r"branches\[1\]\[1\]\[2\] has shape \(\)"),
-    (None, ValueError, r"branches\[1\]\[1\]\[2\] has shape \(\)"),
+    ([[1, 2]], ValueError, r"branches\[1\]\[1\]\[2\] must be one-dimensional, got shape \(1, 2\)"),
+    (
+        np.empty((0, 2), int),
+        ValueError,
+        r"branches\[1\]\[1\]\[2\] must be one-dimensional, got shape \(0, 2\)",
+    ),
+    ([[1], [2, 3]], TypeError, r"branches\[1\]\[1\]\[2\] must be an array of integers"),
+    (7, ValueError, r"branches\[1\]\[1\]\[2\] must be one-dimensional, got shape \(\)"),
+    (None, ValueError, r"branches\[1\]\[1\]\[2\] must be one-dimensional, got shape \(\)"),
 ]
 
 
@@ -428,10 +442,10 @@ def test_largest_int32_id_is_allowed(trunk):
 @pytest.mark.parametrize(
     ("branches", "message"),
     [
-        ([], "branches has 0 entries for 1 trunks"),
-        ([[[], []], [[], []]], "branches has 2 entries for 1 trunks"),
-        ([[[]]], r"branches\[0\] has 1 entries, but trunks\[0\] has 2 steps"),
-        ([[[], [], []]], r"branches\[0\] has 3 entries, but trunks\[0\] has 2 steps"),
+        ([], "branches must have 1 entries, one a trunk, got 0"),
+        ([[[], []], [[], []]], "branches must have 1 entries, one a trunk, got 2"),
+        ([[[]]], r"branches\[0\] must have 2 entries, one a step of trunks\[0\], got 1"),
+        ([[[], [], []]], r"branches\[0\] must have 2 entries, one a step of trunks\[0\], got 3"),
     ],
 )
 def test_branches_must_match_trunks_and_steps(trunk, branches, message):
@@ -440,7 +454,7 @@ def test_branches_must_match_trunks_and_steps(trunk, branches, message):
 
 
 def test_trunks_must_be_trunks():
-    with pytest.raises(TypeError, match=r"trunks\[0\] is a dict"):
+    with pytest.raises(TypeError, match=r"trunks\[0\] must be a Trunk, got a dict"):
         pack_step_pairs([{"input_ids": [1, 2]}], [[[]]])
 
 
@@ -491,7 +505,7 @@ def test_a_mask_is_boolean_or_floating(trunk):
     (tree,) = pack_step_pairs([trunk], [[[], []]])
     with pytest.raises(TypeError, match=r"torch\.int32"):
         tree.attention_mask(torch.int32)
-    with pytest.raises(ValueError, match="window is 0"):
+    with pytest.raises(ValueError, match="window must be at least 1"):
         tree.attention_mask(torch.bool, window=0)
 
 
@@ -527,11 +541,11 @@ def test_block_lists_equal_their_twin(pairs, window, size):
 
 
 BAD_ENDS = [
-    ([0], r"subtree_end\[0\] is 0; it must lie in \(0, 1\]"),
-    ([2], r"subtree_end\[0\] is 2; .* \(0, 1\]"),
-    ([3, 1, 3], r"subtree_end\[1\] is 1; .* \(1, 3\]"),
-    ([2, 3, 3], r"subtree_end\[1\] is 3; .* \(1, 2\]"),
-    ([3, -(2**31), 3], r"subtree_end\[1\] is -2147483648"),
+    ([0], r"subtree_end\[0\] must lie in \(0, 1\], .* got 0"),
+    ([2], r"subtree_end\[0\] must lie in \(0, 1\], .* got 2"),
+    ([3, 1, 3], r"subtree_end\[1\] must lie in \(1, 3\], .* got 1"),
+    ([2, 3, 3], r"subtree_end\[1\] must lie in \(1, 2\], .* got 3"),
+    ([3, -(2**31), 3], r"subtree_end\[1\] must lie in .* got -2147483648"),
 ]
 
 
@@ -557,9 +571,9 @@ def test_mask_of_another_size_or_type_is_refused(trunk):
 
 def test_core_refuses_a_window_without_the_token_itself():
     ends = np.array([2, 2], np.int32)
-    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         _core.fill_mask(ends, 0, 1, 0, np.empty((2, 2), np.uint8), 1)
-    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         _core.block_lists(ends, 0, 1)
 
 

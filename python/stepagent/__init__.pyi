@@ -1,5 +1,16 @@
+"""The public names. This is their one list: `__init__.py` takes them from here."""
+
+from . import engines as engines
+from . import envs as envs
+from . import episode_file as episode_file
 from . import episodes as episodes
+from . import evaluation as evaluation
+from . import metrics as metrics
+from . import models as models
 from . import policies as policies
+from . import ranks as ranks
+from . import reference as reference
+from . import report as report
 from . import rollout as rollout
 from . import server_policies as server_policies
 from .acting.inspection import inspect as inspect

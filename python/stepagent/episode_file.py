@@ -1,6 +1,6 @@
 """A file that episodes are appended to as they end.
 
-The public name of :mod:`stepagent.records.episode_file`.
+The public name of `stepagent.records.episode_file`.
 """
 
 from .records.episode_file import (

@@ -1,6 +1,6 @@
 """One episode, and files of them.
 
-The public name of :mod:`stepagent.records.episodes`.
+The public name of `stepagent.records.episodes`.
 """
 
 from .records.episodes import (

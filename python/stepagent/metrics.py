@@ -1,6 +1,6 @@
 """What is measured of episodes.
 
-The public name of :mod:`stepagent.evaluation.metrics`.
+The public name of `stepagent.evaluation.metrics`.
 """
 
 from .evaluation.metrics import (

@@ -1,6 +1,6 @@
 """What acts in an environment: a model, the environment's expert, or chance.
 
-The public name of :mod:`stepagent.acting.policies`.
+The public name of `stepagent.acting.policies`.
 """
 
 from .acting.policies import (

@@ -40,9 +40,9 @@ def over_ranks(
         return list(work(list(items))) if items else []
     mine = list(items) if alike else shares(costs, ranks)[rank]
     own, error = _tried(work, mine)
-    told = (None if alike and rank else own, None if error is None else repr(error))
+    outcome = (None if alike and rank else own, None if error is None else repr(error))
     everyones: list[Any] = [None] * ranks
-    dist.all_gather_object(everyones, told)
+    dist.all_gather_object(everyones, outcome)
     if error is not None:
         raise error
     for other, (_, failure) in enumerate(everyones):
@@ -85,7 +85,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def shares(costs: ArrayLike, ranks: int) -> list[list[int]]:
-    """The items of each process, as :func:`stepagent.balance`; some have none of a few."""
+    """The items of each process, as `stepagent.balance`; some have none of a few."""
     count = len(costs)  # type: ignore[arg-type]
     filled = balance(costs, min(ranks, count)) if count else []
     return filled + [[]] * (ranks - len(filled))

@@ -1,6 +1,6 @@
 """Policies in environments, from the start of an episode to its end.
 
-The public name of :mod:`stepagent.acting.rollout`.
+The public name of `stepagent.acting.rollout`.
 """
 
 from .acting.lockstep import (

@@ -1,6 +1,6 @@
 """What acts in an environment from an inference server or engine.
 
-The public name of :mod:`stepagent.acting.server_policies`.
+The public name of `stepagent.acting.server_policies`.
 """
 
 from .acting.server_policies import (

@@ -32,7 +32,8 @@ _BLOCK = 512
 class SlotCache:
     """A key-value cache whose slots carry their depth; what a token sees is the caller's to say.
 
-    :param slots: room for so many slots a row from the start; it grows where more come.
+    Args:
+        slots: room for so many slots a row from the start; it grows where more come.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, slots: int = 0) -> None:
@@ -77,7 +78,8 @@ class SlotCache:
     def extend(self, tokens_BQ: Tensor, depths_BQ: Tensor, visible_BQS: Tensor) -> Tensor:
         """Append tokens and return their hidden states (B, Q, H).
 
-        :param visible_BQS: bool over all slots, the Q new ones last. Every token must see a slot.
+        Args:
+            visible_BQS: bool over all slots, the Q new ones last. Every token must see a slot.
         """
         depths_BS = self._append(depths_BQ)
         masks = attention_masks(self._model, visible_BQS, depths_BQ, depths_BS)
@@ -88,10 +90,11 @@ class SlotCache:
     ) -> Tensor:
         """Write tokens into the slots ``slots_Q``; their hidden states (B, Q, H).
 
-        As :meth:`extend`, but in shapes that do not depend on how many slots are filled, so that a
+        As `extend`, but in shapes that do not depend on how many slots are filled, so that a
         CUDA graph of it can be replayed. ``slots`` stays what it was.
 
-        :param visible_BQS: bool over the whole room of the cache.
+        Args:
+            visible_BQS: bool over the whole room of the cache.
         """
         self._depths.index_copy_(1, slots_Q, depths_BQ)
         with dense_attention(self._model), self._written_at(slots_Q):
@@ -155,10 +158,10 @@ def finite_rows(logits_RV: Tensor) -> Tensor:
 
 
 def check_finite(finite: bool) -> None:
-    """:raises FloatingPointError: unless all rows that were sampled from were finite."""
+    """Raise FloatingPointError unless all rows that were sampled from were finite."""
     if not finite:
         raise FloatingPointError(
-            "the model's logits hold NaN or infinity; look for a broken weight"
+            "the model's logits must be finite, got NaN or infinity: look for a broken weight"
         )
 
 
@@ -170,11 +173,12 @@ def sample_tokens(
 ) -> Tensor:
     """One token a row: the argmax at temperature 0, else by inverting the softmax's cumulative sum.
 
-    The host is asked nothing. A row that is not finite (:func:`finite_rows`) gives any token.
+    The host is asked nothing. A row that is not finite (`finite_rows`) gives any token.
 
-    :param uniforms_R: in [0, 1), float64. All is computed in float64, so a token of probability p
-        is drawn for a set of uniforms of measure p to 1e-12.
-    :param truncations: as :func:`make_truncations` gives them; the argmax is always kept.
+    Args:
+        uniforms_R: in [0, 1), float64. All is computed in float64, so a token of probability p is
+            drawn for a set of uniforms of measure p to 1e-12.
+        truncations: as `make_truncations` gives them; the argmax is always kept.
     """
     if temperature == 0:
         return logits_RV.argmax(dim=-1)
@@ -209,7 +213,8 @@ def make_truncations(
 ) -> list[LogitsProcessor]:
     """transformers' own truncations of the distribution, in the order of ``generate``.
 
-    :raises ValueError: for a value out of range.
+    Raises:
+        ValueError: for a value out of range.
     """
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

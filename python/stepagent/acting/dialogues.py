@@ -37,7 +37,8 @@ class Dialogue:
 class Dialogues:
     """One dialogue per running episode, in the chat format of a tokenizer.
 
-    :param ends: the ids of the tokens that end an action, at least one.
+    Args:
+        ends: the ids of the tokens that end an action, at least one.
     """
 
     def __init__(

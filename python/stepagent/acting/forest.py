@@ -176,7 +176,8 @@ class Forest:
     def draw(self, n_R: Tensor, hidden_RH: Tensor, live_R: Tensor | None = None) -> Tensor:
         """Draw and record the next token of the branches ``n``; int8, what becomes of each.
 
-        :param live_R: bool, those that have not ended before; None: all.
+        Args:
+            live_R: bool, those that have not ended before; None: all.
         """
         position_R = self._lengths_N[n_R]
         draws_R = next_uniforms(self._streams_N[n_R], position_R)
@@ -303,7 +304,8 @@ class _Group:
 def read(status_R: Tensor) -> NDArray[np.int8]:
     """The one thing that the host asks for a token.
 
-    :raises FloatingPointError: where the logits of a branch were not finite.
+    Raises:
+        FloatingPointError: where the logits of a branch were not finite.
     """
     status: NDArray[np.int8] = status_R.cpu().numpy()
     check_finite(not (status == _BROKEN).any())

@@ -15,7 +15,7 @@ _NAME = "stepagent_grouped"
 
 
 def query_groups(model: nn.Module) -> int:
-    """How many query heads read a key head where :func:`grouped_attention` can make it one."""
+    """How many query heads read a key head where `grouped_attention` can make it one."""
     config = text_config(model)
     if config._attn_implementation != "sdpa":
         return 1

@@ -6,7 +6,7 @@ after every token of the trunk's own actions. As long as the agent samples just 
 the trunk; from where it parts, the branches of all steps grow in lock-step, each seeing its own
 prefix of the trunk and itself.
 
-:mod:`stepagent.acting.forest` is how a batch of trunks grows its branches.
+`stepagent.acting.forest` is how a batch of trunks grows its branches.
 """
 
 from __future__ import annotations
@@ -58,33 +58,42 @@ def inspect(
 ) -> list[list[list[Branch]]]:
     """The agent's actions at every state of ``trunks``: ``branches[i][t][k]``.
 
-    :param model: a model, or an engine of :mod:`stepagent.engines`, which does the same elsewhere.
-    :param samples: actions per state. At ``temperature=0`` they are all the greedy one.
-    :param max_new_tokens: an action longer than this is cut, without an end token.
-    :param top_k: sample among the ``top_k`` likeliest tokens only; ``top_p``: among the fewest of
-        this probability together; ``min_p``: among those of this share of the likeliest's
-        probability. transformers' own, after the temperature and in this order, as in ``generate``.
-    :param eos_token_id: what ends an action; None: as ``model.generation_config`` says.
-    :param seed: the tokens of (trunk, step, sample) depend on it, on the trunk's place in
-        ``trunks``, and on nothing else in the batch beyond rounding.
-    :param first_trunk: the place of ``trunks[0]``, where ``trunks`` are a part of more.
-    :param places: the place of each trunk, where the part is not one that follows on.
-    :param max_batch_tokens: bounds the slots (trunks × tokens) of one batch and the tokens of one
-        forward. A trunk that needs more is read in chunks, and its branches grow in turns: it takes
-        at most its own length and half of this, or one branch. None: as
-        :func:`default_batch_tokens` says.
-    :raises ValueError: for an option out of range, no end token, or a model that a tree would
-        make wrong (:func:`stepagent.models.check_tree_support`).
-    :raises FloatingPointError: when the model's logits are not finite.
+    Args:
+        model: a model, or an engine of `stepagent.engines`, which does the same elsewhere.
+        trunks: the trajectories.
+        samples: actions per state. At ``temperature=0`` they are all the greedy one.
+        max_new_tokens: an action longer than this is cut, without an end token.
+        temperature: 0 is greedy.
+        top_k: sample among so many of the likeliest tokens only. This and the next two are
+            transformers' own, after the temperature and in this order, as in ``generate``.
+        top_p: among the fewest tokens that have this probability together.
+        min_p: among those that have at least this share of the likeliest's probability.
+        eos_token_id: what ends an action; None: as ``model.generation_config`` says.
+        seed: the tokens of (trunk, step, sample) depend on it, on the trunk's place in ``trunks``,
+            and on nothing else in the batch beyond rounding.
+        first_trunk: the place of ``trunks[0]``, where ``trunks`` are a part of more.
+        places: the place of each trunk, where the part is not one that follows on.
+        max_batch_tokens: bounds the slots (trunks × tokens) of one batch and the tokens of one
+            forward. A trunk that needs more is read in chunks, and its branches grow in turns: it
+            takes at most its own length and half of this, or one branch. None: as
+            `default_batch_tokens` says.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: for an option out of range, no end token, or a model that a tree would make
+            wrong (`stepagent.models.check_tree_support`).
+        FloatingPointError: when the model's logits are not finite.
     """
     if places is None:
         places = range(first_trunk, first_trunk + len(trunks))
     if len(places) != len(trunks):
-        raise ValueError(f"places has {len(places)} entries for {len(trunks)} trunks")
+        raise ValueError(f"places must have {len(trunks)} entries, one a trunk, got {len(places)}")
     if not isinstance(model, nn.Module):
         for name, value in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
             if value is not None:
-                raise ValueError(f"{name} is {value}, but an engine samples from all tokens")
+                raise ValueError(
+                    f"{name} must be None, got {value}: an engine samples from all tokens"
+                )
         return model.inspect(
             trunks,
             samples=samples,

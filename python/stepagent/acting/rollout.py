@@ -57,15 +57,18 @@ def run_episodes(
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
 
-    :param env: a name for :func:`stepagent.envs.make`, or a function that makes an environment.
-    :param expert: asked at every state for its action, which is recorded and not taken.
-    :param max_steps: ends an episode sooner than the environment would.
-    :param workers: processes that run the environments; 0: this one does. Episodes are the same.
-    :param timeout: seconds after which an environment's call in a worker counts as hung.
-    :param progress: the label of a progress bar on stderr; None: no bar.
-    :param split: the one that the environments are of, for the record.
-    :param on_end: told of each episode as it ends or crashes, while others go on.
-    :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
+    Args:
+        env: a name for `stepagent.envs.make`, or a function that makes an environment.
+        expert: asked at every state for its action, which is recorded and not taken.
+        max_steps: ends an episode sooner than the environment would.
+        workers: processes that run the environments; 0: this one does. Episodes are the same.
+        timeout: seconds after which an environment's call in a worker counts as hung.
+        progress: the label of a progress bar on stderr; None: no bar.
+        split: the one that the environments are of, for the record.
+        on_end: called with each episode as it ends or crashes, while others continue.
+
+    Raises:
+        RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """
     options = Options(expert, max_steps, batch_size, workers, timeout, split, on_end)
     starts = [Start(seed, seed) for seed in seeds]
@@ -119,12 +122,15 @@ def continue_rollouts(
     actions, which must show the trajectory's observations. The tokens of (trajectory, step, sample)
     depend on the policy's seed, on these three places, and on nothing else beyond rounding. As
     sequences, ``e.trunk.input_ids`` with ``e.trunk.action_mask``, the episodes share their
-    beginnings, which :func:`stepagent.pack_sequences` packs once. Options: `run_episodes`.
+    beginnings, which `stepagent.pack_sequences` packs once. Options: `run_episodes`.
 
-    :param trajectories: as `Episode.trajectory` gives them: turns of user and assistant, and the
-        environment's seed in ``meta``.
-    :raises ValueError: for another trajectory, and where a replay takes another course, naming
-        the trajectory and the step.
+    Args:
+        trajectories: as `Episode.trajectory` gives them: turns of user and assistant, and the
+            environment's seed in ``meta``.
+
+    Raises:
+        ValueError: for another trajectory, and where a replay takes another course, naming the
+            trajectory and the step.
     """
     check_count("samples", samples)
     starts = [
@@ -177,13 +183,16 @@ def rollout_and_query(
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 
     The agent's rollout is the trunk, the expert's answer the branch: ``branches[i][t]`` holds one
-    action, or none where the expert has no answer. :func:`stepagent.pack_step_pairs` takes both.
+    action, or none where the expert has no answer. `stepagent.pack_step_pairs` takes both.
     A rollout that crashed is left out, with a warning. Further options: `run_episodes`.
 
-    :param model: a model, or an engine of :mod:`stepagent.engines`, which needs ``eos_token_id``.
-    :param expert: asked for its action in an environment; None: the environment's own expert. With
-        ``workers`` it sees what a :class:`stepagent.envs.TextEnv` shows.
-    :raises RuntimeError: where all rollouts crashed.
+    Args:
+        model: a model, or an engine of `stepagent.engines`, which needs ``eos_token_id``.
+        expert: asked for its action in an environment; None: the environment's own expert. With
+            ``workers`` it sees what a `stepagent.envs.TextEnv` shows.
+
+    Raises:
+        RuntimeError: where all rollouts crashed.
     """
     episodes = queried_rollouts(
         model,
@@ -218,7 +227,7 @@ def queried_rollouts(
     progress: bool,
     **options: Any,
 ) -> list[Episode]:
-    """The episodes of :func:`rollout_and_query`: what happens at a seed depends on no other."""
+    """The episodes of `rollout_and_query`: what happens at a seed depends on no other."""
     acting: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -244,7 +253,7 @@ def queried_rollouts(
 def trunks_and_answers(
     episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
-    """What :func:`rollout_and_query` gives, of its episodes."""
+    """What `rollout_and_query` gives, of its episodes."""
     ended = [episode for episode in episodes if episode.crashed is None]
     if episodes and not ended:
         raise RuntimeError(f"all {len(episodes)} rollouts crashed: {episodes[0].crashed}")

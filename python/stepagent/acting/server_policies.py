@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.draws import check_count, check_temperature
-from ..engines.base import Engine, EngineError, Sampling, State, state_seed
+from ..engines.base import Engine, EngineError, Prompt, Sampling, state_seed
 from ..engines.server import Server, excerpt
 from .dialogues import Dialogues
 
@@ -53,14 +53,14 @@ class EnginePolicy(Dialogues):
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
         """Read each observation, draw each action; EngineError where the engine fails."""
-        states = []
+        prompts = []
         for dialogue, observation in zip(self._dialogues, observations, strict=True):
             self._observe(dialogue, observation)
             turn = len(dialogue.action_spans)
             seed = state_seed(self._seed, dialogue.seed, turn)
             ids = np.array(dialogue.token_ids, dtype=np.int32)
-            states.append(State(f"{dialogue.name} at step {turn}", ids, seed))
-        drawn = self._engine.draw(states, self._sampling)
+            prompts.append(Prompt(f"{dialogue.name} at step {turn}", ids, seed))
+        drawn = self._engine.draw(prompts, self._sampling)
         for dialogue, (branch,) in zip(self._dialogues, drawn, strict=True):
             self._open(dialogue)
             dialogue.token_ids += branch.token_ids.tolist()

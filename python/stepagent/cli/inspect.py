@@ -17,7 +17,7 @@ from ..data.branch import agreement
 from ..data.encoding import encode
 from ..data.trajectory import load_trajectories
 from ..optional import require
-from ..records.branches import Inspection, Shard, fingerprint, iterate_branches
+from ..records.branches import BranchWriter, Shard, fingerprint, iterate_branches
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
 from .loading import device, end_tokens, load_model, load_tokenizer
 
@@ -111,7 +111,7 @@ def inspect_command(
     if max_batch_tokens is not None:
         sampling["max_batch_tokens"] = max_batch_tokens
     where = engine if engine in ("local", "vllm") else "server"
-    inspection = Inspection(
+    writer = BranchWriter(
         trajectories,
         trunks,
         lambda part, first: inspect(agent, part, first_trunk=first, **sampling),
@@ -126,7 +126,7 @@ def inspect_command(
     )
     chunks = shard.chunks(len(trunks), chunk)
     try:
-        inspection.write(output, chunks)
+        writer.write(output, chunks)
     except KeyboardInterrupt as interrupt:
         raise Interrupted("the same command goes on where it stopped") from interrupt
     report = {"output": str(output), "samples": sampling["samples"], **_inspected(output)}

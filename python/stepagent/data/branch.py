@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One action tried at a state: its tokens, int32, the end token included where it was produced,
-    and the policy's log-prob of each (fp32, at temperature 1 whatever the sampling temperature)."""
+    """One action tried at a state.
+
+    Attributes:
+        token_ids: (n,) int32, the end token included where it was produced.
+        logps: (n,) float32, the policy's log-prob of each, at temperature 1 whatever the sampling
+            temperature.
+    """
 
     token_ids: NDArray[np.int32]
     logps: NDArray[np.float32]

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def check_count(name: str, value: int) -> None:
-    """Raise unless ``value`` is a whole number and at least 1."""
+    """Raise ValueError unless ``value`` is a whole number and at least 1."""
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise unless ``temperature`` is finite and not negative."""
+    """Raise ValueError unless ``temperature`` is finite and not negative."""
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
 

@@ -86,7 +86,7 @@ class PolicyOnEngine:
     """What the processes of a run know of the engine: the adapter that is loaded there.
 
     Args:
-        engine: asked by all processes, told by the first.
+        engine: all processes use it; the first one loads adapters.
         folder: where adapters are saved for the engine to read, one at a time.
     """
 

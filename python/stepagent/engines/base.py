@@ -1,4 +1,4 @@
-"""What an engine is: states in, actions out, token ids both ways, nothing taken on trust."""
+"""What an engine is: prompts in, actions out, as token ids both ways; every answer is checked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EngineError(RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class Prompt:
     """Where an action is asked for: all tokens before it, int32, and the seed of its samples."""
 
     name: str
@@ -55,7 +55,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sample(
-        self, states: Sequence[State], sampling: Sampling, progress: bool
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: bool
     ) -> list[list[Branch]]:
         """``sampling.samples`` branches for each state, those of one state drawn independently.
 
@@ -76,13 +76,13 @@ class Engine(ABC):
         raise EngineError(f"{type(self).__name__} takes no adapters")
 
     def draw(
-        self, states: Sequence[State], sampling: Sampling, progress: bool = False
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: bool = False
     ) -> list[list[Branch]]:
-        """As :meth:`sample`, checked; EngineError where a branch breaks a rule of it."""
-        sampled = self.sample(states, sampling, progress)
+        """As `sample`, checked; EngineError where a branch breaks a rule of it."""
+        sampled = self.sample(prompts, sampling, progress)
         return [
-            _checked(state, branches, sampling)
-            for state, branches in zip(states, sampled, strict=True)
+            _checked(prompt, branches, sampling)
+            for prompt, branches in zip(prompts, sampled, strict=True)
         ]
 
     def inspect(
@@ -97,10 +97,11 @@ class Engine(ABC):
         places: Sequence[int],
         progress: bool,
     ) -> list[list[list[Branch]]]:
-        """As :func:`stepagent.inspect`, whose options these are.
+        """As `stepagent.inspect`, whose options these are.
 
-        :raises ValueError: for an option out of range, or no ``eos_token_id``.
-        :raises EngineError: where the engine fails, or a branch breaks a rule of :meth:`sample`.
+        Raises:
+            ValueError: for an option out of range, or no ``eos_token_id``.
+            EngineError: where the engine fails, or a branch breaks a rule of `sample`.
         """
         check_count("samples", samples)
         check_count("max_new_tokens", max_new_tokens)
@@ -111,8 +112,8 @@ class Engine(ABC):
         # The greedy action is one, however many are asked for; engines refuse to repeat it.
         drawn = samples if temperature > 0 else 1
         sampling = Sampling(drawn, max_new_tokens, float(temperature), ends)
-        states = [
-            State(
+        prompts = [
+            Prompt(
                 f"trunks[{i}] at step {t}",
                 trunk.input_ids[:start],
                 state_seed(seed, place, t),
@@ -121,7 +122,7 @@ class Engine(ABC):
             for t, start in enumerate(trunk.action_spans[:, 0].tolist())
         ]
         sampled = iter(
-            branches * (samples // drawn) for branches in self.draw(states, sampling, progress)
+            branches * (samples // drawn) for branches in self.draw(prompts, sampling, progress)
         )
         return [[next(sampled) for _ in range(trunk.num_steps)] for trunk in trunks]
 
@@ -131,13 +132,15 @@ def state_seed(seed: int, trunk: int, step: int) -> int:
     return int(uniforms(seed, trunk, step) * 2**53)
 
 
-def _checked(state: State, branches: list[Branch], sampling: Sampling) -> list[Branch]:
+def _checked(prompt: Prompt, branches: list[Branch], sampling: Sampling) -> list[Branch]:
     if len(branches) != sampling.samples:
-        raise EngineError(f"{state.name}: {len(branches)} samples came for {sampling.samples}")
+        raise EngineError(f"{prompt.name}: {len(branches)} samples came for {sampling.samples}")
     for branch in branches:
         broken = _broken_rule(branch, sampling)
         if broken:
-            raise EngineError(f"{state.name}: {broken}; the tokens are {branch.token_ids.tolist()}")
+            raise EngineError(
+                f"{prompt.name}: {broken}; the tokens are {branch.token_ids.tolist()}"
+            )
     return branches
 
 

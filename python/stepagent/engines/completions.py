@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.branch import Branch
-from .base import Engine, EngineError, Sampling, State
+from .base import Engine, EngineError, Prompt, Sampling
 from .server import Server, excerpt
 
 # A model's generation_config.json may set these on the server; the policy is the whole softmax.
@@ -39,9 +39,10 @@ _TAKES_ADAPTERS = (
 class CompletionsEngine(Engine):
     """A running server, such as ``vllm serve MODEL`` (0.10.2 or later) or TRL's ``trl vllm-serve``.
 
-    The options are those of :class:`stepagent.engines.Server`.
+    The options are those of `stepagent.engines.Server`.
 
-    :param api_key: None: the environment's ``VLLM_API_KEY``, if any.
+    Args:
+        api_key: None: the environment's ``VLLM_API_KEY``, if any.
     """
 
     shared: ClassVar[bool] = True
@@ -68,20 +69,20 @@ class CompletionsEngine(Engine):
         )
 
     def sample(
-        self, states: Sequence[State], sampling: Sampling, progress: bool
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: bool
     ) -> list[list[Branch]]:
-        """As :meth:`Engine.sample`."""
-        requests = [_request(state, sampling) for state in states]
-        with tqdm(total=len(states), desc="inspect", unit="state", disable=not progress) as bar:
+        """As `Engine.sample`."""
+        requests = [_request(prompt, sampling) for prompt in prompts]
+        with tqdm(total=len(prompts), desc="inspect", unit="state", disable=not progress) as bar:
 
             def read(place: int, answer: Any) -> list[Branch]:
                 bar.update()
-                return _branches(states[place], answer)
+                return _branches(prompts[place], answer)
 
             return self._server.post("/completions", requests, read)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """As :meth:`Engine.load_adapter`; ``folder`` is read by the server, where that runs."""
+        """As `Engine.load_adapter`; ``folder`` is read by the server, where that runs."""
         self._server.check_model()
         request = {"lora_name": name, "lora_path": str(folder)}
         try:
@@ -92,21 +93,21 @@ class CompletionsEngine(Engine):
                 raise EngineError(f"{error}. {_TAKES_ADAPTERS}: {folder}") from error
 
     def unload_adapter(self, name: str) -> None:
-        """As :meth:`Engine.unload_adapter`."""
+        """As `Engine.unload_adapter`."""
         self._server.tell("/unload_lora_adapter", {"lora_name": name})
 
     def with_adapter(self, name: str) -> CompletionsEngine:
-        """As :meth:`Engine.with_adapter`: requests name it as their model."""
+        """As `Engine.with_adapter`: requests name it as their model."""
         other = copy.copy(self)
         other._server = self._server.named(name)
         return other
 
 
-def _request(state: State, sampling: Sampling) -> dict[str, Any]:
+def _request(prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
     return {
-        "prompt": state.token_ids.tolist(),
+        "prompt": prompt.token_ids.tolist(),
         "n": sampling.samples,  # vLLM seeds sample k with seed + k
-        "seed": state.seed,
+        "seed": prompt.seed,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(sampling.end_tokens),
@@ -118,21 +119,21 @@ def _request(state: State, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _branches(state: State, answer: Any) -> list[Branch]:
+def _branches(prompt: Prompt, answer: Any) -> list[Branch]:
     try:
         choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-        return [_branch(state, choice) for choice in choices]
+        return [_branch(prompt, choice) for choice in choices]
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise EngineError(f"{state.name}: {problem} in the answer {excerpt(answer)}") from error
+        raise EngineError(f"{prompt.name}: {problem} in the answer {excerpt(answer)}") from error
 
 
-def _branch(state: State, choice: dict[str, Any]) -> Branch:
-    prompt, ids = choice.get("prompt_token_ids"), choice.get("token_ids")
-    if prompt is None or ids is None:
-        raise EngineError(f"{state.name}: no token ids came; vllm serve gives them since 0.10.2")
-    if prompt != state.token_ids.tolist():
-        raise EngineError(f"{state.name}: the server read other tokens than were sent: {prompt}")
+def _branch(prompt: Prompt, choice: dict[str, Any]) -> Branch:
+    read, ids = choice.get("prompt_token_ids"), choice.get("token_ids")
+    if read is None or ids is None:
+        raise EngineError(f"{prompt.name}: no token ids came; vllm serve gives them since 0.10.2")
+    if read != prompt.token_ids.tolist():
+        raise EngineError(f"{prompt.name}: the server read other tokens than were sent: {read}")
     if not all(type(token) is int for token in ids):
         raise TypeError("token_ids must be whole numbers")
     logps = choice["logprobs"]["token_logprobs"]

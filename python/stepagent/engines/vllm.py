@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from ..data.branch import Branch
-from .base import Engine, EngineError, Sampling, State
+from .base import Engine, EngineError, Prompt, Sampling
 
 
 class VLLMEngine(Engine):
     """A ``vllm.LLM`` as it was built: parallelism, precision and memory are its options.
 
-    :raises ValueError: unless its log-probs are those of the raw logits, vLLM's default: the
-        others follow the temperature of sampling.
+    Raises:
+        ValueError: unless its log-probs are those of the raw logits, vLLM's default: the others
+            follow the temperature of sampling.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -31,17 +32,17 @@ class VLLMEngine(Engine):
         self._ids = itertools.count(1)
 
     def sample(
-        self, states: Sequence[State], sampling: Sampling, progress: bool
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: bool
     ) -> list[list[Branch]]:
-        """As :meth:`Engine.sample`."""
+        """As `Engine.sample`."""
         from vllm import SamplingParams, TokensPrompt
 
         outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=state.token_ids.tolist()) for state in states],
+            [TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()) for prompt in prompts],
             [
                 SamplingParams(
                     n=sampling.samples,  # vLLM seeds sample k with seed + k
-                    seed=state.seed,
+                    seed=prompt.seed,
                     temperature=sampling.temperature,
                     max_tokens=sampling.max_new_tokens,
                     stop_token_ids=list(sampling.end_tokens),
@@ -49,18 +50,18 @@ class VLLMEngine(Engine):
                     logprobs=0,  # of the sampled token alone
                     detokenize=False,
                 )
-                for state in states
+                for prompt in prompts
             ],
             use_tqdm=progress,
             lora_request=self._adapter,
         )
-        for state, output in zip(states, outputs, strict=True):
-            if list(output.prompt_token_ids) != state.token_ids.tolist():
-                raise EngineError(f"{state.name}: vLLM read other tokens than were given")
+        for prompt, output in zip(prompts, outputs, strict=True):
+            if list(output.prompt_token_ids) != prompt.token_ids.tolist():
+                raise EngineError(f"{prompt.name}: vLLM read other tokens than were given")
         return [[_branch(choice) for choice in output.outputs] for output in outputs]
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """As :meth:`Engine.load_adapter`; the llm needs ``enable_lora=True``."""
+        """As `Engine.load_adapter`; the llm needs ``enable_lora=True``."""
         from vllm.lora.request import LoRARequest
 
         if self._llm.llm_engine.vllm_config.lora_config is None:
@@ -73,13 +74,13 @@ class VLLMEngine(Engine):
         self._adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """As :meth:`Engine.unload_adapter`."""
+        """As `Engine.unload_adapter`."""
         adapter = self._adapters.pop(name, None)
         if adapter is None or not self._llm.llm_engine.remove_lora(adapter.lora_int_id):
             raise EngineError(f"vLLM has no adapter {name!r}")
 
     def with_adapter(self, name: str) -> VLLMEngine:
-        """As :meth:`Engine.with_adapter`."""
+        """As `Engine.with_adapter`."""
         if name not in self._adapters:
             raise EngineError(f"vLLM has no adapter {name!r}")
         other = copy.copy(self)

@@ -1,8 +1,8 @@
-"""What episodes tell of a policy: metrics per episode, their means with intervals, comparisons.
+"""What episodes say about a policy: metrics per episode, their means with intervals, comparisons.
 
-A metric is a function of one record. It is None where the record does not tell it, as for files
-older than it; such episodes have no part in its mean, and where none tells it there is no mean.
-Episodes that crashed have no outcome and no part in anything but their count. Definitions of
+A metric is a function of one record. It is None where the record lacks what it needs, as files
+of older versions do. Such episodes are left out of its mean; without any other there is no mean.
+Episodes that crashed have no outcome; only their number counts. Definitions of
 progress and grounding are those of AgentBoard (arXiv 2401.13178).
 """
 
@@ -43,13 +43,16 @@ def progress_curve(episode: Episode) -> NDArray[np.float64]:
     """Progress rate after t = 0, 1, …, T steps, (T + 1,): r_0 = 0, r_t = max_{i≤t} f(s_i).
 
     f(s_i) in [0, 1] is the environment's progress after step i. So it never falls, and is 1 in the
-    end where the task was done. Raises ValueError for a progress outside [0, 1].
+    end where the task was done.
+
+    Raises:
+        ValueError: for a progress outside [0, 1].
     """
     progress = np.array(episode.progress, dtype=np.float64)
     for step in np.flatnonzero(~((progress >= 0) & (progress <= 1)))[:1]:
         raise ValueError(
-            f"episode {episode.id} has progress {progress[step]} at step {step}; "
-            "progress must lie in [0, 1]"
+            f"the progress of episode {episode.id} must lie in [0, 1], got {progress[step]} at "
+            f"step {step}"
         )
     return np.maximum.accumulate(np.append(0.0, progress))
 
@@ -119,8 +122,8 @@ METRICS: dict[str, Metric] = {
 class Summary:
     """Of the episodes that ended; ``crashed`` more have no outcome.
 
-    metrics: name → mean over episodes with its 95 % interval, for those that any episode tells.
-    progress_curve: of :func:`mean_progress_curve`; empty where progress was not recorded.
+    metrics: name → mean over episodes with its 95 % interval, for those that any episode has.
+    progress_curve: of `mean_progress_curve`; empty where progress was not recorded.
     invalid_actions: kind → how often.
     """
 
@@ -134,7 +137,7 @@ class Summary:
 def summarize(episodes: Sequence[Episode]) -> Summary:
     """Means over the episodes that ended, of which there must be one, or ValueError."""
     if not episodes:
-        raise ValueError("episodes is empty; a mean needs at least one")
+        raise ValueError("episodes must hold at least one, got none")
     ended = [episode for episode in episodes if episode.crashed is None]
     if not ended:
         raise ValueError(f"all {len(episodes)} episodes crashed, the first: {episodes[0].crashed}")
@@ -166,7 +169,7 @@ def mean_progress_curve(
 def invalid_actions(episodes: Sequence[Episode]) -> dict[str, int]:
     """How often each kind of invalid action occurred, the most frequent first.
 
-    Those whose kind the environment does not tell are ``"unnamed"``.
+    Those whose kind the environment does not name are ``"unnamed"``.
     """
     kinds = Counter(
         kind or "unnamed"
@@ -206,8 +209,9 @@ class PairedComparison:
 def compare(episodes: Sequence[Episode], against: Sequence[Episode]) -> PairedComparison:
     """Each episode minus that of the other policy in the same environment, split and seed.
 
-    :raises ValueError: naming the seeds that only one of them has, or that one has twice; for no
-        pair that ended.
+    Raises:
+        ValueError: naming the seeds that only one of them has, or that one has twice; for no pair
+            that ended.
     """
     these, others = _by_place("episodes", episodes), _by_place("against", against)
     _refuse_unmatched("episodes", these, "against", others)
@@ -254,5 +258,5 @@ def _difference(one: float | None, other: float | None) -> float | None:
 
 
 def _intervals(columns: dict[str, list[float | None]]) -> dict[str, Interval]:
-    told = {name: [v for v in values if v is not None] for name, values in columns.items()}
-    return {name: bootstrap(values) for name, values in told.items() if values}
+    known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+    return {name: bootstrap(values) for name, values in known.items() if values}

@@ -56,7 +56,7 @@ class StepCritic(nn.Module):
     """E discriminators and a value function over steps, on the rows of one decoder."""
 
     def __init__(self, body: nn.Module, discriminators: int) -> None:
-        """:param body: what requires a gradient in it is trained."""
+        """What requires a gradient in ``body`` is trained."""
         super().__init__()
         width = int(text_config(body).hidden_size)
         self.body = body
@@ -85,7 +85,8 @@ class StepCritic(nn.Module):
     def logits(self, reading: StepReading, logp_S: Tensor) -> Tensor:
         """(E, S) logits of D = P(agent | s, a).
 
-        :param logp_S: (S,) log π of each action under the policy that is judged.
+        Args:
+            logp_S: (S,) log π of each action under the policy that is judged.
         """
         heads_ES = torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
         return heads_ES + (logp_S.to(reading.logq_S) - reading.logq_S)
@@ -100,7 +101,7 @@ class StepCritic(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def fixed_sums(self) -> dict[str, float]:
-        """A number for each tensor of the body that is not trained, to tell another body by."""
+        """A number for each tensor of the body that is not trained, by which another body shows."""
         return {
             name: float(p.detach().double().sum())
             for name, p in self.named_parameters()

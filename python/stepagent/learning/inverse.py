@@ -65,7 +65,7 @@ class InverseReflection:
     def __init__(
         self, policy: PreTrainedModel, args: StepAgentConfig, body: PreTrainedModel | None = None
     ) -> None:
-        """:param body: what to judge with; None: what ``args.discriminator_body`` says."""
+        """``body`` judges; None: what ``args.discriminator_body`` says."""
         self._args = args
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
@@ -86,8 +86,9 @@ class InverseReflection:
 
         Where every action equals the expert's, nothing is left to correct: all advantages are 0.
 
-        :raises ValueError: where no step has an action of both sides.
-        :raises FloatingPointError: where logits or values are not finite.
+        Raises:
+            ValueError: where no step has an action of both sides.
+            FloatingPointError: where logits or values are not finite.
         """
         trees = self._pack(comparisons)
         steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
@@ -208,7 +209,7 @@ class InverseReflection:
         logits_ES, values_S = logits_SE.T.double(), values_S.double()
         if not bool(logits_ES.isfinite().all() and values_S.isfinite().all()):
             raise FloatingPointError(
-                "the critic's logits or values hold NaN or infinity; lower "
+                "the logits and values of the critic must be finite, got NaN or infinity; lower "
                 "discriminator_learning_rate. Checkpoints written so far are kept"
             )
         return logits_ES, values_S, state_SH.to(self._args.device)
@@ -232,7 +233,8 @@ class InverseReflection:
     def _discriminator_loss(self, reading: StepReading, logp_K: Tensor) -> Tensor:
         """The mean over discriminators, and a penalty λ/2 E‖∂ logit / ∂ row‖² (R1, 1801.04406).
 
-        :param reading: of the expert's actions of all pairs, then of the agent's.
+        Args:
+            reading: of the expert's actions of all pairs, then of the agent's.
         """
         penalty, smoothing = self._args.discriminator_penalty, self._args.discriminator_smoothing
         rows_KH = reading.action_SH
@@ -271,7 +273,8 @@ class InverseReflection:
 
         Each process has its share of a batch, and the gradients are added up.
 
-        :param loss: of some items, a mean and over how many.
+        Args:
+            loss: of some items, a mean and over how many.
         """
         args = self._args
         size = args.per_device_train_batch_size * args.world_size
@@ -318,9 +321,10 @@ class InverseReflection:
             save_comparisons(folder / REPLAY_FILE, self._replay, {})
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
-        :raises ValueError: where the weights that are not trained are not those of the run.
+        Raises:
+            ValueError: where the weights that are not trained are not those of the run.
         """
         path = folder / CRITIC_FILE
         if not path.exists():
@@ -366,8 +370,9 @@ def ppo_step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ppo_loss` of the agent's steps of a batch, less their entropy; and figures of each step.
 
-    :param total: what the means are over: of the batch itself, or of all that it is a part of.
-    :param advantages: (S,) of all steps; old_logps, ref_logps: (N,) of all their tokens.
+    Args:
+        total: what the means are over: of the batch itself, or of all that it is a part of.
+        advantages: (S,) of all steps; old_logps, ref_logps: (N,) of all their tokens.
     """
     lengths_S, agent_S = steps.offsets.diff(), ~steps.expert_S
     agent_N = agent_S.repeat_interleave(lengths_S)
@@ -426,7 +431,7 @@ def calibration_error(logits_ES: Tensor, steps: StepTable, bins: int = 10) -> fl
 
 
 def _collapsed(figures: dict[str, float], cycle: int) -> float:
-    """1.0, said aloud, where the discriminators tell all actions apart and reward them alike."""
+    """1.0, with a warning, where the discriminators separate all actions but reward them alike."""
     pinned = figures["discriminator_accuracy"] >= _PINNED
     if not (pinned and figures["step_reward_std"] <= _FLAT):
         return 0.0

@@ -182,7 +182,7 @@ def heaviest_first(row: TokenTree) -> tuple[TokenTree, NDArray[np.int64]]:
 
 
 def tree_inputs(model: nn.Module, rows: Sequence[TokenTree]) -> dict[str, Any]:
-    """What the model's ``forward`` takes for rows of one length, as :func:`lay_out` makes them."""
+    """What the model's ``forward`` takes for rows of one length, as `lay_out` makes them."""
     device = unwrapped(model).device
 
     def batch(name: str) -> Tensor:
@@ -218,11 +218,14 @@ def _tree_masks(model: nn.Module, rows: Sequence[TokenTree], device: torch.devic
 def attention_masks(
     model: nn.Module, visible_BQK: Tensor, depths_BQ: Tensor, depths_BK: Tensor
 ) -> Tensor | dict[str, Tensor]:
-    """The additive mask(s) that the model's ``forward`` takes inside :func:`dense_attention`.
+    """The additive mask(s) that the model's ``forward`` takes inside `dense_attention`.
 
-    :param visible_BQK: bool, what each query may see before any window.
-    :param depths_BQ: depth of each query, its place in its own sequence; depths_BK: of each key.
-    :return: (B, 1, Q, K), or one such mask per layer type for models that mix them.
+    Args:
+        visible_BQK: bool, what each query may see before any window.
+        depths_BQ: depth of each query, its place in its own sequence; depths_BK: of each key.
+
+    Returns:
+        (B, 1, Q, K), or one such mask per layer type for models that mix them.
     """
     dtype = _score_dtype(model)
 
@@ -283,7 +286,7 @@ def dense_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tree_attention(model: nn.Module) -> Iterator[None]:
-    """Around :func:`tree_inputs` and the forward with them.
+    """Around `tree_inputs` and the forward with them.
 
     FlexAttention learns on CUDA only. Elsewhere the model runs as sdpa: inside the block, or from
     then on where gradients are recorded, because checkpointed layers run again in the backward.

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LMHead:
-    """The map from hidden rows to logits: ``softcap(hidden @ weight.T + bias) / temperature``."""
+    """The map from hidden rows to logits: ``softcap(hidden @ weight.T + bias) / logit_divisor``."""
 
     weight_VH: Tensor
     bias_V: Tensor | None
     softcap: float | None
-    temperature: float
+    logit_divisor: float
 
     def logprobs(
         self, hidden_RH: Tensor, labels_N: Tensor, rows_N: Tensor, return_entropy: bool = False
@@ -49,7 +49,7 @@ class LMHead:
             labels_N,
             rows_N=rows_N,
             bias_V=self.bias_V,
-            temperature=self.temperature,
+            temperature=self.logit_divisor,
             softcap=self.softcap,
             return_entropy=return_entropy,  # type: ignore[call-overload]
         )
@@ -63,7 +63,7 @@ class LMHead:
             logits_RV += self.bias_V
         if self.softcap is not None:
             logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
-        return logits_RV if self.temperature == 1 else logits_RV / self.temperature
+        return logits_RV if self.logit_divisor == 1 else logits_RV / self.logit_divisor
 
 
 def _product(hidden_RH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +76,7 @@ def _product(hidden_RH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def lm_head(model: nn.Module) -> LMHead:
-    """The model's language-model head. Granite and Cohere scale their logits: a temperature.
+    """The model's language-model head. Granite and Cohere scale their logits.
 
     Where the weight is sharded now (FSDP2, outside a forward), it is a whole copy, gathered from
     all processes, each of which has to call this.
@@ -90,7 +90,7 @@ def lm_head(model: nn.Module) -> LMHead:
         weight_VH=_whole(module.weight),
         bias_V=_whole(getattr(module, "bias", None)),
         softcap=getattr(config, "final_logit_softcapping", None),
-        temperature=(getattr(config, "logits_scaling", None) or 1.0)
+        logit_divisor=(getattr(config, "logits_scaling", None) or 1.0)
         / (getattr(config, "logit_scale", None) or 1.0),
     )
 

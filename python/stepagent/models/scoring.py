@@ -4,7 +4,7 @@ Key: B rows of a batch, L tokens of a row, H hidden, N scored tokens, K hidden r
 
 A tree is exact only in a model whose tokens interact through attention alone, under a mask of the
 caller's. Anything else (recurrent layers, chunked attention, an attention implementation without
-custom masks) is refused by name in :func:`check_tree_support`, never computed wrongly.
+custom masks) is refused by name in `check_tree_support`, never computed wrongly.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def check_fits(model: nn.Module, what: str, ids: ArrayLike, positions: int) -> N
     limit = position_limit(model)
     if limit is not None and positions > limit:
         raise ValueError(
-            f"{what} needs {positions} positions, the model has max_position_embeddings={limit}"
+            f"{what} must fit max_position_embeddings={limit}, got {positions} positions"
         )
     vocabulary, largest = text_config(model).vocab_size, int(np.max(ids))
     if largest >= vocabulary:
-        raise ValueError(f"{what} holds token {largest}, the model has vocab_size={vocabulary}")
+        raise ValueError(f"{what} must hold tokens below vocab_size={vocabulary}, got {largest}")
 
 
 @overload
@@ -91,12 +91,13 @@ def score_trees(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs (N,), fp32, of the labels of all ``trees`` in order, in one forward.
 
-    The trees lie in one row or in a row each (:func:`stepagent.models.attention.lay_out`); padding
+    The trees lie in one row or in a row each (`stepagent.models.attention.lay_out`); padding
     tokens see only themselves. Gradients flow to the model. With ``return_entropy`` also the
     entropies (N,) of what the labels are drawn from.
 
-    :raises ValueError: no trees, a token or a depth that the model does not have, or a model that a
-        tree would make wrong (:func:`check_tree_support`).
+    Raises:
+        ValueError: no trees, a token or a depth that the model does not have, or a model that a
+            tree would make wrong (`check_tree_support`).
     """
     _check_trees(model, trees)
     scored: Tensor | tuple[Tensor, Tensor] = _score_trees(model, trees, return_entropy)
@@ -110,7 +111,8 @@ def read_trees(
 
     Both are fp32, or float64 where the model is.
 
-    :raises ValueError: as :func:`score_trees`.
+    Raises:
+        ValueError: as `score_trees`.
     """
     _check_trees(model, trees)
     batch = lay_out(model, trees)
@@ -129,7 +131,7 @@ def read_trees(
 
 def _check_trees(model: nn.Module, trees: Sequence[TokenTree]) -> None:
     if not trees:
-        raise ValueError("trees is empty; at least one is needed")
+        raise ValueError("trees must hold at least one tree, got none")
     check_tree_support(model)
     for i, tree in enumerate(trees):
         check_fits(
@@ -178,8 +180,9 @@ def check_tree_support(model: nn.Module) -> None:
     Two gates: the configuration, then once per model a probe that compares the log-probs of a small
     tree with those of its sequences run one by one through the model as it is.
 
-    :raises ValueError: naming the model and the reason.
-    :raises FloatingPointError: when the model's log-probs are not finite.
+    Raises:
+        ValueError: naming the model and the reason.
+        FloatingPointError: when the model's log-probs are not finite.
     """
     base = unwrapped(model)
     check_head(base)
@@ -208,8 +211,8 @@ def _check_config(model: PreTrainedModel) -> None:
         raise _refusal(model, "it has recurrent layers")
     if config._attn_implementation not in TREE_ATTENTION:
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} takes no tree mask; "
-            f"load {type(model).__name__} with one of {list(TREE_ATTENTION)}"
+            f"attn_implementation of {type(model).__name__} must be one of {list(TREE_ATTENTION)}, "
+            f"which take a tree mask, got {config._attn_implementation!r}"
         )
     for name in _INNER_WINDOWS:
         if getattr(config, name, None):
@@ -233,7 +236,7 @@ def _probe(model: nn.Module) -> None:
                 separate = _separate_logps(model, trunk, branches)
             if not bool(torch.isfinite(separate).all()):
                 raise FloatingPointError(
-                    f"the log-probs of {type(base).__name__} hold NaN or infinity; "
+                    f"the log-probs of {type(base).__name__} must be finite, got NaN or infinity: "
                     "look for a broken weight"
                 )
             error = float((_score_trees(model, [tree]) - separate).abs().max())

@@ -41,15 +41,18 @@ _ROWS = 64  # records of a Parquet row group
 def load_branches(*paths: str | os.PathLike[str]) -> tuple[list[Trunk], list[Steps]]:
     """The trunks and the branches of files that ``stepagent inspect`` wrote, in their order.
 
-    ``pack_step_pairs(*load_branches("steps.jsonl"))`` packs them. Raises ValueError, naming file
-    and line, for what is no such record, a last line that is cut short included.
+    ``pack_step_pairs(*load_branches("steps.jsonl"))`` packs them.
+
+    Raises:
+        ValueError: naming file and line, for what is no such record, a last line that is cut short
+            included.
     """
     pairs = [pair for path in paths for pair in iterate_branches(path)]
     return [trunk for trunk, _ in pairs], [steps for _, steps in pairs]
 
 
 def iterate_branches(path: str | os.PathLike[str]) -> Iterator[tuple[Trunk, Steps]]:
-    """The pairs of :func:`load_branches` one at a time: a file may be larger than the memory."""
+    """The pairs of `load_branches` one at a time: a file may be larger than the memory."""
     for where, record in _records(Path(path)):
         try:
             yield Trunk(record["input_ids"], record["action_spans"]), _steps(record)
@@ -94,11 +97,15 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What to write: of these trajectories and their trunks, the branches that ``sample`` draws.
+class BranchWriter:
+    """Writes the branches that ``sample`` draws at the steps of trajectories.
 
-    sample: from trunks and the place of the first, their branches. decode: text of token ids.
-    run: all that the branches depend on, as JSON can hold it; a file holds one run.
+    Attributes:
+        trajectories: where the texts of the expert's actions come from.
+        trunks: the same trajectories as token ids.
+        sample: from trunks and the place of the first, their branches.
+        decode: text of token ids.
+        run: all that the branches depend on, as JSON can hold it; a file holds one run.
     """
 
     trajectories: Sequence[Trajectory]
@@ -111,7 +118,10 @@ class Inspection:
         """Write the records of ``chunks`` to ``path``, or what is missing of them.
 
         The suffix says the format: ``.parquet``, or else JSONL. A chunk is written when all of it
-        is sampled. Raises ValueError where ``path`` holds something else, which stays as it is.
+        is sampled.
+
+        Raises:
+            ValueError: where ``path`` holds something else, which stays as it is.
         """
         places = [place for chunk in chunks for place in chunk]
         if path.suffix != ".parquet":

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..evaluation.metrics import METRICS
 from ..records.episodes import Episode
-from .parting import Parting, partings
+from .divergence import Divergence, divergences
 from .runs import Run
 
 _BLOCK = 2_000_000  # characters of text in a block
@@ -45,12 +45,12 @@ class _Texts:
 def payload(runs: Sequence[Run]) -> tuple[dict[str, Any], list[str]]:
     """The index, and the blocks of steps in base64."""
     compared = [
-        (number, episode, parting)
+        (number, episode, divergence)
         for number, run in enumerate(runs)
-        for episode, parting in zip(run.episodes, partings(run, runs), strict=True)
+        for episode, divergence in zip(run.episodes, divergences(run, runs), strict=True)
     ]
     blocks, sizes = [], []
-    for packed, size in _blocks([(episode, parting) for _, episode, parting in compared]):
+    for packed, size in _blocks([(episode, divergence) for _, episode, divergence in compared]):
         blocks.append(packed)
         sizes.append(size)
     episodes = [episode for _, episode, _ in compared]
@@ -72,7 +72,7 @@ def _scale(rewards: Iterable[float | None]) -> float | None:
     return _short(float(np.quantile(sizes, 0.95))) if sizes else None
 
 
-def _columns(compared: Sequence[tuple[int, Episode, Parting | None]]) -> dict[str, list[Any]]:
+def _columns(compared: Sequence[tuple[int, Episode, Divergence | None]]) -> dict[str, list[Any]]:
     episodes = [episode for _, episode, _ in compared]
     return {
         "run": [number for number, _, _ in compared],
@@ -88,20 +88,20 @@ def _columns(compared: Sequence[tuple[int, Episode, Parting | None]]) -> dict[st
         },
         "steps": [len(episode.actions) for episode in episodes],  # of a crashed one, too
         # A step from 0; -1: the expert acts alike throughout; null: not known.
-        "parts": [
-            None if parting is None else -1 if parting.step is None else parting.step
-            for _, _, parting in compared
+        "first_divergence": [
+            None if divergence is None else -1 if divergence.step is None else divergence.step
+            for _, _, divergence in compared
         ],
     }
 
 
 def _blocks(
-    episodes: Sequence[tuple[Episode, Parting | None]],
+    episodes: Sequence[tuple[Episode, Divergence | None]],
 ) -> Iterator[tuple[str, int]]:
     """Each block in base64, and how many episodes it holds."""
     texts, held = _Texts(), []
-    for place, (episode, parting) in enumerate(episodes, start=1):
-        held.append(_steps(episode, parting, texts))
+    for place, (episode, divergence) in enumerate(episodes, start=1):
+        held.append(_steps(episode, divergence, texts))
         if texts.size >= _BLOCK or place == len(episodes):
             block = {"texts": list(texts.places), "episodes": held}
             packed = gzip.compress(_json(block).encode(), compresslevel=6, mtime=0)
@@ -109,7 +109,7 @@ def _blocks(
             texts, held = _Texts(), []
 
 
-def _steps(episode: Episode, parting: Parting | None, texts: _Texts) -> dict[str, Any]:
+def _steps(episode: Episode, divergence: Divergence | None, texts: _Texts) -> dict[str, Any]:
     """An episode's steps; what its record does not tell is left out."""
     found: dict[str, Any] = {
         "observations": texts.of(episode.observations),
@@ -122,9 +122,9 @@ def _steps(episode: Episode, parting: Parting | None, texts: _Texts) -> dict[str
         "progress": [_short(progress) for progress in episode.progress],
         "stepRewards": [_short(reward) for reward in episode.step_rewards],
     }
-    if parting is not None:
-        found["course"] = texts.of(parting.course)
-        found["pairs"] = [list(pair) for pair in parting.pairs]
+    if divergence is not None:
+        found["course"] = texts.of(divergence.course)
+        found["pairs"] = [list(pair) for pair in divergence.pairs]
     return {key: value for key, value in found.items() if value not in ([], None)}
 
 

@@ -39,7 +39,7 @@ from ..models import score_trees
 from ..ops import step_sums
 from ..report.demo import ExampleStep, ExampleTrajectory, write_demo_report
 from ..trees.tree import pack_step_pairs
-from .scratch import small_llama, word_tokenizer
+from .small_models import small_llama, word_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,8 +155,11 @@ def stage_options(settings: Settings, stage: str) -> dict[str, Any]:
 def run_demo(output: Path, settings: Settings, method: str = "implicit") -> dict[str, Any]:
     """Run the demo into ``output``, or finish it there; returns what ``metrics.json`` holds.
 
-    :param method: of `METHODS`; stages of the other that ``output`` has are reported beside it.
-    :raises ValueError: when ``output`` holds a run with other settings.
+    Args:
+        method: of `METHODS`; stages of the other that ``output`` has are reported beside it.
+
+    Raises:
+        ValueError: when ``output`` holds a run with other settings.
     """
     demo = _Demo(output, settings, method)
     metrics = demo.run()

@@ -43,7 +43,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report of :func:`diagnose` for a person."""
+    """The report of `diagnose` for a person."""
     machine, triton, core = report["torch"], report["triton"], report["core"]
     masks = report["tree_masks"].items()
     ops, extras = report["ops"].items(), report["extras"].items()

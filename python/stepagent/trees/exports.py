@@ -18,15 +18,24 @@ from .tree import TokenTree, on_host
 
 
 def tree_kwargs(tree: TokenTree, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a model's forward takes as ``tree_*`` from TRL 1.16's tree attention (``tree_fa3``) and
-    from tree-recurrence 0.1, which lets recurrent layers follow a tree.
+    """A tree as the ``tree_*`` arguments of a model's forward.
 
-    tree_cu_seqlens_q (S + 1,) int32: segment s is the tokens [s], [s + 1] of the row.
-    tree_kv_index (K,) int64: the tokens of all paths; tree_cu_seqlens_k (S + 1,) int32: where each
-    begins. tree_max_seqlen_q, tree_max_seqlen_k: the longest. tree_segment_parents (S,) int32: the
-    segment it goes on from, -1 for none; tree_segment_depths (S,) int32: how many lie above it.
+    TRL 1.16's tree attention (``tree_fa3``) takes them, and so does tree-recurrence 0.1, which lets
+    recurrent layers follow a tree.
 
-    Raises ValueError where the paths hold more than 2³¹ - 1 tokens.
+    Args:
+        tree: the tree, in numpy or torch.
+        device: where the tensors go.
+
+    Returns:
+        ``tree_cu_seqlens_q`` (S + 1,) int32: segment s is the tokens [s], [s + 1] of the row.
+        ``tree_kv_index`` (K,) int64: the tokens of all paths; ``tree_cu_seqlens_k`` (S + 1,) int32:
+        where each begins. ``tree_max_seqlen_q``, ``tree_max_seqlen_k``: the longest.
+        ``tree_segment_parents`` (S,) int32: the segment it goes on from, -1 for none;
+        ``tree_segment_depths`` (S,) int32: how many lie above it.
+
+    Raises:
+        ValueError: where the paths hold more than 2³¹ - 1 tokens.
     """
     return _path_kwargs(on_host(tree.subtree_end), device)
 
@@ -54,13 +63,16 @@ def trl_row(tree: TokenTree) -> dict[str, torch.Tensor]:
     """The tree as one packed row of TRL 1.16's AsyncGRPO, whose collator pads and stacks such rows.
 
     TRL predicts one label per position, so the row forks one token before the tree does: a token
-    with several children is repeated before each. N' tokens, M = N terms of the loss:
+    with several children is repeated before each.
 
-    input_ids, position_ids (N',); shift_labels (N',), -100 where nothing is scored; tree_kv_index,
-    tree_cu_seqlens_q, tree_cu_seqlens_k as in `tree_kwargs`; tree_max_seqlens (2,), of segments and
-    of paths; token_index (M,), the position that predicts each scored token; segment_id (M,), which
-    of the row's samples it is from, counted from 0 in the order of step_trunk; and the tree's
-    extras (M,) under their own names: TRL needs ``old_log_probs`` and ``advantages``.
+    Returns:
+        For N' tokens and M = N terms of the loss: ``input_ids``, ``position_ids`` (N',);
+        ``shift_labels`` (N',), -100 where nothing is scored; ``tree_kv_index``,
+        ``tree_cu_seqlens_q``, ``tree_cu_seqlens_k`` as in `tree_kwargs`; ``tree_max_seqlens`` (2,),
+        of segments and of paths; ``token_index`` (M,), the position that predicts each scored
+        token; ``segment_id`` (M,), which of the row's samples it is from, counted from 0 in the
+        order of step_trunk; and the tree's extras (M,) under their own names: TRL needs
+        ``old_log_probs`` and ``advantages``.
     """
     arrays = {name: on_host(getattr(tree, name)) for name in _LAYOUT}
     forked = _core.fork_early(**arrays)

@@ -17,45 +17,60 @@ LARGEST_EXACT = 2**53  # above, float64 does not count every integer
 def pack_bins(lengths: ArrayLike, capacity: int) -> list[list[int]]:
     """Pack items into bins of at most `capacity`: best-fit decreasing, O(n log n).
 
-    lengths: (n,) integers in [1, capacity]. The longest item first, each into the fullest bin that
-    still takes it: at most 11/9 of the least possible number of bins, plus 4 (Johnson 1974).
+    The longest item first, each into the fullest bin that still takes it: at most 11/9 of the least
+    possible number of bins, plus 4 (Johnson 1974). The same lengths give the same bins.
 
-    Returns the items of each bin, bins in the order in which they were opened, items as they came
-    in. The same lengths give the same bins. Raises ValueError for a length outside [1, capacity]
-    and TypeError where lengths or capacity are not integers.
+    Args:
+        lengths: (n,) integers in [1, capacity].
+        capacity: at least 1.
+
+    Returns:
+        The items of each bin, bins in the order in which they were opened, items as they came in.
+
+    Raises:
+        ValueError: for a length outside [1, capacity].
+        TypeError: where lengths or capacity are not integers.
     """
     array = _numbers("lengths", lengths)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"lengths has dtype {array.dtype}; it must hold integers")
+        raise TypeError(f"lengths must hold integers, got dtype {array.dtype}")
     capacity = _integer("capacity", capacity)
     if capacity < 1:
-        raise ValueError(f"capacity is {capacity}; it must be at least 1")
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
     for i in np.flatnonzero(array > capacity)[:1]:  # before uint64 ones become int64
-        raise ValueError(f"lengths[{i}] is {array[i]}; it must lie in [1, capacity={capacity}]")
+        raise ValueError(f"lengths[{i}] must lie in [1, capacity={capacity}], got {array[i]}")
     return _lists(*_core.pack_bins(array.astype(np.int64), min(capacity, np.iinfo(np.int64).max)))
 
 
 def balance(costs: ArrayLike, parts: int, *, equal_size: bool = False) -> list[list[int]]:
-    """Divide items over `parts`, of costs as equal as can be: Karmarkar and Karp's largest
-    differencing method (1982), k-way, O(n k log k) at most.
+    """Divide items over parts of about equal cost.
 
-    costs: (n,) ≥ 0, n ≥ parts, finite as their sum in float64 must be. With equal_size, parts hold
-    the same number of items, or one less where `parts` does not divide n.
+    Karmarkar and Karp's largest differencing method (1982), k-way, O(n k log k) at most. The same
+    costs give the same parts: among equal sums the part with more items counts as the larger, then
+    that with the higher first item.
 
-    Returns the items of each part, ascending, the part of the largest cost first; none is empty.
-    The same costs give the same parts: among equal sums the part with more items counts as the
-    larger, then that with the higher first item. Raises ValueError for costs or parts that break a
-    rule above and for integers above 2⁵³; TypeError for other dtypes.
+    Args:
+        costs: (n,) ≥ 0, n ≥ parts, finite as their sum in float64 must be.
+        parts: how many, at least 1.
+        equal_size: parts hold the same number of items, or one less where ``parts`` does not
+            divide n.
+
+    Returns:
+        The items of each part, ascending, the part of the largest cost first; none is empty.
+
+    Raises:
+        ValueError: for costs or parts that break a rule above, and for integers above 2⁵³.
+        TypeError: for other dtypes.
     """
     array = _numbers("costs", costs)
     if array.dtype.kind not in "iuf" and array.size:
-        raise TypeError(f"costs has dtype {array.dtype}; it must hold numbers")
+        raise TypeError(f"costs must hold numbers, got dtype {array.dtype}")
     if array.dtype.kind in "iu":
         for i in np.flatnonzero(array > LARGEST_EXACT)[:1]:
-            raise ValueError(f"costs[{i}] is {array[i]}; integers are exact up to {LARGEST_EXACT}")
+            raise ValueError(f"costs[{i}] must be at most {LARGEST_EXACT}, got {array[i]}")
     parts = _integer("parts", parts)
     if parts < 1:
-        raise ValueError(f"parts is {parts}; it must be at least 1")
+        raise ValueError(f"parts must be at least 1, got {parts}")
     return _lists(*_core.balance(array.astype(np.float64), parts, equal_size))
 
 
@@ -73,14 +88,22 @@ def train_flops(lengths: ArrayLike, config: Any) -> NDArray[np.float64]:
     attention that is a L + b L². In mixtures of experts i counts num_experts_per_tok times. The
     head is left out: it runs on scored rows alone; so are norms, embeddings and routers.
 
-    config: a transformers configuration of a decoder. Raises ValueError for layers that are not
-    attention, for multi-head latent attention, and for lengths below 0.
+    Args:
+        lengths: (n,) integers ≥ 0.
+        config: a transformers configuration of a decoder.
+
+    Returns:
+        (n,) float64.
+
+    Raises:
+        ValueError: for layers that are not attention, for multi-head latent attention, and for
+            lengths below 0.
     """
     array = _numbers("lengths", lengths)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"lengths has dtype {array.dtype}; it must hold integers")
+        raise TypeError(f"lengths must hold integers, got dtype {array.dtype}")
     for i in np.flatnonzero(array < 0)[:1]:
-        raise ValueError(f"lengths[{i}] is {array[i]}; it must be at least 0")
+        raise ValueError(f"lengths[{i}] must be at least 0, got {array[i]}")
     config = config.get_text_config()
     _check_countable(config)
     heads = config.num_attention_heads
@@ -124,7 +147,7 @@ def _windows(config: Any) -> list[int | None]:
 def _numbers(name: str, values: ArrayLike) -> NDArray[Any]:
     array = np.asarray(values)
     if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; it must be one-dimensional")
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     return array
 
 
@@ -132,7 +155,7 @@ def _integer(name: str, value: int) -> int:
     try:
         return index(value)
     except TypeError:
-        raise TypeError(f"{name} is {value!r}; it must be an integer") from None
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _lists(items: NDArray[np.int64], offsets: NDArray[np.int64]) -> list[list[int]]:

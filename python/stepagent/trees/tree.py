@@ -52,14 +52,22 @@ class Sample(Protocol):
 class TokenTree:
     """One packed tree: L tokens, N scored tokens, S steps (a step is one action, tried or own).
 
-    All arrays are int32: numpy as packed, torch after ``to``. Tokens, in depth-first pre-order:
-    input_ids (L,); position_ids (L,), the depth in the token's own trajectory; subtree_end (L,),
-    the index after the token's last descendant. Scored tokens: ``hidden[label_rows[n]]`` predicts
-    ``labels[n]``, both (N,); the row is that of the token's parent, so siblings share one. Steps:
-    the tokens ``step_offsets[s]:step_offsets[s + 1]``, (S + 1,), are those of the action
-    step_branch[s] (0: the trunk's own, 1..: the branches) at step step_index[s] of trunk
-    step_trunk[s], each (S,). extras: what else was given per token, by name, for the scored tokens,
-    each (N,) in its own dtype.
+    All arrays are int32: numpy as packed, torch after ``to``. Tokens are in depth-first pre-order.
+
+    Attributes:
+        input_ids: (L,) the tokens.
+        position_ids: (L,) the depth in the token's own trajectory.
+        subtree_end: (L,) the index after the token's last descendant.
+        labels: (N,) the scored tokens.
+        label_rows: (N,) ``hidden[label_rows[n]]`` predicts ``labels[n]``: the row of the token's
+            parent, so siblings share one.
+        step_offsets: (S + 1,) the scored tokens of step s are
+            ``step_offsets[s]:step_offsets[s + 1]``.
+        step_trunk: (S,) the trunk, or the sequence, that the step is of.
+        step_index: (S,) which step of the trunk.
+        step_branch: (S,) which action there, 0: the trunk's own, 1..: the branches.
+        extras: what else was given per token, by name, for the scored tokens, each (N,) in its own
+            dtype.
     """
 
     input_ids: Array
@@ -76,14 +84,19 @@ class TokenTree:
     def state_rows(self) -> NDArray[np.int64]:
         """(S,) the row of the last token of the state that each step's action was taken in.
 
-        Raises ValueError for a step without tokens.
+        Raises:
+            ValueError: for a step without tokens.
         """
         first_S, _ = self._scored_tokens()
         rows_S: NDArray[np.int64] = on_host(self.label_rows)[first_S].astype(np.int64)
         return rows_S
 
     def action_rows(self) -> NDArray[np.int64]:
-        """(S,) the row of the last token of each step's action. Raises as `state_rows`."""
+        """(S,) the row of the last token of each step's action.
+
+        Raises:
+            ValueError: for a step without tokens.
+        """
         last_S = self._scored_tokens()[1]
         ids, depths = (on_host(a).astype(np.int64) for a in (self.input_ids, self.position_ids))
         parents, width = parent_rows(depths), int(ids.max()) + 1
@@ -98,7 +111,7 @@ class TokenTree:
         """The first and the last scored token of each step."""
         offsets = on_host(self.step_offsets).astype(np.int64)
         for s in np.flatnonzero(np.diff(offsets) == 0)[:1]:
-            raise ValueError(f"step {s} has no tokens; an action needs at least one")
+            raise ValueError(f"step {s} must have at least one token, got none")
         return offsets[:-1], offsets[1:] - 1
 
     def attention_mask(
@@ -108,15 +121,21 @@ class TokenTree:
         *,
         window: int | None = None,
     ) -> torch.Tensor:
-        """The dense mask, (1, 1, L, L), [0, 0, q, k]: k ≤ q < subtree_end[k].
+        """The dense mask, (1, 1, L, L), at 0, 0, q, k: k ≤ q < subtree_end[k].
 
-        ``torch.bool``: True where q sees k. A floating dtype: 0 there, the dtype's minimum
-        elsewhere, to be added to the scores. device: where the tree is, unless given. With
-        window ≥ 1, k must also lie less than that many positions back, as in sliding-window layers.
-        Raises TypeError for another dtype and ValueError for window < 1.
+        Args:
+            dtype: ``torch.bool``: True where q sees k. A floating dtype: 0 there, the dtype's
+                minimum elsewhere, to be added to the scores.
+            device: where the mask goes; None: where the tree is.
+            window: at least 1: k must also lie less than that many positions back, as in
+                sliding-window layers.
+
+        Raises:
+            TypeError: for another dtype.
+            ValueError: for window < 1.
         """
         if dtype != torch.bool and not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; a mask is torch.bool or floating point")
+            raise TypeError(f"dtype must be torch.bool or floating point, got {dtype}")
         _check_window(window)
         ends = torch.as_tensor(self.subtree_end, device=device)
         if ends.device.type == "cpu":
@@ -135,6 +154,10 @@ class TokenTree:
 
         Equal to ``create_block_mask`` on the rule, which evaluates all L² entries: here the pairs
         that see each other are counted per block from where subtrees, and windows, begin and end.
+
+        Args:
+            device: where the mask goes.
+            window: as in `attention_mask`.
         """
         _check_window(window)
         ends = on_host(self.subtree_end)
@@ -159,8 +182,14 @@ class TokenTree:
     ) -> dict[str, torch.Tensor]:
         """`attention_mask` per layer type, as transformers takes it from models that mix them.
 
-        config: a transformers configuration with ``layer_types``. Raises ValueError where it has
-        none, or has layers that are neither full nor sliding-window attention.
+        Args:
+            config: a transformers configuration with ``layer_types``.
+            dtype: as in `attention_mask`.
+            device: as in `attention_mask`.
+
+        Raises:
+            ValueError: where the configuration has no ``layer_types``, or has layers that are
+                neither full nor sliding-window attention.
         """
         windows = layer_windows(config)
         return {kind: self.attention_mask(dtype, device, window=windows[kind]) for kind in windows}
@@ -215,7 +244,7 @@ def layer_windows(config: Any) -> dict[str, int | None]:
 
 def _check_window(window: int | None) -> None:
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1: a token sees itself")
+        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
 
 
 def parent_rows(depths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -273,17 +302,23 @@ def pack_step_pairs(
 ) -> list[TokenTree]:
     """Pack trajectories and the actions tried at their steps into token trees.
 
-    branches[i][t] lists the actions tried at step t of trunks[i]: token ids ≥ 0 as a list, a numpy
-    or torch array (int32 or int64), or an object with such ``token_ids``. A branch equal to the
-    trunk's own action, or to an earlier branch of its step, adds no token but stays a step; an
-    empty branch is a step without labels. Steps are ordered by trunk, step, branch.
+    A branch equal to the trunk's own action, or to an earlier branch of its step, adds no token but
+    stays a step; an empty branch is a step without labels. Steps are ordered by trunk, step,
+    branch. Trunks fill one tree after the other, in order; a trunk with its branches is never
+    split.
 
-    Trunks fill one tree after the other, in order, each up to max_tokens; None means one tree. A
-    trunk with its branches is never split.
+    Args:
+        trunks: the trajectories.
+        branches: ``branches[i][t]`` lists the actions tried at step t of ``trunks[i]``: token ids
+            ≥ 0 as a list, a numpy or torch array (int32 or int64), or an object with such
+            ``token_ids``.
+        max_tokens: each tree has at most so many; None: one tree for all.
 
-    Raises ValueError where branches do not match trunks and steps, an id lies outside [0, 2³¹), a
-    branch is not one-dimensional, a trunk with its branches exceeds max_tokens, or a tree 2³¹ - 1;
-    TypeError where a trunk is not a Trunk or a branch holds no integers.
+    Raises:
+        ValueError: where branches do not match trunks and steps, an id lies outside [0, 2³¹), a
+            branch is not one-dimensional, a trunk with its branches exceeds max_tokens, or a tree
+            2³¹ - 1.
+        TypeError: where a trunk is not a Trunk or a branch holds no integers.
     """
     limit = _check_max_tokens(max_tokens)
     _check_structure(trunks, branches)
@@ -313,21 +348,27 @@ def pack_sequences(
 ) -> list[TokenTree]:
     """Pack any sequences into token trees: their prefix tree, every shared beginning once.
 
-    sequences[i]: token ids ≥ 0 as a list, a numpy or torch array (int32 or int64), at least one.
-    action_masks[i]: as long, True where the token is scored; booleans, or 0 and 1. The first token
-    cannot be: no row predicts it. extras[name][i]: as long, numbers to be carried to the scored
-    tokens (rollout log-probs, advantages, rewards): they become ``tree.extras[name]`` (N,).
-
     step_trunk is the sequence, step_index the run of True in its mask, step_branch 0; steps are
     ordered by sequence and run. A token that sequences share stays scored once for each of them.
     Children follow each other in the order in which sequences first lead to them.
 
-    Sequences that begin with one token are a block, which is never split; blocks fill one tree
-    after the other, in order of first appearance, each up to max_tokens; None means one tree.
+    Sequences that begin with the same token are a block, which is never split; blocks fill one tree
+    after the other, in order of first appearance.
 
-    Raises ValueError where lengths differ, a sequence is empty, an id lies outside [0, 2³¹), a mask
-    holds something else than 0 and 1 or scores a first token, a block exceeds max_tokens, or a tree
-    2³¹ - 1; TypeError for other dtypes.
+    Args:
+        sequences: each of at least one token id ≥ 0, as a list, a numpy or torch array (int32 or
+            int64).
+        action_masks: each as long as its sequence, True where the token is scored; booleans, or 0
+            and 1. The first token cannot be: no row predicts it.
+        max_tokens: each tree has at most so many; None: one tree for all.
+        extras: ``extras[name][i]`` as long as ``sequences[i]``, numbers to be carried to the scored
+            tokens (rollout log-probs, advantages, rewards): they become ``tree.extras[name]`` (N,).
+
+    Raises:
+        ValueError: where lengths differ, a sequence is empty, an id lies outside [0, 2³¹), a mask
+            holds something else than 0 and 1 or scores a first token, a block exceeds max_tokens,
+            or a tree 2³¹ - 1.
+        TypeError: for other dtypes.
     """
     limit = _check_max_tokens(max_tokens)
     ids = _each(_as_ids, sequences, lambda i: f"sequences[{i}]")
@@ -359,9 +400,9 @@ def _check_max_tokens(max_tokens: int | None) -> int | None:
     try:
         limit = index(max_tokens)
     except TypeError:
-        raise TypeError(f"max_tokens is {max_tokens!r}; it must be an integer or None") from None
+        raise TypeError(f"max_tokens must be an integer or None, got {max_tokens!r}") from None
     if limit < 1:
-        raise ValueError(f"max_tokens is {limit}; it must be at least 1")
+        raise ValueError(f"max_tokens must be at least 1, got {limit}")
     return min(limit, INT32_MAX)  # what a tree's indices can count
 
 
@@ -369,14 +410,16 @@ def _check_structure(
     trunks: Sequence[Trunk], branches: Sequence[Sequence[Sequence[ArrayLike | Sample]]]
 ) -> None:
     if len(branches) != len(trunks):
-        raise ValueError(f"branches has {len(branches)} entries for {len(trunks)} trunks")
+        raise ValueError(
+            f"branches must have {len(trunks)} entries, one a trunk, got {len(branches)}"
+        )
     for i, (trunk, steps) in enumerate(zip(trunks, branches, strict=True)):
         if not isinstance(trunk, Trunk):
-            raise TypeError(f"trunks[{i}] is a {type(trunk).__name__}; it must be a Trunk")
+            raise TypeError(f"trunks[{i}] must be a Trunk, got a {type(trunk).__name__}")
         if len(steps) != len(trunk.action_spans):
             raise ValueError(
-                f"branches[{i}] has {len(steps)} entries, but trunks[{i}] has "
-                f"{len(trunk.action_spans)} steps"
+                f"branches[{i}] must have {len(trunk.action_spans)} entries, one a step of "
+                f"trunks[{i}], got {len(steps)}"
             )
 
 
@@ -410,9 +453,9 @@ def _as_array(values: Any, of: str) -> NDArray[Any]:
         held = isinstance(values, torch.Tensor)
         array = values.numpy(force=True) if held else np.asarray(values)
     except (TypeError, ValueError):  # a bfloat16 tensor, a ragged list
-        raise TypeError(f"is not an array of {of}") from None
+        raise TypeError(f"must be an array of {of}") from None
     if array.ndim != 1:
-        raise ValueError(f"has shape {array.shape}; it must be one-dimensional")
+        raise ValueError(f"must be one-dimensional, got shape {array.shape}")
     return array
 
 
@@ -424,7 +467,7 @@ def _as_ids(values: Any) -> NDArray[Any]:
     if not array.size:  # an empty list converts to float64
         return np.empty(0, np.int32)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"has dtype {array.dtype}; token ids are integers")
+        raise TypeError(f"must hold integers, got dtype {array.dtype}")
     return array.astype(np.uint64 if array.dtype.kind == "u" else np.int64)
 
 
@@ -432,26 +475,28 @@ def _as_mask(values: Any) -> NDArray[np.uint8]:
     array = _as_array(values, "booleans")
     if array.dtype.kind in "iu":
         for p in np.flatnonzero((array != 0) & (array != 1))[:1]:
-            raise ValueError(f"is {array[p]} at {p}; a mask holds 0 and 1")
+            raise ValueError(f"must hold 0 and 1 only, got {array[p]} at {p}")
     elif array.dtype != bool and array.size:
-        raise TypeError(f"has dtype {array.dtype}; a mask is boolean, or 0 and 1")
+        raise TypeError(f"must be boolean, or hold 0 and 1, got dtype {array.dtype}")
     return np.ascontiguousarray(array, dtype=bool).view(np.uint8)
 
 
 def _extra_arrays(name: str, values: Sequence[Any], ids: list[NDArray[Any]]) -> list[NDArray[Any]]:
     """One array of numbers per sequence, as long as it, all of one dtype."""
     if len(values) != len(ids):
-        raise ValueError(f"{name} has {len(values)} entries for {len(ids)} sequences")
+        raise ValueError(f"{name} must have {len(ids)} entries, one a sequence, got {len(values)}")
     arrays = _each(lambda value: _as_array(value, "numbers"), values, lambda i: f"{name}[{i}]")
     for i, array in enumerate(arrays):
         if len(array) != len(ids[i]):
             raise ValueError(
-                f"{name}[{i}] has {len(array)} entries, but sequences[{i}] has {len(ids[i])} tokens"
+                f"{name}[{i}] must have {len(ids[i])} entries, one a token of sequences[{i}], "
+                f"got {len(array)}"
             )
         if array.dtype.kind not in "biuf":
-            raise TypeError(f"{name}[{i}] has dtype {array.dtype}; extras are numbers")
+            raise TypeError(f"{name}[{i}] must hold numbers, got dtype {array.dtype}")
         if array.dtype != arrays[0].dtype:
             raise TypeError(
-                f"{name}[{i}] has dtype {array.dtype}, but {name}[0] has {arrays[0].dtype}"
+                f"{name}[{i}] must have the dtype of {name}[0], {arrays[0].dtype}, "
+                f"got {array.dtype}"
             )
     return arrays

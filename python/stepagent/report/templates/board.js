@@ -49,7 +49,7 @@ const columns = [
   { key: "progress", title: "Progress", ...measure("progress_rate", percent) },
   { key: "grounding", title: "Valid", ...measure("grounding_accuracy", percent) },
   { key: "steps", title: "Steps", ...measure("steps", String) },
-  { key: "parts", title: "Parts at", ...measure("parts", (t) => (t < 0 ? "never" : String(t + 1))) },
+  { key: "first_divergence", title: "Differs at", ...measure("first_divergence", (t) => (t < 0 ? "never" : String(t + 1))) },
 ].filter(({ key, value, number }) => { // without those that tell nothing, or the same everywhere
   const values = new Set(Array.from({ length: count }, (_, i) => value(i)));
   return key === "run" || key === "outcome" || (number ? !(values.size === 1 && values.has(null)) : values.size > 1);
@@ -193,9 +193,9 @@ async function unfold(tr) {
 function episode(i, steps) {
   const notes = [`${visible(index.environment[i] ?? "")}, seed ${index.seed[i]}.`];
   if (index.crashed[i] !== null) notes.push(`Crashed: ${visible(index.crashed[i])}.`);
-  const parts = index.parts[i];
-  if (parts === -1) notes.push("The expert acts alike throughout.");
-  if (parts !== null && parts >= 0) notes.push(`Parts from the expert at step ${parts + 1}.`);
+  const differs = index.first_divergence[i];
+  if (differs === -1) notes.push("The expert acts alike throughout.");
+  if (differs !== null && differs >= 0) notes.push(`First differs from the expert at step ${differs + 1}.`);
   const made = [element("p", { class: "quiet" }, notes.join(" "))];
   const table = stepTable(i, steps);
   const strip = stepStrip(steps);
@@ -228,7 +228,7 @@ function coloured(tag, value, scale, ...children) {
 
 function stepTable(i, steps) {
   const answered = steps.experts.length > 0;
-  const parts = index.parts[i];
+  const differs = index.first_divergence[i];
   const cells = [
     ["Observation", (t) => observation(steps.observations[t])],
     ["Action", (t) => action(steps, t)],
@@ -245,9 +245,9 @@ function stepTable(i, steps) {
     element("th", { role: "rowheader", scope: "row" }, String(t + 1)),
     ...cells.map(([title, cell]) =>
       element("td", { role: "cell", class: kind(title), "data-label": title }, cell(t)))));
-  if (parts !== null && parts >= 0) {
-    const said = element("td", { role: "cell", colspan: head.length }, parting(steps, parts));
-    rows.splice(parts, 0, element("tr", { role: "row", class: "parting" }, said));
+  if (differs !== null && differs >= 0) {
+    const said = element("td", { role: "cell", colspan: head.length }, divergence(steps, differs));
+    rows.splice(differs, 0, element("tr", { role: "row", class: "divergence" }, said));
   }
   return element("table", { role: "table", class: "steps cards" },
     element("caption", { class: "unseen" }, "Steps of the episode"),
@@ -296,7 +296,7 @@ function reward(value, scale) {
   return value === null ? "n/a" : coloured("span", value, scale, signed(value));
 }
 
-function parting(steps, t) {
+function divergence(steps, t) {
   if (t >= steps.actions.length) return "The agent’s episode ended here; the expert’s went on.";
   const expert = steps.course.length > 0 ? steps.course[t] : steps.experts[t];
   if (expert === undefined) return "The expert’s episode was over here.";

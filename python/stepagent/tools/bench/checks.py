@@ -67,7 +67,8 @@ class Check:
     def errors(self, call: Callable[..., Tensor]) -> Errors:
         """Of a provider's call.
 
-        :raises Exception: what the call raises.
+        Raises:
+            Exception: what the call raises.
         """
         values, gradients = run(self.problem, call, self.upstream)
         sampled = {name: self._sampled(name, gradient) for name, gradient in gradients.items()}

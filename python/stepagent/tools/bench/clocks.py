@@ -41,8 +41,9 @@ def measure(
 ) -> dict[str, Times | Exception]:
     """Times of each call, or how it failed. The calls take turns, after a run each to warm up.
 
-    :param probe: takes its turns with them, so that it meets the same heat and the same neighbours.
-    :param budget_s: for each call; at least three repetitions are made, and at most 50.
+    Args:
+        probe: takes its turns with them, so that it meets the same heat and the same neighbours.
+        budget_s: for each call; at least three repetitions are made, and at most 50.
     """
     clock: Any = _CudaClock() if problem.upstream.is_cuda else _CpuClock()
     turns = {name: _Turns(problem, call, clock, budget_s) for name, call in calls.items()}

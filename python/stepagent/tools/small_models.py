@@ -1,4 +1,4 @@
-"""A tokenizer and a model from scratch, for where no weights can be downloaded."""
+"""A word-level tokenizer and an untrained small Llama, for where no weights can be downloaded."""
 
 from __future__ import annotations
 

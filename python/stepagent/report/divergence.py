@@ -1,4 +1,4 @@
-"""Where an agent's actions and the expert's first part."""
+"""Where the actions of an agent first differ from those of the expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .runs import Run
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """How an episode compares with the expert.
 
     step: the first at which the two act differently, or only one acts; None where none is.
@@ -25,7 +25,7 @@ class Parting:
     pairs: Sequence[tuple[int, int]] = ()
 
 
-def partings(run: Run, runs: Sequence[Run]) -> list[Parting | None]:
+def divergences(run: Run, runs: Sequence[Run]) -> list[Divergence | None]:
     """One for each episode of ``run``: None where the expert's actions are not known.
 
     The expert's own episode on the same seed is taken where it is among ``runs``, else the answers
@@ -34,20 +34,20 @@ def partings(run: Run, runs: Sequence[Run]) -> list[Parting | None]:
     if run.expert:
         return [None] * len(run.episodes)
     courses = {p: e for other in runs if other.expert for p, e in other.by_place().items()}
-    return [_parting(e, courses.get((e.environment, e.split, e.seed))) for e in run.episodes]
+    return [_divergence(e, courses.get((e.environment, e.split, e.seed))) for e in run.episodes]
 
 
-def _parting(episode: Episode, expert: Episode | None) -> Parting | None:
+def _divergence(episode: Episode, expert: Episode | None) -> Divergence | None:
     if expert is not None:
         return _compared(expert.actions, episode.actions)
     if not any(answer is not None for answer in episode.expert_actions):
         return None
     answers = zip(episode.expert_actions, episode.actions, strict=True)
     differing = (t for t, (answer, action) in enumerate(answers) if answer not in (None, action))
-    return Parting(next(differing, None))
+    return Divergence(next(differing, None))
 
 
-def _compared(expert: Sequence[str], agent: Sequence[str]) -> Parting:
+def _compared(expert: Sequence[str], agent: Sequence[str]) -> Divergence:
     """Side by side while the two act alike, and so are in the same state; from there, aligned."""
     step = align_steps(expert, agent).first_divergence
     alike = len(agent) if step is None else step
@@ -55,4 +55,4 @@ def _compared(expert: Sequence[str], agent: Sequence[str]) -> Parting:
     assert rest is not None  # without a cutoff there always are
     pairs = [(t, t) for t in range(alike)]
     pairs += [(alike + int(i), alike + int(j)) for i, j in rest]
-    return Parting(step, expert, pairs)
+    return Divergence(step, expert, pairs)

@@ -15,37 +15,72 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
+from .messages import ROLES as ROLES
+from .messages import is_step, normalize
+from .strict_json import parse
+
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+# Arguments of apply_chat_template that are no template's own.
+_RESERVED = frozenset(
+    (
+        *("add_generation_prompt", "continue_final_message", "conversation", "documents"),
+        *("chat_template", "max_length", "messages", "padding", "return_assistant_tokens_mask"),
+        *("return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    )
+)
 
 
 @dataclass
 class Trajectory:
-    """A conversation between an agent and its environment; a step is an assistant message.
+    """A conversation between an agent and its environment; a step is a scored assistant message.
 
-    messages: non-empty list of dicts, each with ``role`` (system, user, assistant or tool) and
-    ``content`` (str), at least one of them the assistant's; other keys are kept. reward: finite
-    or None. id: str or None. meta: anything else, JSON to be saved.
-    Raises TypeError or ValueError, naming the message and the rule.
+    Args:
+        messages: Non-empty list of dicts with ``role`` (system, developer, user, assistant or
+            tool) and ``content``. Kept in one form: content a str (lists of text parts are
+            joined; "" for an assistant that only calls or thinks), thoughts in
+            ``reasoning_content``, calls in OpenAI's ``tool_calls`` with arguments as dicts, and
+            ``loss`` False in an assistant's message that is state only. Other keys are kept.
+        reward: Finite or None.
+        id: Or None.
+        meta: Anything else, JSON to be saved.
+        tools: What the agent could call, in the form ``apply_chat_template`` takes; or None.
+        chat_template_kwargs: For the chat template, as ``{"enable_thinking": False}``.
+
+    Raises:
+        TypeError, ValueError: Naming the message and the rule.
     """
 
     messages: list[dict[str, Any]]
     reward: float | None = None
     id: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_messages(self.messages)
+        self.messages = _checked_messages(self.messages)
         self.reward = _finite_reward(self.reward)
         if not isinstance(self.id, str | None):
             raise TypeError(f"id is {self.id!r}; it must be a str or None")
-        if not isinstance(self.meta, dict):
-            raise TypeError(f"meta is {self.meta!r}; it must be a dict")
+        for name in ("meta", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} is {value!r}; it must be a dict")
+        for name in sorted(_RESERVED & self.chat_template_kwargs.keys()):
+            raise ValueError(f"chat_template_kwargs has {name!r}, which must not be given there")
+        _check_tools(self.tools)
 
     @property
     def num_steps(self) -> int:
-        """The number of assistant messages, at least 1."""
-        return sum(message["role"] == "assistant" for message in self.messages)
+        """The number of assistant messages that are scored, at least 1."""
+        return len(self.step_indices)
+
+    @property
+    def step_indices(self) -> list[int]:
+        """Where in ``messages`` the scored ones are, ascending."""
+        return [index for index, message in enumerate(self.messages) if is_step(message)]
 
 
 def load_trajectories(path: str | os.PathLike[str]) -> list[Trajectory]:
@@ -89,30 +124,29 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Iterable[Traje
         temporary.unlink(missing_ok=True)
 
 
-def _check_messages(messages: Any) -> None:
+def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
         raise TypeError(f"messages is a {type(messages).__name__}; it must be a list of dicts")
-    for index, message in enumerate(messages):
-        _check_message(f"messages[{index}]", message)
-    if not any(message["role"] == "assistant" for message in messages):
+    checked = [normalize(f"messages[{index}]", message) for index, message in enumerate(messages)]
+    if not any(message["role"] == "assistant" for message in checked):
         raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
+    if not any(map(is_step, checked)):
+        raise ValueError("every assistant message has a loss flag that says no; one must be scored")
+    return checked
 
 
-def _check_message(name: str, message: Any) -> None:
-    if not isinstance(message, dict):
-        raise TypeError(f"{name} is a {type(message).__name__}; it must be a dict")
-    for key in ("role", "content"):
-        if key not in message:
-            raise ValueError(f"{name} has no {key!r}")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise ValueError(f"{name} has role {role!r}; allowed: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise TypeError(f"{name} has content of type {type(content).__name__}; it must be a str")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which no tokenizer can read
-        raise ValueError(f"{name} has content that is not valid Unicode: {error}") from error
+def _check_tools(tools: Any) -> None:
+    if tools is None:
+        return
+    if not isinstance(tools, list) or not tools:
+        raise TypeError(f"tools is {tools!r}; it must be a non-empty list of dicts, or None")
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"tools[{index}] is {tool!r}; it must be a dict with 'type': 'function' and a "
+                "'function' that has a name"
+            )
 
 
 def _finite_reward(reward: Any) -> float | None:
@@ -155,16 +189,12 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parse(path: Path, text: str, first_line: int = 1) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return parse(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}:{line}: column {error.colno}: {error.msg}") from error
     except ValueError as error:
         raise ValueError(f"{path}:{first_line}: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _from_record(record: Any) -> Trajectory:

@@ -34,7 +34,7 @@ from .data.alignment import (
 )
 from .data.branch import Branch
 from .data.encoding import Trunk, encode
-from .data.trajectory import Trajectory, load_trajectories, save_trajectories
+from .data.trajectory import Trajectory, as_trajectory, load_trajectories, save_trajectories
 from .learning.advantages import (
     gigpo,
     group_relative,
@@ -80,6 +80,7 @@ __all__ = [
     "Trunk",
     "align_steps",
     "align_tokens",
+    "as_trajectory",
     "balance",
     "char_spans",
     "check_tree_support",

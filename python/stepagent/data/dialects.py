@@ -37,7 +37,7 @@ _MEDIA = "only text can be scored here"
 _REFUSED = {
     **dict.fromkeys(("chosen", "rejected", "rejected_conversations"), _PAIR),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-    "documents": "put what the agent read into a message",
+    "documents": "give it in chat_template_kwargs",
     "enable_thinking": "give it in chat_template_kwargs",
     "continue_final_message": "a turn without an end cannot be scored",
 }
@@ -129,7 +129,9 @@ def _prompt_completion(prompt: Any, completion: Any) -> list[Any]:
 
 def _turn(name: str, turn: Any) -> Any:
     """A turn as a message; one with a role is one already, and checked by `Trajectory`."""
-    if isinstance(turn, dict) and turn.get("from") is None and turn.get("role") is not None:
+    if isinstance(turn, dict) and turn.get("role") is not None:
+        if turn.get("from") is not None and turn.get("value") is not None:
+            raise ValueError(f"{name} has both 'from' and 'role'; it must have one of them")
         if turn["role"] in CALLERS:  # ms-swift's
             return _caller(name, {**turn, "role": "assistant"}, turn.get("content"))
         if turn["role"] in ("tool_response", "function_response", "observation"):
@@ -139,11 +141,10 @@ def _turn(name: str, turn: Any) -> Any:
         return turn
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise ValueError(f"{name} is {turn!r}; it must be an object with 'from' and 'value'")
-    rest = dict(turn)
+    rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
     speaker, value = rest.pop("from"), rest.pop("value")
-    if rest.get("role") is not None or rest.get("content") is not None:
-        raise ValueError(f"{name} has both 'from' and 'role'; it must have one of them")
-    rest.pop("role", None), rest.pop("content", None)
+    if turn.get("content") is not None:
+        raise ValueError(f"{name} has both 'value' and 'content'; it must have one of them")
     if speaker in CALLERS:
         return _caller(name, {"role": "assistant", **rest}, value)
     if speaker not in SPEAKERS:
@@ -196,7 +197,9 @@ def _apply_settings(messages: list[Any], rest: dict[str, Any]) -> list[Any]:
     history = rest.pop("mask_history", False)
     if not isinstance(history, bool):
         raise TypeError(f"mask_history is {history!r}; it must be true or false")
-    steps = [i for i, m in enumerate(messages) if isinstance(m, dict) and m["role"] == "assistant"]
+    steps = [
+        i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"
+    ]
     if not history or not steps:
         return messages
     earlier = set(steps[:-1])

@@ -12,6 +12,7 @@ passed over, is refused by its name.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from .strict_json import parse
@@ -227,6 +228,7 @@ def tool_call(name: str, call: Any) -> dict[str, Any]:
         arguments = {}
     if not isinstance(arguments, dict):
         raise TypeError(f"{name} arguments must be an object, got {arguments!r}")
+    _check_unicode(f"{name} has arguments", json.dumps(arguments, ensure_ascii=False))
     function = {**inner, "arguments": arguments}
     return {"type": "function", "function": function} | {
         key: value for key, value in outer.items() if key != "type"

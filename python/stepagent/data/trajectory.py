@@ -24,7 +24,7 @@ from .rows import Source, rows_of
 # Arguments of apply_chat_template that are no template's own.
 _RESERVED = frozenset(
     (
-        *("add_generation_prompt", "continue_final_message", "conversation", "documents"),
+        *("add_generation_prompt", "continue_final_message", "conversation"),
         *("chat_template", "max_length", "messages", "padding", "return_assistant_tokens_mask"),
         *("return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
     )
@@ -232,9 +232,12 @@ def _to_line(index: int, trajectory: Trajectory) -> str:
         raise TypeError(f"trajectories[{index}] is a {type(trajectory).__name__}, no Trajectory")
     try:
         line = json.dumps(vars(trajectory), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
+        same = json.loads(line) == vars(trajectory)
+    except (TypeError, ValueError) as error:
         raise type(error)(f"trajectories[{index}] is not JSON: {error}") from error
-    if json.loads(line) != vars(trajectory):
+    except RecursionError as error:
+        raise ValueError(f"trajectories[{index}] must be nested less deeply") from error
+    if not same:
         raise ValueError(
             f"trajectories[{index}] would come back changed: JSON has lists, not tuples, "
             "and only strings as keys"

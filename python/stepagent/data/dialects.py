@@ -197,13 +197,14 @@ def _apply_settings(messages: list[Any], rest: dict[str, Any]) -> list[Any]:
     history = rest.pop("mask_history", False)
     if not isinstance(history, bool):
         raise TypeError(f"mask_history is {history!r}; it must be true or false")
-    steps = [
-        i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"
-    ]
-    if not history or not steps:
+    said = [turn.get("role") if isinstance(turn, dict) else None for turn in messages]
+    if not history or "assistant" not in said:
         return messages
-    earlier = set(steps[:-1])
-    return [{**m, "loss": False} if i in earlier else m for i, m in enumerate(messages)]
+    last = len(said) - 1 - said[::-1].index("assistant")
+    return [
+        {**turn, "loss": False} if role == "assistant" and i < last else turn
+        for i, (role, turn) in enumerate(zip(said, messages, strict=True))
+    ]
 
 
 def _identity(id: Any) -> Any:

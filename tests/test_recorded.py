@@ -154,9 +154,7 @@ def test_what_a_rollout_records_is_what_is_trained(tmp_path):
     policy = ModelPolicy(tiny_agent(), tokenizer, max_new_tokens=4, eos_token_id=END)
     episodes = run_episodes("babyai:GoToLocalS6N2", policy, [3, 1, 4], max_steps=3)
     save_trajectories(tmp_path / "e.jsonl", [episode.trajectory() for episode in episodes])
-    for episode, trajectory in zip(
-        episodes, load_trajectories(tmp_path / "e.jsonl"), strict=True
-    ):
+    for episode, trajectory in zip(episodes, load_trajectories(tmp_path / "e.jsonl"), strict=True):
         trunk = encode(trajectory, tokenizer)
         assert np.array_equal(trunk.input_ids, episode.trunk.input_ids)
         assert np.array_equal(trunk.action_spans, episode.trunk.action_spans)

@@ -55,7 +55,7 @@ def test_deep_nesting_is_an_error_that_says_so(tmp_path, deep):
 
 
 def test_what_is_read_though_nested_deeply_is_saved_or_an_error(tmp_path):
-    deep = "[" * 900 + "]" * 900
+    deep = "[" * 300 + "]" * 300
     path = write(tmp_path / "t.jsonl", f'{{"messages": {json.dumps(GO)}, "meta": {{"x": {deep}}}}}')
     loaded = load_trajectories(path)
     try:

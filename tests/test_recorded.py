@@ -1,4 +1,4 @@
-"""Records that hold what was sampled: their ids are used as they are, or refused with the reason."""
+"""Records that hold what was sampled: their ids are used as they are, or refused."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_each_branch_is_a_trajectory_and_what_they_share_is_scored_once():
     nodes = trace()["nodes"]
     for trajectory, path in ((first, nodes[:4]), (second, [*nodes[:3], nodes[4]])):
         trunk = encode(trajectory, TOKENIZER)
-        assert trunk.input_ids.tolist() == sum((n["token_ids"] for n in path), [])
+        assert trunk.input_ids.tolist() == [t for n in path for t in n["token_ids"]]
         steps = [path[i] for i in trajectory.step_indices]
         scored = [trunk.input_ids[a:b].tolist() for a, b in trunk.action_spans]
         assert scored == [

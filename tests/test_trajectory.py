@@ -22,11 +22,26 @@ json_values = st.recursive(
     lambda values: st.lists(values) | st.dictionaries(texts, values),
     max_leaves=5,
 )  # fmt: skip
+calls = st.fixed_dictionaries(
+    {"name": texts.filter(bool), "arguments": st.dictionaries(texts, json_values, max_size=2)}
+)
+spoken = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": texts})
+acted = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": texts},
+    optional={
+        "thinking": texts,
+        "tool_calls": st.lists(calls, max_size=2),
+        "loss": st.booleans(),
+        "name": st.none() | texts,
+    },
+)
 trajectories = st.builds(
     Trajectory,
-    messages=st.lists(
-        st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": texts}), max_size=4
-    ).map(lambda messages: [*messages, {"role": "assistant", "content": "go"}]),
+    messages=st.lists(spoken | acted, max_size=4).map(
+        lambda messages: [*messages, {"role": "assistant", "content": "go"}]
+    ),
+    tools=st.none() | st.lists(calls.map(lambda call: {"function": call}), min_size=1, max_size=2),
+    chat_template_kwargs=st.dictionaries(texts, json_values, max_size=2),
     reward=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     id=st.none() | texts,
     meta=st.dictionaries(texts, json_values, max_size=3),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .messages import tool_call
+from .messages import ROLES, tool_call
 from .strict_json import parse
 from .traces import from_trace
 
@@ -78,9 +78,9 @@ def fields_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     rest = {key: value for key, value in row.items() if value is not None}
     if "nodes" in rest and not {"messages", "conversations"} & rest.keys():
         return from_trace(rest)
-    for key, reason in _REFUSED.items():
-        if rest.get(key) and ("messages" in rest or "conversations" in rest):
-            raise ValueError(f"the row has {key!r}, which must be absent: {reason}")
+    for key in _REFUSED.keys() & rest.keys():
+        if rest[key] and ("messages" in rest or "conversations" in rest):
+            raise ValueError(f"the row has {key!r}, which must be absent: {_REFUSED[key]}")
     messages, sharegpt = _conversation(rest)
     messages = _with_system(messages, rest.pop("system", ""))
     messages = _apply_settings(messages, rest)
@@ -110,7 +110,13 @@ def _conversation(rest: dict[str, Any]) -> tuple[list[Any], bool]:
     turns = _decoded(key, rest, [])
     if not isinstance(turns, list):
         raise TypeError(f"{key} is a {type(turns).__name__}; it must be a list of turns")
-    return [_turn(f"{key}[{i}]", turn) for i, turn in enumerate(turns)], key == "conversations"
+    read = [
+        turn
+        if type(turn) is dict and turn.get("role") in ROLES and "from" not in turn
+        else _turn(f"{key}[{index}]", turn)
+        for index, turn in enumerate(turns)
+    ]
+    return read, key == "conversations"
 
 
 def _prompt_completion(prompt: Any, completion: Any) -> list[Any]:
@@ -188,8 +194,9 @@ def _with_system(messages: list[Any], system: Any) -> list[Any]:
 
 def _apply_settings(messages: list[Any], rest: dict[str, Any]) -> list[Any]:
     """What columns say of the loss of all messages; such columns are taken out of the row."""
-    for key, allowed in _SETTINGS.items():
-        if key in rest and (value := rest.pop(key)) not in allowed:
+    for key in _SETTINGS.keys() & rest.keys():
+        value, allowed = rest.pop(key), _SETTINGS[key]
+        if value not in allowed:
             raise ValueError(
                 f"the row has {key} {value!r}; it must be absent or {allowed[0]!r}: every "
                 "assistant message is scored, its end included, unless it has a loss flag"
@@ -197,8 +204,10 @@ def _apply_settings(messages: list[Any], rest: dict[str, Any]) -> list[Any]:
     history = rest.pop("mask_history", False)
     if not isinstance(history, bool):
         raise TypeError(f"mask_history is {history!r}; it must be true or false")
+    if not history:
+        return messages
     said = [turn.get("role") if isinstance(turn, dict) else None for turn in messages]
-    if not history or "assistant" not in said:
+    if "assistant" not in said:
         return messages
     last = len(said) - 1 - said[::-1].index("assistant")
     return [

@@ -52,6 +52,17 @@ REFUSED = {
 }
 
 
+def is_plain(message: Any) -> bool:
+    """Whether a message is a role and a text alone, as most are; `normalize` keeps it as it is."""
+    return (
+        type(message) is dict
+        and len(message) == 2
+        and message.get("role") in ROLES
+        and type(content := message.get("content")) is str
+        and content.isascii()
+    )
+
+
 def normalize(name: str, message: Any) -> dict[str, Any]:
     """A message in the form above; the same object where it is so already.
 
@@ -69,21 +80,22 @@ def normalize(name: str, message: Any) -> dict[str, Any]:
     """
     if not isinstance(message, dict):
         raise TypeError(f"{name} must be a dict, got a {type(message).__name__}")
+    plain: dict[str, Any] = message
     if not (message.keys() == {"role", "content"} and isinstance(message["content"], str)):
-        message = _unfold(name, {key: value for key, value in message.items() if value is not None})
-    if message["role"] not in ROLES:
+        plain = _unfold(name, {key: value for key, value in message.items() if value is not None})
+    if plain["role"] not in ROLES:
         raise ValueError(
-            f"{name} has role {message['role']!r}; it must be one of: {', '.join(ROLES)}"
+            f"{name} has role {plain['role']!r}; it must be one of: {', '.join(ROLES)}"
         )
     for key in ("content", "reasoning_content"):
-        if key in message:
-            _check_unicode(f"{name} has {key}", message[key])
-    return message
+        if key in plain:
+            _check_unicode(f"{name} has {key}", plain[key])
+    return plain
 
 
 def is_step(message: dict[str, Any]) -> bool:
     """Whether this is an assistant's message that is scored."""
-    return message["role"] == "assistant" and message.get("loss", True)
+    return message["role"] == "assistant" and bool(message.get("loss", True))
 
 
 def _unfold(name: str, message: dict[str, Any]) -> dict[str, Any]:

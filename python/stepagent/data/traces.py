@@ -68,7 +68,8 @@ def _paths(nodes: list[dict[str, Any]]) -> Iterator[list[int]]:
     for leaf in range(len(nodes)):
         if leaf in parents or (leaf in attempts and leaf not in accepted):
             continue
-        path, node = [], leaf
+        path: list[int] = []
+        node: int | None = leaf
         while node is not None:
             path.append(node)
             node = nodes[node].get("parent")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from .dialects import fields_of
 from .messages import ROLES as ROLES
-from .messages import is_step, normalize
+from .messages import is_plain, is_step, normalize
 from .rows import Source, rows_of
 
 # Arguments of apply_chat_template that are no template's own.
@@ -67,7 +67,7 @@ class Trajectory:
             value = getattr(self, name)
             if not isinstance(value, dict):
                 raise TypeError(f"{name} is {value!r}; it must be a dict")
-        for name in sorted(_RESERVED & self.chat_template_kwargs.keys()):
+        for name in _RESERVED & self.chat_template_kwargs.keys():
             raise ValueError(f"chat_template_kwargs has {name!r}, which must not be given there")
         _check_tools(self.tools)
 
@@ -187,12 +187,15 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Iterable[Traje
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
         raise TypeError(f"messages is a {type(messages).__name__}; it must be a list of dicts")
-    checked = [normalize(f"messages[{index}]", message) for index, message in enumerate(messages)]
-    if not any(message["role"] == "assistant" for message in checked):
-        raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
-    if not any(map(is_step, checked)):
+    checked = [
+        message if is_plain(message) else normalize(f"messages[{index}]", message)
+        for index, message in enumerate(messages)
+    ]
+    if any(map(is_step, checked)):
+        return checked
+    if any(message["role"] == "assistant" for message in checked):
         raise ValueError("every assistant message has a loss flag that says no; one must be scored")
-    return checked
+    raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
 
 
 def _check_tools(tools: Any) -> None:

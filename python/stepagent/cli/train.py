@@ -135,7 +135,7 @@ def train(
         return None
     log = json.dumps(trainer.state.log_history, indent=2)
     Path(f"{config.output_dir}/log.json").write_text(log + "\n")
-    report = {
+    report: dict[str, Any] = {
         "output_dir": config.output_dir,
         "method": config.method,
         "cycles": [entry for entry in trainer.state.log_history if "cycle" in entry],

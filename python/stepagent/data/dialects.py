@@ -54,6 +54,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "loss_weight": (1,),
     "loss_scale": (1, "default"),
 }
+_ROLES = frozenset(ROLES)
 _HINTS = {
     "chosen": f"for a row of chosen and rejected: {_PAIR}",
     "instruction": "an Alpaca row has no steps; write it as messages",
@@ -110,13 +111,17 @@ def _conversation(rest: dict[str, Any]) -> tuple[list[Any], bool]:
     turns = _decoded(key, rest, [])
     if not isinstance(turns, list):
         raise TypeError(f"{key} is a {type(turns).__name__}; it must be a list of turns")
-    read = [
-        turn
-        if type(turn) is dict and turn.get("role") in ROLES and "from" not in turn
-        else _turn(f"{key}[{index}]", turn)
-        for index, turn in enumerate(turns)
-    ]
-    return read, key == "conversations"
+    if key == "messages" and _have_roles(turns):
+        return turns, False
+    return [_turn(f"{key}[{i}]", turn) for i, turn in enumerate(turns)], key == "conversations"
+
+
+def _have_roles(turns: list[Any]) -> bool:
+    """Whether they are messages already; `_turn` would give each back, at some cost."""
+    try:
+        return {turn["role"] for turn in turns} <= _ROLES
+    except (TypeError, KeyError):
+        return False
 
 
 def _prompt_completion(prompt: Any, completion: Any) -> list[Any]:

@@ -14,10 +14,13 @@ def parse(text: str) -> Any:
             infinities, and for values nested deeper than Python's stack.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("it must be nested less deeply: too deep to be read") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads makes one a call

@@ -28,6 +28,7 @@ from .data.branch import Branch as Branch
 from .data.encoding import Trunk as Trunk
 from .data.encoding import encode as encode
 from .data.trajectory import Trajectory as Trajectory
+from .data.trajectory import as_trajectory as as_trajectory
 from .data.trajectory import load_trajectories as load_trajectories
 from .data.trajectory import save_trajectories as save_trajectories
 from .learning.advantages import gigpo as gigpo

@@ -1,4 +1,4 @@
-"""The command line: ``stepagent demo | collect | train | … | bench | warmup | doctor``.
+"""The command line: ``stepagent demo | check | collect | train | … | bench | warmup | doctor``.
 
 A command's report goes to stdout, as text or with ``--json`` as one JSON object; progress and logs
 go to stderr. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C. What is heavy or
@@ -10,6 +10,7 @@ from __future__ import annotations
 import click
 
 from .base import Commands
+from .check import check
 from .demo import demo
 from .episodes import collect, evaluate
 from .inspect import inspect_command
@@ -24,5 +25,6 @@ def main() -> None:
     """Step-wise rewards for LLM agents: from expert trajectories to a better agent."""
 
 
-for _command in (demo, collect, train, evaluate, inspect_command, report, bench, warmup, doctor):
+_TRAINING = (demo, check, collect, train, evaluate, inspect_command, report)
+for _command in (*_TRAINING, bench, warmup, doctor):
     main.add_command(_command)

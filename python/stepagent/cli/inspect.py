@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..acting.inspection import inspect
 from ..data.branch import agreement
-from ..data.encoding import encode
-from ..data.trajectory import load_trajectories
 from ..optional import require
 from ..records.branches import BranchWriter, Shard, fingerprint, iterate_branches
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
 from .loading import device, end_tokens, load_model, load_tokenizer
+from .reading import on_error_option, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,6 +84,7 @@ def _launched_shard() -> str:
     default=_launched_shard,
     help="Do part I of N, from 0.  [default: as accelerate launch says]",
 )
+@on_error_option
 @reports
 def inspect_command(
     model: Path,
@@ -95,6 +94,7 @@ def inspect_command(
     served_model: str | None,
     chunk: int,
     shard: Shard,
+    on_error: str,
     max_new_tokens: int | None,
     max_batch_tokens: int | None,
     **sampling: Any,
@@ -102,9 +102,9 @@ def inspect_command(
     """Let an agent act at every state of an expert."""
     output = shard.path(output)
     make_parent(output)
-    trajectories = load_trajectories(data)
+    reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
     agent, tokenizer = _agent(engine, model, served_model)
-    trunks = [encode(trajectory, tokenizer) for trajectory in tqdm(trajectories, desc="encode")]
+    trajectories, trunks = reading.trajectories, reading.trunks
     ends = end_tokens(trunks)
     longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
     sampling |= {"max_new_tokens": max_new_tokens or longest, "eos_token_id": ends}
@@ -130,6 +130,8 @@ def inspect_command(
     except KeyboardInterrupt as interrupt:
         raise Interrupted("the same command goes on where it stopped") from interrupt
     report = {"output": str(output), "samples": sampling["samples"], **_inspected(output)}
+    if on_error == "skip":
+        report["skipped"] = reading.records()
     text = f"Wrote {report['trajectories']} trajectories to {output}"
     if report["steps"]:
         actions = report["steps"] * report["samples"]

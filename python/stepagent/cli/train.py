@@ -16,7 +16,8 @@ from ..data.trajectory import load_trajectories
 from ..models.attention import TREE_ATTENTION
 from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
-from .loading import end_tokens, load_model
+from .loading import end_tokens, load_model, load_tokenizer
+from .reading import on_error_option, read
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -90,6 +91,7 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
     help="Of a `vllm serve` that acts in place of the model here, with its adapter (--lora-rank).",
 )
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
+@on_error_option
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
 @reports
 def train(
@@ -100,6 +102,7 @@ def train(
     attn_implementation: str | None,
     engine: str | None,
     resume: bool,
+    on_error: str,
     options: tuple[str, ...],
 ) -> tuple[dict[str, Any], str] | None:
     """Train an agent towards an expert's trajectories."""
@@ -107,7 +110,12 @@ def train(
     if env is not None and config.states != "agent":
         raise click.UsageError(f"--env is of no use with --states {config.states}")
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
-    trajectories = load_trajectories(data)
+    skipped: list[dict[str, str]] | None = None
+    if on_error == "skip":
+        reading = read(data, load_tokenizer(model), on_error)
+        trajectories, skipped = reading.trajectories, reading.records()
+    else:
+        trajectories = load_trajectories(data)
     adapter = None if lora_rank is None else _lora(lora_rank)
     agent, tokenizer = load_model(model, attn_implementation=attn_implementation)
     # Whoever loads the trained model is told by it what ends an action.
@@ -127,13 +135,15 @@ def train(
         return None
     log = json.dumps(trainer.state.log_history, indent=2)
     Path(f"{config.output_dir}/log.json").write_text(log + "\n")
-    report = {
+    report: dict[str, Any] = {
         "output_dir": config.output_dir,
         "method": config.method,
         "cycles": [entry for entry in trainer.state.log_history if "cycle" in entry],
         "train_loss": result.training_loss,
         "steps": result.global_step,
     }
+    if skipped is not None:
+        report["skipped"] = skipped
     return report, _training_text(report)
 
 

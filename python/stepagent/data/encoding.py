@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stepagent.data.messages import is_step
+from stepagent.data.recorded import scored_spans
 from stepagent.data.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -114,8 +116,10 @@ def _check_spans(spans: NDArray[np.int64], length: int) -> None:
 def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
     """Tokenize a trajectory under the tokenizer's chat template.
 
-    The span of a step holds the tokens of the assistant's content and all up to and including the
-    special token that ends the turn. Needs a fast tokenizer, for its offsets.
+    Token ids that a record holds in ``meta`` (``token_ids``, ``action_spans``) are taken as they
+    were sampled. Otherwise the span of a step holds the tokens of the assistant's content and all
+    up to and including the special token that ends the turn. Needs a fast tokenizer, for its
+    offsets.
 
     Raises ValueError, naming the trajectory, the message and the rule, where the spans would not
     be exact: the template raises, rewrites contents, or ends a turn without a special token; a
@@ -123,6 +127,11 @@ def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
     """
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory is a {type(trajectory).__name__}; it must be a Trajectory")
+    if "token_ids" in trajectory.meta:
+        try:
+            return _recorded(trajectory, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"trajectory {trajectory.id!r}: {error}") from error
     name = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{name} gives no character offsets; use a fast tokenizer")
@@ -132,6 +141,13 @@ def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
         return _Conversation(trajectory.messages, tokenizer).trunk()
     except ValueError as error:
         raise ValueError(f"trajectory {trajectory.id!r}: {error}") from error
+
+
+def _recorded(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
+    """The trunk as it was sampled."""
+    record = Trunk(trajectory.meta["token_ids"], trajectory.meta.get("action_spans", []))
+    spans = scored_spans(trajectory, record.input_ids, record.action_spans, tokenizer)
+    return Trunk(record.input_ids, spans)
 
 
 class _Conversation:
@@ -150,7 +166,7 @@ class _Conversation:
         self.offsets = np.array(tokens["offset_mapping"], np.int64).reshape(-1, 2)
 
     def trunk(self) -> Trunk:
-        steps = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        steps = [i for i, message in enumerate(self.messages) if is_step(message)]
         trunk = Trunk(self.ids, [self._span(index) for index in steps])
         for index, (first, end) in zip(steps, trunk.action_spans.tolist(), strict=True):
             self._check_span(index, first, end - 1)

@@ -1,7 +1,7 @@
-"""Trajectories: chat messages with a reward, read from native JSONL or ETO/ShareGPT JSON.
+"""Trajectories: chat messages with a reward, read from whatever tools write.
 
-A native file holds one JSON object a line, ``{"messages": [...], "reward", "id", "meta"}``. The
-format of a file is told from its content, never from its name.
+A native file holds one JSON object a line, ``{"messages": [...], "reward", "id", "meta", "tools",
+"chat_template_kwargs"}``.
 """
 
 from __future__ import annotations
@@ -9,65 +9,160 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+from .dialects import fields_of
+from .messages import ROLES as ROLES
+from .messages import is_plain, is_step, normalize
+from .rows import Source, rows_of
+
+# Arguments of apply_chat_template that are no template's own.
+_RESERVED = frozenset(
+    (
+        *("add_generation_prompt", "continue_final_message", "conversation"),
+        *("chat_template", "max_length", "messages", "padding", "return_assistant_tokens_mask"),
+        *("return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    )
+)
 
 
 @dataclass
 class Trajectory:
-    """A conversation between an agent and its environment; a step is an assistant message.
+    """A conversation between an agent and its environment; a step is a scored assistant message.
 
-    messages: non-empty list of dicts, each with ``role`` (system, user, assistant or tool) and
-    ``content`` (str), at least one of them the assistant's; other keys are kept. reward: finite
-    or None. id: str or None. meta: anything else, JSON to be saved.
-    Raises TypeError or ValueError, naming the message and the rule.
+    Args:
+        messages: Non-empty list of dicts with ``role`` (system, developer, user, assistant or
+            tool) and ``content``. Kept in one form: content a str (lists of text parts are
+            joined; "" for an assistant that only calls or thinks), thoughts in
+            ``reasoning_content``, calls in OpenAI's ``tool_calls`` with arguments as dicts, and
+            ``loss`` False in an assistant's message that is state only. Other keys are kept.
+        reward: Finite or None.
+        id: Or None.
+        meta: Anything else, JSON to be saved.
+        tools: What the agent could call, in the form ``apply_chat_template`` takes; or None.
+        chat_template_kwargs: For the chat template, as ``{"enable_thinking": False}``.
+
+    Raises:
+        TypeError, ValueError: Naming the message and the rule.
     """
 
     messages: list[dict[str, Any]]
     reward: float | None = None
     id: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_messages(self.messages)
+        self.messages = _checked_messages(self.messages)
         self.reward = _finite_reward(self.reward)
         if not isinstance(self.id, str | None):
             raise TypeError(f"id is {self.id!r}; it must be a str or None")
-        if not isinstance(self.meta, dict):
-            raise TypeError(f"meta is {self.meta!r}; it must be a dict")
+        for name in ("meta", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} is {value!r}; it must be a dict")
+        for name in _RESERVED & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs has {name!r}, which must not be given there")
+        _check_tools(self.tools)
 
     @property
     def num_steps(self) -> int:
-        """The number of assistant messages, at least 1."""
-        return sum(message["role"] == "assistant" for message in self.messages)
+        """The number of assistant messages that are scored, at least 1."""
+        return len(self.step_indices)
+
+    @property
+    def step_indices(self) -> list[int]:
+        """Where in ``messages`` the scored ones are, ascending."""
+        return [index for index, message in enumerate(self.messages) if is_step(message)]
 
 
-def load_trajectories(path: str | os.PathLike[str]) -> list[Trajectory]:
-    """Read the trajectories of one file, at least one.
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is no trajectory, or cannot be encoded: where it stands, and why."""
 
-    The file is JSONL, a JSON list or one JSON object. A record is native (it has ``messages``) or
-    ETO/ShareGPT: ``conversations``, a list of ``{"from": "human" | "gpt" | "system", "value"}``,
-    with an id (a number becomes a str), a reward (in ``meta`` for an ETO rollout) and other keys,
-    which go to meta.
+    where: str
+    reason: str
 
-    Raises FileNotFoundError, and ValueError with ``path:line`` or ``path: item i`` and the reason:
-    a directory, an empty file, invalid UTF-8, malformed JSON, an invalid trajectory.
+
+def as_trajectory(row: Trajectory | Mapping[str, Any]) -> Trajectory:
+    """The trajectory of a row, in any of the forms that docs/data.md lists.
+
+    Args:
+        row: A JSON object of a file, a row of a dataset, or a `Trajectory`, which stays itself.
+
+    Raises:
+        TypeError, ValueError: Naming the key or the message, and the rule.
     """
-    path = Path(path)
-    trajectories = []
-    for where, record in _records(path, _read_text(path)):
+    found = _trajectories_of(row)
+    if len(found) != 1:
+        raise ValueError(
+            f"the row holds {len(found)} trajectories, and must hold one: load_trajectories([row]) "
+            "gives all"
+        )
+    return found[0]
+
+
+def iterate_trajectories(
+    source: Source, *, split: str | None = None, name: str = "rows"
+) -> Iterator[tuple[str, Trajectory | Skipped]]:
+    """Each trajectory of a source with its place there; a `Skipped` for a row that is none.
+
+    Takes and raises what :func:`load_trajectories` does, except for bad rows; ``name`` is that of
+    a source that is no file, in places.
+    """
+    for where, row in rows_of(source, split, name):
         try:
-            trajectories.append(_from_record(record))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            if isinstance(row, ValueError):
+                raise row
+            for trajectory in _trajectories_of(row):
+                yield where, trajectory
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            reason = str(error)
+            yield where, Skipped(where, reason.removeprefix(f"{where}: "))
+
+
+def load_trajectories(
+    source: Source,
+    *,
+    split: str | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[Trajectory]:
+    """Read the trajectories of a file, a dataset or a list of rows; at least one.
+
+    Args:
+        source: A path (JSONL, JSON or Parquet, told from its content), a ``datasets.Dataset`` or
+            ``DatasetDict``, or an iterable of rows. docs/data.md lists the forms of a row.
+        split: Which of a ``DatasetDict``; it may be left out where there is one.
+        on_error: With "skip", rows that are no trajectory are left out, each with a
+            :class:`UserWarning` that names place and reason.
+
+    Raises:
+        FileNotFoundError: For a file that is not there.
+        ImportError: For Parquet without pyarrow.
+        ValueError: With ``path:line``, ``path: item i`` or ``rows[i]`` and the reason: a directory,
+            an empty file, invalid UTF-8, malformed JSON, an invalid trajectory.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    trajectories = []
+    skipped = None
+    for where, found in iterate_trajectories(source, split=split):
+        if isinstance(found, Trajectory):
+            trajectories.append(found)
+            continue
+        skipped = f"{where}: {found.reason}"
+        if on_error == "raise":
+            raise ValueError(skipped)
+        warnings.warn(f"skipped {skipped}", stacklevel=2)
     if not trajectories:
-        raise ValueError(f"{path} holds no trajectories")
+        name = source if isinstance(source, str | os.PathLike) else "the source"
+        raise ValueError(f"{name} holds no trajectories" + (f": {skipped}" if skipped else ""))
     return trajectories
 
 
@@ -89,30 +184,32 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Iterable[Traje
         temporary.unlink(missing_ok=True)
 
 
-def _check_messages(messages: Any) -> None:
+def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
         raise TypeError(f"messages is a {type(messages).__name__}; it must be a list of dicts")
-    for index, message in enumerate(messages):
-        _check_message(f"messages[{index}]", message)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
+    checked = [
+        message if is_plain(message) else normalize(f"messages[{index}]", message)
+        for index, message in enumerate(messages)
+    ]
+    if any(map(is_step, checked)):
+        return checked
+    if any(message["role"] == "assistant" for message in checked):
+        raise ValueError("every assistant message has a loss flag that says no; one must be scored")
+    raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
 
 
-def _check_message(name: str, message: Any) -> None:
-    if not isinstance(message, dict):
-        raise TypeError(f"{name} is a {type(message).__name__}; it must be a dict")
-    for key in ("role", "content"):
-        if key not in message:
-            raise ValueError(f"{name} has no {key!r}")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise ValueError(f"{name} has role {role!r}; allowed: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise TypeError(f"{name} has content of type {type(content).__name__}; it must be a str")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which no tokenizer can read
-        raise ValueError(f"{name} has content that is not valid Unicode: {error}") from error
+def _check_tools(tools: Any) -> None:
+    if tools is None:
+        return
+    if not isinstance(tools, list) or not tools:
+        raise TypeError(f"tools is {tools!r}; it must be a non-empty list of dicts, or None")
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"tools[{index}] is {tool!r}; it must be a dict with 'type': 'function' and a "
+                "'function' that has a name"
+            )
 
 
 def _finite_reward(reward: Any) -> float | None:
@@ -125,90 +222,12 @@ def _finite_reward(reward: Any) -> float | None:
     return float(reward)
 
 
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; it must be a JSONL or JSON file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
-
-
-def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Each record of the file, with the place to name in errors."""
-    # "\n" alone ends a line: splitlines would also cut at the U+2028 that JSON strings may hold
-    lines = text.split("\n")
-    first = next(line.strip() for line in lines if line.strip())
-    if first.startswith("["):
-        for index, record in enumerate(_parse(path, text)):
-            yield f"{path}: item {index}", record
-    elif first == "{":  # one indented object
-        yield str(path), _parse(path, text)
-    else:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(path, line, number)
-
-
-def _parse(path: Path, text: str, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path}:{line}: column {error.colno}: {error.msg}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}:{first_line}: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _from_record(record: Any) -> Trajectory:
-    if not isinstance(record, dict):
-        raise TypeError(f"a trajectory must be a JSON object, not a {type(record).__name__}")
-    if "messages" in record:
-        return _from_native(record)
-    if "conversations" in record:
-        return _from_sharegpt(record)
-    raise ValueError(f"no 'messages' and no 'conversations' among the keys {sorted(record)}")
-
-
-def _from_native(record: dict[str, Any]) -> Trajectory:
-    known = [field.name for field in fields(Trajectory)]
-    unknown = sorted(record.keys() - known)
-    if unknown:
-        raise ValueError(f"unknown keys {unknown}; allowed: {', '.join(known)}")
-    return Trajectory(**record)
-
-
-def _from_sharegpt(record: dict[str, Any]) -> Trajectory:
-    rest = dict(record)
-    turns, id, meta = rest.pop("conversations"), rest.pop("id", None), rest.pop("meta", {})
-    if not isinstance(turns, list):
-        raise TypeError(f"conversations is a {type(turns).__name__}; it must be a list of turns")
-    if not isinstance(meta, dict):
-        raise TypeError(f"meta is {meta!r}; it must be a dict")
-    meta = {**meta, **rest}
-    return Trajectory(
-        messages=[_from_turn(f"conversations[{i}]", turn) for i, turn in enumerate(turns)],
-        reward=meta.pop("reward", None),
-        id=str(id) if isinstance(id, int) else id,
-        meta=meta,
-    )
-
-
-def _from_turn(name: str, turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-        raise ValueError(f"{name} is {turn!r}; it must be an object with 'from' and 'value'")
-    rest = dict(turn)
-    speaker, value = rest.pop("from"), rest.pop("value")
-    if speaker not in SHAREGPT_ROLES:
-        raise ValueError(f"{name} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
-    return {"role": SHAREGPT_ROLES[speaker], "content": value, **rest}
+def _trajectories_of(row: Any) -> list[Trajectory]:
+    if isinstance(row, Trajectory):
+        return [row]
+    if hasattr(row, "model_dump"):  # a Trace of verifiers, with all digits of its log-probs
+        row = row.model_dump(mode="json", context={"float_decimals": None})
+    return [Trajectory(**fields) for fields in fields_of(row)]
 
 
 def _to_line(index: int, trajectory: Trajectory) -> str:
@@ -216,9 +235,12 @@ def _to_line(index: int, trajectory: Trajectory) -> str:
         raise TypeError(f"trajectories[{index}] is a {type(trajectory).__name__}, no Trajectory")
     try:
         line = json.dumps(vars(trajectory), allow_nan=False)
+        same = json.loads(line) == vars(trajectory)
     except (TypeError, ValueError) as error:
         raise type(error)(f"trajectories[{index}] is not JSON: {error}") from error
-    if json.loads(line) != vars(trajectory):
+    except RecursionError as error:
+        raise ValueError(f"trajectories[{index}] must be nested less deeply") from error
+    if not same:
         raise ValueError(
             f"trajectories[{index}] would come back changed: JSON has lists, not tuples, "
             "and only strings as keys"

@@ -28,7 +28,7 @@ from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
 from ..data.branch import Branch, agreement
 from ..data.encoding import Trunk, encode
-from ..data.trajectory import Trajectory
+from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
 from ..engines import CompletionsEngine, Engine
 from ..engines.adapters import PolicyOnEngine, check_adapter, first_state, logp_gap
 from ..envs.pool import EnvFactory
@@ -75,7 +75,8 @@ class StepAgentTrainer(Trainer):
     """Train an agent towards an expert's trajectories.
 
     :param model: a causal language model, or the name or path of one.
-    :param train_dataset: the expert's :class:`Trajectory` objects, or rows with ``messages``.
+    :param train_dataset: the expert's :class:`Trajectory` objects, or rows in any form of
+        :func:`stepagent.load_trajectories`.
     :param processing_class: the tokenizer, with a chat template.
     :param ref_model: a fixed reference; None resets the reference to the policy at each cycle's
         start, as the paper does. Its log-probs are computed once a cycle, so no copy is kept.
@@ -614,15 +615,14 @@ def _encode_all(
     if len(dataset) == 0:
         raise ValueError("train_dataset is empty; at least one expert trajectory is needed")
     trunks = []
-    for i, row in enumerate(tqdm(dataset, desc="encode", disable=not progress)):
+    rows = iterate_trajectories(dataset, name="train_dataset")
+    for where, found in tqdm(rows, desc="encode", disable=not progress, total=len(dataset)):
         try:
-            trajectory = (
-                row if isinstance(row, Trajectory) else Trajectory(messages=row["messages"])
-            )
-            trunks.append(encode(trajectory, tokenizer))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"train_dataset[{i}]: {reason}") from error
+            if isinstance(found, Skipped):
+                raise ValueError(found.reason)
+            trunks.append(encode(found, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     return trunks
 
 

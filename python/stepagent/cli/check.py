@@ -1,0 +1,142 @@
+"""``stepagent check``: what would be scored of a file, before any training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from .base import FILE, reports
+from .loading import end_tokens, load_tokenizer
+from .reading import Reading, on_error_option, read_all
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.encoding import Trunk
+
+_SHOWN = 600
+"""Characters of a state or an action in a sample; what is in the middle of a longer one is not."""
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--model", required=True, metavar="NAME_OR_PATH", help="Whose tokenizer to use.")
+@click.option(
+    "--show",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="How many trajectories to print, from the first.",
+)
+@on_error_option
+@reports
+def check(file: Path, model: str, show: int, on_error: str) -> tuple[dict[str, Any], str]:
+    """Tell what of FILE would be scored, and why what would not.
+
+    Loads a tokenizer alone, no weights. With --on-error raise it fails where any row is refused.
+    """
+    tokenizer = load_tokenizer(model)
+    reading = read_all(file, tokenizer)
+    report = {"file": str(file), "model": model, **_counts(reading, tokenizer)}
+    refused = len(reading.skipped)
+    if refused and (on_error == "raise" or not reading.trunks):
+        advice = "mend them, or leave them out with --on-error skip"
+        report["failed"] = [f"{refused} of {reading.rows} rows are refused: {advice}"]
+    if not reading.rows:
+        raise ValueError(f"{file} holds no trajectories")
+    return report, _text(report, reading, tokenizer, show)
+
+
+def _counts(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    scored = sum(int(np.diff(trunk.action_spans).sum()) for trunk in reading.trunks)
+    tokens = sum(len(trunk.input_ids) for trunk in reading.trunks)
+    assistants = sum(m["role"] == "assistant" for t in reading.trajectories for m in t.messages)
+    steps = sum(trunk.num_steps for trunk in reading.trunks)
+    kept = Counter(key for trajectory in reading.trajectories for key in trajectory.meta)
+    return {
+        "trajectories": len(reading.trunks),
+        "steps": steps,
+        "unscored_assistant_messages": assistants - steps,
+        "scored_tokens": scored,
+        "state_tokens": tokens - scored,
+        "longest": max((len(trunk.input_ids) for trunk in reading.trunks), default=0),
+        "end_tokens": [_decode(tokenizer, [id]) for id in end_tokens(reading.trunks)],
+        "recorded": sum("token_ids" in t.meta for t in reading.trajectories),
+        "with_reward": sum(t.reward is not None for t in reading.trajectories),
+        "with_tools": sum(t.tools is not None for t in reading.trajectories),
+        "meta": dict(kept),
+        "refused": reading.records(),
+    }
+
+
+def _text(
+    report: dict[str, Any], reading: Reading, tokenizer: PreTrainedTokenizerBase, show: int
+) -> str:
+    lines: list[str] = []
+    for place, trajectory, trunk in zip(
+        reading.places[:show], reading.trajectories, reading.trunks, strict=False
+    ):
+        name = "" if trajectory.id is None else f", {trajectory.id!r}"
+        lines += [click.style(f"{place}{name}", underline=True), *_sample(trunk, tokenizer), ""]
+    for row in report["refused"]:
+        lines.append(click.style("refused ", fg="red") + f"{row['where']}: {row['reason']}")
+    tokens = report["scored_tokens"] + report["state_tokens"]
+    lines.append(
+        f"{report['trajectories']} trajectories, {report['steps']} steps; "
+        f"{report['scored_tokens']} of {tokens} tokens are scored, the others are state; "
+        f"the longest has {report['longest']} tokens"
+    )
+    if report["end_tokens"]:
+        lines.append(f"An action ends with {', '.join(report['end_tokens'])}")
+    for key, what in _REMARKS.items():
+        if report[key]:
+            lines.append(what.format(report[key]))
+    if report["meta"]:
+        lines.append(f"Kept in meta, part of no token: {', '.join(sorted(report['meta']))}")
+    lines.append(f"Refused: {len(report['refused'])} of {reading.rows} rows")
+    return "\n".join(lines)
+
+
+_REMARKS = {
+    "unscored_assistant_messages": "{} assistant messages are state only, as their loss flags say",
+    "recorded": "{} trajectories hold the token ids that were sampled, which are used as they are",
+    "with_tools": "{} trajectories have tools",
+    "with_reward": "{} trajectories have a reward",
+}
+
+
+def _sample(trunk: Trunk, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A trajectory as states and actions, line by line."""
+    lines: list[str] = []
+    position = 0
+    for start, stop in [*trunk.action_spans.tolist(), (len(trunk.input_ids), None)]:
+        state = _decode(tokenizer, trunk.input_ids[position:start].tolist())
+        lines += _labelled("state ", state, dim=True)
+        if stop is not None:
+            *action, end = trunk.input_ids[start:stop].tolist()
+            lines += _labelled("action", _decode(tokenizer, action), fg="green", bold=True)
+            lines[-1] += click.style(_printable(_decode(tokenizer, [end])), reverse=True)
+            position = stop
+    return lines
+
+
+def _labelled(label: str, text: str, **style: Any) -> list[str]:
+    if len(text) > _SHOWN:
+        left_out = len(text) - _SHOWN
+        text = f"{text[: _SHOWN // 2]} […{left_out} characters…] {text[-_SHOWN // 2 :]}"
+    rows = _printable(text).split("\n")
+    return [f"{label} | {click.style(row, **style)}" for row in rows] if text else [f"{label} | "]
+
+
+def _printable(text: str) -> str:
+    """Control characters as escapes: a file must not write to the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text)

@@ -25,7 +25,7 @@ from tiny_tokenizers import (
 )
 from tokenizers import AddedToken, normalizers
 
-from stepagent.data.encoding import SENTINEL, Trunk, encode
+from stepagent.data.encoding import Trunk, encode
 from stepagent.data.trajectory import Trajectory
 
 TEMPLATES = {
@@ -117,7 +117,7 @@ pieces = st.sampled_from([" ", "\n", "\n\n", "\t", ":", "go", "🏠", "é"]) | s
     st.characters(exclude_categories=["Cs"]), max_size=4
 )
 texts = st.lists(pieces, max_size=6).map("".join)
-texts = texts.filter(lambda text: not any(token in text for token in (*SPECIAL_TOKENS, SENTINEL)))
+texts = texts.filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
 turns = st.lists(st.tuples(st.sampled_from(["user", "tool", "assistant"]), texts))
 
 
@@ -230,7 +230,6 @@ BARE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
         (LATE, ("where", "go"), r"special token: ' end</s>' follows the content"),
         (SPACED, ("where", "go"), r"token ' go' crosses .* of messages\[1\]: ' ' \| 'go'"),
         (CHATML, ("where", "a<|im_end|>b"), r"messages\[1\] holds the special token '<\|im_end"),
-        (CHATML, (f"a {SENTINEL}", "go"), r"messages\[0\] holds 'stepagent-sentinel-'"),
     ],
 )
 @pytest.mark.parametrize("trim_offsets", [True, False])

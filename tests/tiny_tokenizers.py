@@ -58,8 +58,8 @@ GENERATION = """\
 """
 
 LLAMA3 = """\
+{{- '<|begin_of_text|>' -}}
 {%- for message in messages -%}
-{%- if loop.first -%}{{ '<|begin_of_text|>' }}{%- endif -%}
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
 {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor -%}

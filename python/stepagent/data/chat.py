@@ -133,7 +133,7 @@ class Beginnings:
     """
 
     def __init__(self, template: ChatTemplate, messages: Messages) -> None:
-        self._template, self._messages = template, messages
+        self._template, self.messages = template, messages
         watched = template.watch(messages)
         if watched is None:
             self.whole = template.render(messages)
@@ -150,7 +150,7 @@ class Beginnings:
         """What is written of ``messages[:count]``: the text's first so many characters."""
         start = self._asked[count]
         if start is None:
-            text = self._template.render(self._messages[:count], generation)
+            text = self._template.render(self.messages[:count], generation)
             return text, len(text)
         after = self._after[generation]
         if self.whole.startswith(after, start):

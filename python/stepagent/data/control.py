@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-# Of a plane for private use: no text has them but to deceive, and then they are taken out.
-_OPEN, _CLOSE = "\U0010fffc", "\U0010fffd"
+# Unicode's last two, which are no characters; where a text has them all the same, others are taken.
+_MARKS = "\U0010fffe\U0010ffff"
+_PRIVATE = range(0xF0000, 0xFFFFE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +42,15 @@ class Tokens:
 
 
 class ControlTokens:
-    """Those of one tokenizer: its special tokens."""
+    """Those of one tokenizer: its special tokens.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        tokenizer: Has them.
+        marks: The two characters between which one is put to be text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: str = _MARKS) -> None:
+        self.tokenizer, self._open, self._close = tokenizer, *marks
         added = tokenizer.added_tokens_decoder
         named = set(tokenizer.all_special_ids)
         self.added = {id: token for id, token in added.items() if token.special or id in named}
@@ -52,8 +58,18 @@ class ControlTokens:
         longest = sorted(self.contents.values(), key=len, reverse=True)
         any_one = "|".join(map(re.escape, longest)) or "(?!)"
         self._pattern = re.compile(any_one)
-        self._marked = re.compile(f"{_OPEN}(?:{any_one}){_CLOSE}")
-        self._either = re.compile(f"{_OPEN}(?:{any_one}){_CLOSE}|({any_one})")
+        self._marked = re.compile(f"{self._open}(?:{any_one}){self._close}")
+        self._either = re.compile(f"{self._marked.pattern}|({any_one})")
+
+    def apart_from(self, text: str) -> ControlTokens:
+        """The same with marks that the text does not have."""
+        if not self._has_marks(text):
+            return self
+        free = (chr(code) for code in _PRIVATE if chr(code) not in text)
+        return ControlTokens(self.tokenizer, next(free) + next(free))
+
+    def _has_marks(self, text: str) -> bool:
+        return self._open in text or self._close in text
 
     def find(self, text: str) -> list[str]:
         """The control tokens in a text."""
@@ -62,9 +78,7 @@ class ControlTokens:
     def mark(self, value: Any) -> Any:
         """The same value with all control tokens marked in its strings; itself where it has none."""
         if isinstance(value, str):
-            if _OPEN in value or _CLOSE in value:
-                value = value.replace(_OPEN, "").replace(_CLOSE, "")
-            return self._pattern.sub(rf"{_OPEN}\g<0>{_CLOSE}", value)
+            return self._pattern.sub(rf"{self._open}\g<0>{self._close}", value)
         if isinstance(value, dict):
             return {key: self.mark(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -77,7 +91,7 @@ class ControlTokens:
 
     def plain(self, text: str) -> str:
         """The text without marks."""
-        return text.replace(_OPEN, "").replace(_CLOSE, "") if _OPEN in text else text
+        return text.replace(self._open, "").replace(self._close, "")
 
     def tokenize(self, text: str) -> Tokens:
         """The tokens of a text in which control tokens may be marked.
@@ -85,7 +99,7 @@ class ControlTokens:
         Raises:
             ValueError: Where it cannot be told which control tokens the template wrote.
         """
-        if _OPEN not in text and _CLOSE not in text:
+        if not self._has_marks(text):
             ids = self._ids(text)
             places = [found.start() for found in self._pattern.finditer(text)]
             return Tokens(text, ids, self._anchors(text, places, ids))
@@ -107,7 +121,8 @@ class ControlTokens:
         return np.stack([np.array(places, np.int64), found], axis=1).reshape(-1, 2)
 
     def _tokenize_marked(self, text: str) -> Tokens:
-        if len(self._marked.findall(text)) * 2 != text.count(_OPEN) + text.count(_CLOSE):
+        marks = text.count(self._open) + text.count(self._close)
+        if len(self._marked.findall(text)) * 2 != marks:
             raise ValueError(
                 "an observation holds control tokens, and the chat template takes them apart, so "
                 "that they cannot be kept from becoming real ones; take them out of the text"

@@ -16,6 +16,7 @@ docs/encoding.md has the contract, and which templates keep it.
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .chat import Beginnings, ChatTemplate
+from .chat import ChatTemplate
 from .control import ControlTokens, Tokens
 from .ends import ends_of
 from .fields import check_fields
@@ -92,7 +93,8 @@ class _Conversation:
 
     def __init__(self, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> None:
         self._trajectory, self._tokenizer = trajectory, tokenizer
-        self._control = ControlTokens(tokenizer)
+        said = json.dumps([trajectory.messages, trajectory.tools], ensure_ascii=False)
+        self._control = ControlTokens(tokenizer).apart_from(said)
         self._template = ChatTemplate(
             tokenizer,
             self._control.mark(trajectory.tools),
@@ -103,7 +105,7 @@ class _Conversation:
 
     def trunk(self) -> Trunk:
         steps = [self._step(index) for index in self._trajectory.step_indices]
-        check_fields(self._template, self._control, self._messages, steps)
+        check_fields(self._template, self._control, self._beginnings, steps)
         trunk = _laid_out(self._lines(steps), self._control)
         for step, span in zip(steps, trunk.action_spans.tolist(), strict=True):
             self._check_tokens(step, trunk, *span)
@@ -115,11 +117,13 @@ class _Conversation:
         if not (state is text and start <= stop or text.startswith(state[:start])):
             raise self._not_prompted(index, state[:start], text[:stop])
         stop = len(text[:stop].rstrip())
+        if stop <= start:
+            raise ValueError(f"the chat template writes nothing of messages[{index}] (assistant)")
         ending = self._ending(text, stop)
         if not ending or stop - len(ending) < start:
             raise ValueError(
-                "the chat template must end an assistant's turn with a control token, so that the "
-                f"agent can learn to end it: messages[{index}] ends in "
+                "the chat template must end an assistant's turn with a special token, so that the "
+                f"agent learns to end it: messages[{index}] ends in "
                 f"{self._control.plain(text[start:stop])[-40:]!r}"
             )
         return _Step(index, text, start, stop)
@@ -247,6 +251,11 @@ def _spans(
         if tail not in tails:
             tails[tail] = control.tokenize(tail).ids
         start = token + len(tails[tail])
+        if not start:
+            raise ValueError(
+                f"the prompt for messages[{step.index}] must not be empty: its action must start "
+                "at token 1 or later, where a token before can predict it"
+            )
         if tokens.ids[token:start] != tails[tail]:
             raise _seam(step, tails[tail], tokens.ids[token : start + 1], control)
         _, last = tokens.last_anchor(step.stop)
@@ -256,11 +265,12 @@ def _spans(
 
 def _seam(step: _Step, state: list[int], ids: list[int], control: ControlTokens) -> ValueError:
     same = _common_prefix(state, ids)
-    before, token = control.decode(state[same:]), control.decode(ids[same : same + 1])
+    shared = len(control.decode(ids[:same]))
+    before, token = control.decode(state)[shared:], control.decode(ids[: same + 1])[shared:]
     if not token.startswith(before):
         before = ""
     return ValueError(
-        f"the token {token!r} crosses the start of messages[{step.index}]: {before!r} | "
+        f"the token {token!r} crosses the start of the action of messages[{step.index}]: {before!r} | "
         f"{token[len(before) :]!r}; the template must separate contents so that no token holds "
         "both sides"
     )
@@ -276,6 +286,3 @@ def _common_prefix(a: Any, b: Any) -> int:
         else:
             high = middle - 1
     return low
-
-
-__all__ = ["Beginnings", "Trunk", "encode"]

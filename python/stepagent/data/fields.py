@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .chat import ChatTemplate
+from .chat import Beginnings, ChatTemplate
 from .control import ControlTokens
 
 if TYPE_CHECKING:
@@ -30,26 +30,27 @@ class Step(Protocol):
 def check_fields(
     template: ChatTemplate,
     control: ControlTokens,
-    messages: Sequence[Message],
+    conversation: Beginnings,
     steps: Sequence[Step],
 ) -> None:
     """Require that all that is said shows in the text.
 
     Args:
-        messages: As the template was given them.
+        conversation: As the template writes it.
         steps: The scored ones.
 
     Raises:
         ValueError: Naming the message and what is lost, or which control token it must not hold.
     """
-    _Fields(template, control, messages).check(steps)
+    _Fields(template, control, conversation).check(steps)
 
 
 class _Fields:
     def __init__(
-        self, template: ChatTemplate, control: ControlTokens, messages: Sequence[Message]
+        self, template: ChatTemplate, control: ControlTokens, conversation: Beginnings
     ) -> None:
-        self._template, self._control, self._messages = template, control, messages
+        self._template, self._control = template, control
+        self._messages, self._whole = conversation.messages, conversation.whole
         self._seen: set[str] = set()  # kinds of fields that this template is known to write
 
     def check(self, steps: Sequence[Step]) -> None:
@@ -58,7 +59,7 @@ class _Fields:
         self._check_turns(steps[0].index, last)
         for step in steps:
             self._check_action(step)
-        self._check_observations(last)
+        self._check_observations()
 
     def _check_tools(self, first: int) -> None:
         template = self._template
@@ -138,17 +139,12 @@ class _Fields:
                 "keep contents as they are, or stripped"
             )
 
-    def _check_observations(self, last: int) -> None:
-        """What is no assistant's shows in the last state, or in the one that comes after it."""
-        said = [
-            (index, message)
-            for index, message in enumerate(self._messages[:last])
-            if message["role"] != "assistant" and message["content"].strip()
-        ]
-        if not said:
-            return
-        text = _squeeze(self._template.render(self._messages[:last], generation=True))
-        for index, message in said:
+    def _check_observations(self) -> None:
+        """What is no assistant's shows in the text, or changes the state that it is the newest of."""
+        text = _squeeze(self._whole)
+        for index, message in enumerate(self._messages):
+            if message["role"] == "assistant":
+                continue
             words = _squeeze(message["content"])
             if words in text or _squeeze(json.dumps(message["content"])[1:-1]) in text:
                 continue

@@ -125,7 +125,7 @@ class Trunk:
         """The places of the tokens of each line, from its first to the one before a rewind."""
         bounds = [0, *self.rewinds[:, 0].tolist(), len(self.input_ids)]
         lines = [np.arange(bounds[1])]
-        for depth, first, last in zip(self.rewinds[:, 1], bounds[1:], bounds[2:], strict=True):
+        for depth, first, last in zip(self.rewinds[:, 1], bounds[1:-1], bounds[2:], strict=True):
             lines.append(np.concatenate([lines[-1][:depth], np.arange(first, last)]))
         return lines
 

@@ -102,11 +102,11 @@ py::list to_list(std::vector<stepagent::TokenTree>&& trees) {
 }
 
 py::list pack_step_pairs(const py::list& trunks, const py::list& action_spans,
-                         const py::list& branches, const Array<std::int64_t>& branch_counts,
+                         const py::list& rewinds, const py::list& branches, const Array<std::int64_t>& branch_counts,
                          std::optional<std::int64_t> max_tokens, std::size_t threads) {
     const auto trunk_ids = all_ids(trunks), branch_ids = all_ids(branches);
-    const auto spans = views<std::int32_t>(action_spans);
-    const stepagent::StepPairs pairs{trunk_ids, spans, branch_ids, view(branch_counts)};
+    const auto spans = views<std::int32_t>(action_spans), backs = views<std::int32_t>(rewinds);
+    const stepagent::StepPairs pairs{trunk_ids, spans, backs, branch_ids, view(branch_counts)};
     return to_list(
         without_gil([&] { return stepagent::pack_step_pairs(pairs, max_tokens, threads); }));
 }
@@ -257,8 +257,8 @@ py::tuple align_steps(const Array<double>& costs, stepagent::StepMethod method, 
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
-    m.def("pack_step_pairs", &pack_step_pairs, "trunks"_a, "action_spans"_a, "branches"_a,
-          "branch_counts"_a.noconvert(), "max_tokens"_a, "threads"_a);
+    m.def("pack_step_pairs", &pack_step_pairs, "trunks"_a, "action_spans"_a, "rewinds"_a,
+          "branches"_a, "branch_counts"_a.noconvert(), "max_tokens"_a, "threads"_a);
     m.def("pack_sequences", &pack_sequences, "sequences"_a, "action_masks"_a, "max_tokens"_a,
           "threads"_a);
     m.def("fill_mask", &fill_mask, "subtree_end"_a.noconvert(), "window"_a, "visible"_a, "hidden"_a,

@@ -3,9 +3,12 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <queue>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
+#include <utility>
 
 #include "parallel.hpp"
 #include "tree.hpp"
@@ -68,6 +71,22 @@ class Block {
     }
 
     std::size_t size() const { return size_; }
+
+    // The members in the order of the tree, a sequence before those that go on from it.
+    std::vector<std::size_t> members_in_order(const TokenRows& tokens) const {
+        std::vector<std::size_t> ends(members.size()), result(members.size());
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            const auto last = tokens[members[m]].size() - 1;
+            auto n = last_[m];
+            while (nodes_[n].start > last) n = nodes_[n].parent;
+            ends[m] = nodes_[n].row + last - nodes_[n].start;
+            result[m] = m;
+        }
+        std::stable_sort(result.begin(), result.end(),
+                         [&](std::size_t a, std::size_t b) { return ends[a] < ends[b]; });
+        for (auto& m : result) m = members[m];
+        return result;
+    }
 
     void append(TokenTree& tree, const TokenRows& tokens) {
         const auto base = tree.input_ids.size();
@@ -205,9 +224,50 @@ class Block {
     std::size_t root_ = 0, size_ = 0;
 };
 
+// Cuts sequences that follow each other in a prefix tree into parts of at most `limit` tokens: where
+// each part begins, and one more. A part repeats what its first sequence has in common with the one
+// before. The fewest tokens repeated, then the fewest parts, then the latest last cut. Every
+// sequence alone fits.
+std::vector<std::size_t> cuts(const TokenRows& tokens, std::span<const std::size_t> ordered,
+                              std::size_t limit) {
+    struct Best {
+        std::size_t repeated, parts, start;  // start: where the last part begins
+    };
+    const auto n = ordered.size();
+    std::vector<std::size_t> shared(n, 0), before(n + 1, 0);
+    for (std::size_t i = 0; i < n; ++i) {
+        const auto ids = tokens[ordered[i]];
+        if (i > 0) shared[i] = common_prefix(tokens[ordered[i - 1]], ids);
+        before[i + 1] = before[i] + ids.size() - shared[i];  // tokens of the tree so far
+    }
+    std::vector<Best> best(n + 1, Best{0, 0, 0});
+    // The cost of a last part from `start` on.
+    const auto cost = [&](std::size_t start) {
+        return std::pair(best[start].repeated + shared[start], best[start].parts + 1);
+    };
+    // Starts wait in the order of their cost, and leave for good when a part from there on is full.
+    using Entry = std::tuple<std::size_t, std::size_t, std::size_t>;  // repeated, parts, n - start
+    std::priority_queue<Entry, std::vector<Entry>, std::greater<>> starts;
+    for (std::size_t end = 1; end <= n; ++end) {
+        const auto [repeated, parts] = cost(end - 1);
+        starts.emplace(repeated, parts, n - (end - 1));
+        for (;;) {
+            const auto start = n - std::get<2>(starts.top());
+            if (shared[start] + before[end] - before[start] <= limit) break;
+            starts.pop();
+        }
+        const auto [least, count, place] = starts.top();
+        best[end] = {least, count, n - place};
+    }
+    std::vector<std::size_t> result{n};
+    while (result.back() != 0) result.push_back(best[result.back()].start);
+    std::reverse(result.begin(), result.end());
+    return result;
+}
+
 class PrefixPacker {
   public:
-    PrefixPacker(const Sequences& sequences, std::size_t threads)
+    PrefixPacker(const Sequences& sequences, std::size_t limit, std::size_t threads)
         : tokens_(
               sequences.tokens, [](std::size_t i) { return place("sequences", i); }, threads),
           runs_(tokens_.size()),
@@ -222,23 +282,19 @@ class PrefixPacker {
             runs_[i] = scored_runs(sequences.masks[i]);
         });
         group();
+        check_lengths(limit);
         parallel_for(blocks_.size(), threads, [&](std::size_t b) { blocks_[b].build(tokens_); });
+        cut(limit, threads);
+        for (std::size_t b = 0; b < blocks_.size(); ++b) {
+            for (std::size_t m = 0; m < blocks_[b].members.size(); ++m) {
+                home_[blocks_[b].members[m]] = {b, m};
+            }
+        }
     }
 
-    std::vector<std::size_t> block_sizes(std::size_t limit) const {
+    std::vector<std::size_t> block_sizes() const {
         std::vector<std::size_t> sizes;
-        for (const auto& block : blocks_) {
-            sizes.push_back(block.size());
-            if (block.size() <= limit) continue;
-            const auto others = block.members.size() - 1;
-            throw std::invalid_argument(
-                place("sequences", block.members.front()) +
-                (others == 0 ? " takes "
-                             : " and the " + std::to_string(others) +
-                                   " that begin with its first token take ") +
-                std::to_string(block.size()) + " tokens, but max_tokens=" + std::to_string(limit) +
-                " and sequences that share a beginning are never split");
-        }
+        for (const auto& block : blocks_) sizes.push_back(block.size());
         return sizes;
     }
 
@@ -271,12 +327,46 @@ class PrefixPacker {
         }
     }
 
+    void check_lengths(std::size_t limit) const {
+        for (std::size_t i = 0; i < tokens_.size(); ++i) {
+            if (tokens_[i].size() <= limit) continue;
+            throw std::invalid_argument(
+                place("sequences", i) + " takes " + std::to_string(tokens_[i].size()) +
+                " tokens, but max_tokens=" + std::to_string(limit) +
+                " and a sequence is never split");
+        }
+    }
+
+    // Puts parts in the place of blocks that are too large.
+    void cut(std::size_t limit, std::size_t threads) {
+        std::vector<Block> whole;
+        std::vector<std::size_t> made;  // places of the parts
+        std::swap(whole, blocks_);
+        for (auto& block : whole) {
+            if (block.size() <= limit) {
+                blocks_.push_back(std::move(block));
+                continue;
+            }
+            const auto ordered = block.members_in_order(tokens_);
+            const auto starts = cuts(tokens_, ordered, limit);
+            for (std::size_t part = 0; part + 1 < starts.size(); ++part) {
+                made.push_back(blocks_.size());
+                auto& members = blocks_.emplace_back().members;
+                for (auto i = starts[part]; i < starts[part + 1]; ++i) {
+                    members.push_back(ordered[i]);
+                }
+                std::sort(members.begin(), members.end());
+            }
+        }
+        parallel_for(made.size(), threads,
+                     [&](std::size_t i) { blocks_[made[i]].build(tokens_); });
+    }
+
     void group() {
         std::unordered_map<std::int32_t, std::size_t> block_of;
         for (std::size_t i = 0; i < tokens_.size(); ++i) {
             const auto block = block_of.emplace(tokens_[i][0], blocks_.size()).first->second;
             if (block == blocks_.size()) blocks_.emplace_back();
-            home_[i] = {block, blocks_[block].members.size()};
             blocks_[block].members.push_back(i);
         }
     }
@@ -326,8 +416,8 @@ class PrefixPacker {
 std::vector<TokenTree> pack_sequences(const Sequences& sequences,
                                       std::optional<std::int64_t> max_tokens, std::size_t threads) {
     const auto limit = token_limit(max_tokens);
-    PrefixPacker packer(sequences, threads);
-    const auto starts = next_fit(packer.block_sizes(limit), limit);
+    PrefixPacker packer(sequences, limit, threads);
+    const auto starts = next_fit(packer.block_sizes(), limit);
     std::vector<TokenTree> trees(starts.size() - 1);
     parallel_for(trees.size(), threads,
                  [&](std::size_t i) { trees[i] = packer.tree(starts[i], starts[i + 1]); });

@@ -40,10 +40,63 @@ std::string_view bytes(Tokens tokens) {
     return {reinterpret_cast<const char*>(tokens.data()), tokens.size_bytes()};
 }
 
+// The tokens of a trunk as they go into a tree: one line, until a rewind ends the subtrees of the
+// tokens that it goes back over.
+class Spine {
+  public:
+    Spine(TokenTree& tree, Tokens tokens, std::span<const std::int32_t> rewinds, std::size_t end)
+        : tree_(tree), tokens_(tokens), rewinds_(rewinds), end_(end) {}
+
+    // Appends the tokens before `stop`; the depth of the one there.
+    std::size_t append_until(std::size_t stop) {
+        while (!rewinds_.empty() && static_cast<std::size_t>(rewinds_[0]) < stop) {
+            append(static_cast<std::size_t>(rewinds_[0]));
+            rewind(static_cast<std::size_t>(rewinds_[1]));
+            rewinds_ = rewinds_.subspan(2);
+        }
+        append(stop);
+        return depth_;
+    }
+
+  private:
+    struct Run {
+        std::size_t row, depth;  // of its first token
+    };
+
+    void append(std::size_t stop) {
+        if (stop == done_) return;
+        path_.push_back({tree_.input_ids.size(), depth_});
+        tree_.append_run(tokens_.subspan(done_, stop - done_), depth_, end_);
+        depth_ += stop - done_;
+        done_ = stop;
+    }
+
+    void rewind(std::size_t depth) {
+        const auto end = index32(tree_.input_ids.size());
+        while (depth_ > depth) {
+            const auto run = path_.back();
+            const auto kept = std::max(depth, run.depth);
+            const auto first = tree_.subtree_end.begin() +
+                               static_cast<std::ptrdiff_t>(run.row + kept - run.depth);
+            std::fill_n(first, depth_ - kept, end);
+            depth_ = kept;
+            if (kept == run.depth) path_.pop_back();
+        }
+    }
+
+    TokenTree& tree_;
+    const Tokens tokens_;
+    std::span<const std::int32_t> rewinds_;  // those to come
+    const std::size_t end_;
+    std::size_t done_ = 0, depth_ = 0;
+    std::vector<Run> path_;  // what the next token sees
+};
+
 class Packer {
   public:
     Packer(const StepPairs& pairs, std::size_t threads)
         : spans_(pairs.spans),
+          rewinds_(checked_rewinds(pairs)),
           trunk_steps_(checked_steps(pairs)),
           step_branches_(checked_branches(pairs, trunk_steps_.back())),
           trunks_(
@@ -82,6 +135,14 @@ class Packer {
             }
             return bounds / 2;
         });
+    }
+
+    static std::span<const std::span<const std::int32_t>> checked_rewinds(const StepPairs& pairs) {
+        if (!pairs.rewinds.empty() && pairs.rewinds.size() != pairs.trunks.size()) {
+            throw std::invalid_argument(std::to_string(pairs.rewinds.size()) + " rewinds for " +
+                                        std::to_string(pairs.trunks.size()) + " trunks");
+        }
+        return pairs.rewinds;
     }
 
     static std::vector<std::size_t> checked_branches(const StepPairs& pairs, std::size_t steps) {
@@ -136,9 +197,39 @@ class Packer {
         }
     }
 
+    std::span<const std::int32_t> rewinds(std::size_t trunk) const {
+        return rewinds_.empty() ? std::span<const std::int32_t>{} : rewinds_[trunk];
+    }
+
+    // Ascending, between actions with a token of the state left before the next, back to a depth
+    // above their own.
+    void check_rewinds(std::size_t trunk) const {
+        const auto all = rewinds(trunk);
+        const auto spans = spans_[trunk];
+        const auto name = place("trunks", trunk) + ".rewinds";
+        if (all.size() % 2 != 0) throw std::invalid_argument(name + " must come in pairs");
+        std::int64_t before = 0, depth = 0;  // of the rewind before
+        std::size_t t = 0;
+        for (std::size_t i = 0; i < all.size(); i += 2) {
+            const std::int64_t at = all[i], back = all[i + 1];
+            while (2 * t < spans.size() && spans[2 * t] <= at) ++t;
+            const std::int64_t done = t == 0 ? 0 : spans[2 * t - 1];
+            if (at <= before || at < done || 2 * t >= spans.size() || back < 0 ||
+                back >= depth + at - before) {
+                throw std::invalid_argument(
+                    place(name, i / 2) + " is [" + std::to_string(at) + ", " +
+                    std::to_string(back) +
+                    "]; it must come after the one before, between actions, and go back");
+            }
+            before = at;
+            depth = back;
+        }
+    }
+
     // Finds the originals of a trunk's branches, and the sizes of its block.
     void measure(std::size_t trunk) {
         check_spans(trunk);
+        check_rewinds(trunk);
         std::unordered_map<std::string_view, std::size_t> seen;
         sizes_[trunk] = trunks_[trunk].size();
         for (auto step = trunk_steps_[trunk]; step < trunk_steps_[trunk + 1]; ++step) {
@@ -168,30 +259,28 @@ class Packer {
 
     void append_block(TokenTree& tree, std::size_t trunk) {
         const auto tokens = trunks_[trunk];
-        const auto block_end = tree.input_ids.size() + sizes_[trunk];
-        std::size_t done = 0;  // trunk tokens already in the tree
+        Spine spine(tree, tokens, rewinds(trunk), tree.input_ids.size() + sizes_[trunk]);
         for (std::size_t t = 0; t < spans_[trunk].size() / 2; ++t) {
             const auto action = own_action(trunk, t);
-            tree.append_run(tokens.subspan(done, action.start - done), done, block_end);
-            append_actions(tree, trunk, t, action);
-            done = action.start;
+            append_actions(tree, trunk, t, action.tokens, spine.append_until(action.start));
         }
-        tree.append_run(tokens.subspan(done), done, block_end);
+        spine.append_until(tokens.size());
     }
 
     // Appends the new branches of a step and scores all its actions. The trunk's own action is not
     // here yet: it begins at the row after the last branch, where append_block goes on.
-    void append_actions(TokenTree& tree, std::size_t trunk, std::size_t t, const Action& action) {
+    void append_actions(TokenTree& tree, std::size_t trunk, std::size_t t, Tokens action,
+                        std::size_t depth) {
         const auto parent = tree.input_ids.size() - 1;
         const auto step = trunk_steps_[trunk] + t;
         const auto first = step_branches_[step], last = step_branches_[step + 1];
         for (auto b = first; b < last; ++b) {
             if (originals_[b] != b) continue;
             rows_[b] = tree.input_ids.size();
-            tree.append_run(branches_[b], action.start, rows_[b] + branches_[b].size());
+            tree.append_run(branches_[b], depth, rows_[b] + branches_[b].size());
         }
         const auto own_row = tree.input_ids.size();
-        append_scores(tree, action.tokens, parent, own_row);
+        append_scores(tree, action, parent, own_row);
         tree.append_step(trunk, t, 0);
         for (auto b = first; b < last; ++b) {
             append_scores(tree, branches_[b], parent,
@@ -211,7 +300,7 @@ class Packer {
         std::iota(rows + 1, tree.label_rows.end(), index32(row));
     }
 
-    const std::span<const std::span<const std::int32_t>> spans_;
+    const std::span<const std::span<const std::int32_t>> spans_, rewinds_;
     const std::vector<std::size_t> trunk_steps_;    // trunk i owns the steps [i], [i + 1]
     const std::vector<std::size_t> step_branches_;  // step s owns the branches [s], [s + 1]
     const TokenRows trunks_, branches_;

@@ -42,6 +42,9 @@ std::size_t token_limit(std::optional<std::int64_t> max_tokens);
 struct StepPairs {
     std::span<const AnyIds> trunks;                        // token ids of each trunk
     std::span<const std::span<const std::int32_t>> spans;  // (start, end) of its actions
+    // (at, depth): from token `at` on, what goes on after the first `depth` tokens before it. Empty
+    // where no trunk has any.
+    std::span<const std::span<const std::int32_t>> rewinds;
     std::span<const AnyIds> branches;                      // token ids of each branch
     std::span<const std::int64_t> branch_counts;           // branches of each step
 };
@@ -60,8 +63,10 @@ struct Sequences {
 };
 
 // Packs the prefix tree of the sequences: those that begin with one token are a block, blocks fill
-// trees in order of first appearance (next fit), children follow each other in that order too.
-// Linear in the tokens given; the trees do not depend on `threads`. Throws as pack_step_pairs does.
+// trees in order of first appearance (next fit), children follow each other in that order too. A
+// block beyond max_tokens is cut between its sequences, in the order of the tree, where the fewest
+// tokens are repeated, then into the fewest parts. Linear in the tokens given; the trees do not
+// depend on `threads`. Throws as pack_step_pairs does, here for a sequence beyond max_tokens.
 std::vector<TokenTree> pack_sequences(const Sequences& sequences,
                                       std::optional<std::int64_t> max_tokens, std::size_t threads);
 

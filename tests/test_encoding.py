@@ -25,7 +25,7 @@ from tiny_tokenizers import (
 )
 from tokenizers import AddedToken, normalizers
 
-from stepagent.data.encoding import SENTINEL, Trunk, encode
+from stepagent.data.encoding import Trunk, encode
 from stepagent.data.trajectory import Trajectory
 
 TEMPLATES = {
@@ -34,7 +34,6 @@ TEMPLATES = {
     "llama3": (LLAMA3, "<|eot_id|>"),
     "llama2": (LLAMA2, "</s>"),
     "gemma": (GEMMA, "<end_of_turn>"),
-    "qwen3": (QWEN3, "<|im_end|>"),
 }
 TOKENIZERS = {"bytes": byte_level_bpe, "metaspace": metaspace_bpe, "words": word_level}
 
@@ -57,6 +56,19 @@ def actions(trunk, tokenizer):
 
 def squeeze(text):
     return "".join(text.split())
+
+
+def assert_states(trajectory, trunk, tokenizer):
+    """Each state is the prompt that the agent is given there, id for id."""
+    for step, index in enumerate(trajectory.step_indices):
+        prompt = tokenizer.apply_chat_template(
+            trajectory.messages[:index],
+            tools=trajectory.tools,
+            add_generation_prompt=True,
+            return_dict=False,
+            **trajectory.chat_template_kwargs,
+        )
+        assert trunk.state_ids(step).tolist() == prompt
 
 
 def assert_exact(trajectory, tokenizer, end, *, strip=False, lead=""):
@@ -117,7 +129,7 @@ pieces = st.sampled_from([" ", "\n", "\n\n", "\t", ":", "go", "🏠", "é"]) | s
     st.characters(exclude_categories=["Cs"]), max_size=4
 )
 texts = st.lists(pieces, max_size=6).map("".join)
-texts = texts.filter(lambda text: not any(token in text for token in (*SPECIAL_TOKENS, SENTINEL)))
+texts = texts.filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
 turns = st.lists(st.tuples(st.sampled_from(["user", "tool", "assistant"]), texts))
 
 
@@ -149,7 +161,7 @@ def test_any_known_words_give_exact_spans(words, data):
         ("où?", "👩‍👩‍👧 日本語 é\u0301\u2028x", "🏠", "🏠🏠"),
         ("go", "go", "go", "go"),
         ("You can: go left. go left", "go left", "you go left", "go left"),
-        ("user\nassistant\n", "assistant", "<|im_end|>\n<|im_start|>assistant\ngo", "go"),
+        ("user\nassistant\n", "assistant", "<im_end>\n<im_start>assistant\ngo", "go"),
         ("where?", "", "", ""),
     ],
     ids=["unicode", "repeated", "quoted", "imitated", "empty"],
@@ -179,10 +191,13 @@ def test_a_template_that_strips_contents_gives_the_stripped_action():
     assert_exact(trajectory, byte_level_bpe(LLAMA3), "<|eot_id|>", strip=True)
 
 
-def test_a_template_that_treats_the_last_turn_differently_is_followed():
+def test_a_template_that_writes_the_last_turn_differently_branches_at_the_difference():
     tokenizer = byte_level_bpe(QWEN3)
-    trunk = assert_exact(talk("where?", "go", "and now?", "stop"), tokenizer, "<|im_end|>")
-    assert decode(tokenizer, trunk.input_ids).count("<think>") == 1
+    trunk = encode(talk("where?", "go", "and now?", "stop"), tokenizer)
+    thought = "<think>\n\n</think>\n\n"
+    assert actions(trunk, tokenizer) == [f"{thought}go<|im_end|>", f"{thought}stop<|im_end|>"]
+    assert_states(talk("where?", "go", "and now?", "stop"), trunk, tokenizer)
+    assert len(trunk.rewinds) == 1
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
@@ -203,10 +218,8 @@ def test_a_system_prompt_merged_into_the_first_turn_is_followed(make):
     assert squeeze(actions(encode(trajectory, tokenizer), tokenizer)[0]) == "gotokitchen</s>"
 
 
-TWICE = "{% for m in messages %}<s>{{ m.content }}{{ m.content }}</s>{% endfor %}"
 DROPS = "{% for m in messages if m.role != 'system' %}<s>{{ m.content }}</s>{% endfor %}"
 LOWERS = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content | lower }}</s>{% endfor %}"
-COUNTS = "{% for m in messages %}<s>{{ m.content | length }}\n{{ m.content }}</s>{% endfor %}"
 TAILS = (
     "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{{ messages[-1].content | length }}"
 )
@@ -219,18 +232,14 @@ BARE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     [
         (QWEN3, ("a", "<think>hm</think>\ngo", "b", "go"), r"rewrites messages\[1\] \(assistant\)"),
         (LOWERS, ("where", "Go", "b", "go"), r"rewrites messages\[1\]"),
-        (COUNTS, ("where", "go"), r"rewrites messages\[0\] \(user\)"),
-        (TAILS, ("where", "go"), r"rewrites messages\[1\]"),
-        (TWICE, ("where", "go"), r"content of messages\[1\] in its place"),
-        (TWICE, ("go",), r"content of messages\[0\] twice"),
-        ("<s>fixed</s>", ("where", "go"), r"content of messages\[0\] in its place"),
+        (TAILS, ("where", "go"), r"prompt for messages\[1\] goes on with '5' after '<s>where</s>'"),
+        ("<s>fixed</s>", ("where", "go"), r"writes nothing of messages\[1\]"),
         (LLAMA2, ("go", "where", "go"), "template fails: Conversation roles must alternate"),
         ("{{ 1 / 0 }}", ("where", "go"), "template fails: division by zero"),
-        (NO_END_OF_TURN, ("a", "go", "b", "go"), r"'\\nuser\\n' follows .* of messages\[1\]"),
-        (LATE, ("where", "go"), r"special token: ' end</s>' follows the content"),
+        (NO_END_OF_TURN, ("a", "go", "b", "go"), r"messages\[1\] ends in 'assistant\\ngo'"),
+        (LATE.replace("</s>", ""), ("where", "go"), r"special token, .* ends in '.*go end'"),
         (SPACED, ("where", "go"), r"token ' go' crosses .* of messages\[1\]: ' ' \| 'go'"),
         (CHATML, ("where", "a<|im_end|>b"), r"messages\[1\] holds the special token '<\|im_end"),
-        (CHATML, (f"a {SENTINEL}", "go"), r"messages\[0\] holds 'stepagent-sentinel-'"),
     ],
 )
 @pytest.mark.parametrize("trim_offsets", [True, False])
@@ -243,7 +252,7 @@ def test_what_cannot_be_exact_is_refused_by_name(template, texts, match, trim_of
 def test_a_dropped_system_prompt_is_refused():
     trajectory = talk("where?", "go")
     trajectory.messages.append({"role": "system", "content": "act"})
-    with pytest.raises(ValueError, match=r"messages\[2\] in its place"):
+    with pytest.raises(ValueError, match=r"messages\[2\] \(system\) in its place"):
         encode(trajectory, byte_level_bpe(DROPS))
 
 
@@ -263,11 +272,13 @@ def test_a_newline_token_shared_by_template_and_content_is_refused():
         encode(talk("where?", "\ngo"), tokenizer)
 
 
-def test_an_end_of_turn_that_eats_the_next_content_is_refused():
+def test_an_end_of_turn_that_eats_the_next_content_is_what_the_agent_sees():
     tokenizer = byte_level_bpe(BARE, trim_offsets=False)
     tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], True)
-    with pytest.raises(ValueError, match=r"crosses the end of the turn .*'<\|end\|>' \| '  '"):
-        encode(talk("where?", "go", "  ok", "go"), tokenizer)
+    trajectory = talk("where?", "go", "  ok", "go")
+    trunk = encode(trajectory, tokenizer)
+    assert actions(trunk, tokenizer) == ["go<|end|>", "go<|end|>"]
+    assert_states(trajectory, trunk, tokenizer)
 
 
 def test_an_unknown_word_is_refused_in_an_action_and_allowed_elsewhere():
@@ -294,15 +305,15 @@ def test_one_token_may_stand_for_unknown_words_and_end_turns():
 def test_a_tokenizer_without_offsets_or_template_is_refused():
     with pytest.raises(ValueError, match=r"Fast.* has no chat template|Backend.* has no chat temp"):
         encode(talk("where?", "go"), byte_level_bpe(None))
-    with pytest.raises(ValueError, match="str gives no character offsets"):
+    with pytest.raises(ValueError, match="str must be a fast tokenizer"):
         encode(talk("where?", "go"), "gpt2")
     with pytest.raises(TypeError, match="trajectory is a list"):
         encode(talk("where?", "go").messages, byte_level_bpe())
 
 
 def test_an_action_without_a_token_before_it_is_refused():
-    with pytest.raises(ValueError, match="must start at 1 or later"):
-        encode(talk("go", first="assistant"), byte_level_bpe("{{ messages[0].content }}</s>"))
+    with pytest.raises(ValueError, match="must start at token 1 or later"):
+        encode(talk("go", first="assistant"), byte_level_bpe("{% for m in messages %}{{ m.content }}</s>{% endfor %}"))
 
 
 @pytest.mark.parametrize(

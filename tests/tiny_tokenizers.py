@@ -54,14 +54,16 @@ GENERATION = """\
 {%- else -%}{{ message['content'] + '<|im_end|>' }}{%- endif -%}
 {{ '\n' }}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
 """
 
 LLAMA3 = """\
+{{- '<|begin_of_text|>' -}}
 {%- for message in messages -%}
-{%- if loop.first -%}{{ '<|begin_of_text|>' }}{%- endif -%}
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
 {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}
 """
 
 LLAMA2 = """\
@@ -87,6 +89,7 @@ GEMMA = """\
 {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
 {{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
 """
 
 QWEN3 = """\
@@ -101,6 +104,7 @@ QWEN3 = """\
 {%- endif -%}
 {{ content + '<|im_end|>\n' }}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
 """
 
 NO_END_OF_TURN = """\

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 def pack_step_pairs(
     trunks: list[NDArray[Any]],
     action_spans: list[NDArray[np.int32]],
+    rewinds: list[NDArray[np.int32]],
     branches: list[NDArray[Any]],
     branch_counts: NDArray[np.int64],
     max_tokens: int | None,

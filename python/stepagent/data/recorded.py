@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .trajectory import Trajectory
+    from .trunk import Trunk
 
 _REMEDY = "use the model that it was sampled with, or drop token_ids from meta to tokenize it anew"
 # A template may write today's date, which is another one than on the day of the record.
@@ -24,17 +25,13 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,
 
 
 def scored_spans(
-    trajectory: Trajectory,
-    token_ids: NDArray[np.int32],
-    spans: NDArray[np.int32],
-    tokenizer: PreTrainedTokenizerBase,
+    trajectory: Trajectory, record: Trunk, tokenizer: PreTrainedTokenizerBase
 ) -> NDArray[np.int32]:
     """Those of a record's action spans that are scored.
 
     Args:
         trajectory: The record's messages.
-        token_ids: (L,), of the whole conversation.
-        spans: (T, 2), of all its assistant messages, or of the scored ones alone.
+        record: Its tokens, and the spans of all its assistant messages, or of the scored ones.
         tokenizer: That of the model to be scored.
 
     Returns:
@@ -44,6 +41,7 @@ def scored_spans(
         ValueError: Where the ids do not read as the messages do under this tokenizer and its chat
             template.
     """
+    token_ids, spans = record.input_ids, record.action_spans
     steps = trajectory.step_indices
     actions = [i for i, m in enumerate(trajectory.messages) if m["role"] == "assistant"]
     if len(spans) not in (len(steps), len(actions)):
@@ -58,7 +56,7 @@ def scored_spans(
             f"sampled with another tokenizer; {_REMEDY}"
         )
     indices = steps if len(spans) == len(steps) else actions
-    _Record(trajectory, token_ids, tokenizer).check(indices, spans.tolist())
+    _Record(trajectory, record, tokenizer).check(indices, spans.tolist())
     kept = set(steps)
     return spans[[index in kept for index in indices]]
 
@@ -69,10 +67,11 @@ class _Record:
     def __init__(
         self,
         trajectory: Trajectory,
-        token_ids: NDArray[np.int32],
+        record: Trunk,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._trajectory, self._ids, self._tokenizer = trajectory, token_ids.tolist(), tokenizer
+        self._trajectory, self._tokenizer = trajectory, tokenizer
+        self._ids, self._rewinds = record.input_ids.tolist(), record.rewinds
 
     def check(self, indices: list[int], spans: list[list[int]]) -> None:
         """Compare the first state, each action, and what stands between two of them."""

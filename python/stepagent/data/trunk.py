@@ -1,0 +1,192 @@
+"""Trunks: a trajectory's tokens, and which of them are its actions.
+
+Mostly a trunk is one line of tokens. Where a chat template rewrites history, as Qwen3's leaves out
+the thoughts of earlier turns, the next state does not go on from what was produced; then the line
+goes back to the last token that both have in common, and on from there:
+
+    input_ids   u o₁ t₁ a₁ │ a₁ o₂ t₂ a₂     u task, o observation, t thought, a action
+    rewinds                 └ after u o₁
+
+Each action hangs on exactly the state that the agent saw. docs/encoding.md draws the tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+INT32_MAX = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """One trajectory's tokens and the half-open spans of its T actions.
+
+    Lists, numpy and torch arrays of int32 or int64 are accepted; read-only int32 numpy copies are
+    kept.
+
+    Args:
+        input_ids: (L,) token ids, ≥ 0.
+        action_spans: (T, 2), T ≥ 1, each ``[start, end)`` with 1 ≤ start < end ≤ L, ascending, not
+            overlapping; the end-of-turn token is inside the span. A span starts at 1 at the
+            earliest because a row must predict its first token.
+        rewinds: (K, 2), each ``[at, depth]``: the token ``at`` and those after it go on from the
+            first ``depth`` tokens of the line before it. Ascending, after the action before and
+            before the last token of a state, each back: ``depth`` is less than the tokens before.
+            Empty where the trunk is one line.
+
+    Raises:
+        TypeError: For other dtypes.
+        ValueError: Where a rule above is broken.
+    """
+
+    input_ids: NDArray[np.int32]
+    action_spans: NDArray[np.int32]
+    rewinds: NDArray[np.int32]
+
+    def __init__(
+        self, input_ids: ArrayLike, action_spans: ArrayLike, rewinds: ArrayLike = ()
+    ) -> None:
+        ids = _integers("input_ids", input_ids)
+        spans = _integers("action_spans", action_spans)
+        backs = _integers("rewinds", rewinds)
+        if not backs.size:
+            backs = backs.reshape(0, 2)
+        _check_ids(ids)
+        _check_spans(spans, len(ids))
+        _check_rewinds(backs, spans)
+        object.__setattr__(self, "input_ids", _frozen_int32(ids))
+        object.__setattr__(self, "action_spans", _frozen_int32(spans))
+        object.__setattr__(self, "rewinds", _frozen_int32(backs))
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of actions."""
+        return len(self.action_spans)
+
+    @property
+    def action_mask(self) -> NDArray[np.bool_]:
+        """(L,), True for the tokens of actions, as :func:`stepagent.pack_sequences` takes it."""
+        mask = np.zeros(len(self.input_ids), dtype=bool)
+        for start, end in self.action_spans:
+            mask[start:end] = True
+        return mask
+
+    @cached_property
+    def position_ids(self) -> NDArray[np.int32]:
+        """(L,) int32, how many tokens each one sees before it."""
+        positions = np.arange(len(self.input_ids), dtype=np.int32)
+        for at, depth in self.rewinds:
+            positions[at:] -= positions[at] - depth
+        return positions
+
+    @cached_property
+    def subtree_end(self) -> NDArray[np.int32]:
+        """(L,) int32, as `stepagent.TokenTree` has it: token q sees k if k ≤ q < subtree_end[k]."""
+        ends = np.full(len(self.input_ids), len(self.input_ids), np.int32)
+        for rows, (at, depth) in zip(self._lines, self.rewinds, strict=False):
+            ends[rows[depth:]] = at
+        return ends
+
+    def rows_before(self, index: int) -> NDArray[np.int64]:
+        """The places of all tokens that the token ``index`` sees, without itself, in order."""
+        line = int(np.searchsorted(self.rewinds[:, 0], index, side="right"))
+        return self._lines[line][: self.position_ids[index]]
+
+    def state_ids(self, step: int) -> NDArray[np.int32]:
+        """The tokens of the state in which this step's action was taken, int32."""
+        start = int(self.action_spans[step, 0])
+        if not len(self.rewinds):
+            return self.input_ids[:start]
+        return self.input_ids[self.rows_before(start)]
+
+    def lines(self) -> list[Trunk]:
+        """The trunk as trunks of one line each, for what cannot take a tree; [self] where it is
+        one. Together they have its steps, in order, each after the same tokens."""
+        if not len(self.rewinds):
+            return [self]
+        bounds = [0, *self.rewinds[:, 0].tolist(), len(self.input_ids)]
+        starts, ends = self.action_spans.T
+        found = []
+        for rows, first, last in zip(self._lines, bounds, bounds[1:], strict=True):
+            inside = self.action_spans[(starts >= first) & (ends <= last)]
+            if len(inside):  # rows end with first … last − 1
+                found.append(Trunk(self.input_ids[rows], inside - first + len(rows) - last + first))
+        return found
+
+    @cached_property
+    def _lines(self) -> list[NDArray[np.int64]]:
+        """The places of the tokens of each line, from its first to the one before a rewind."""
+        bounds = [0, *self.rewinds[:, 0].tolist(), len(self.input_ids)]
+        lines = [np.arange(bounds[1])]
+        for depth, first, last in zip(self.rewinds[:, 1], bounds[1:-1], bounds[2:], strict=True):
+            lines.append(np.concatenate([lines[-1][:depth], np.arange(first, last)]))
+        return lines
+
+
+def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # ragged lists
+        raise ValueError(f"{name} is not an array: {error}") from error
+    if array.size and array.dtype not in (np.int32, np.int64):
+        raise TypeError(f"{name} has dtype {array.dtype}; it must be int32 or int64")
+    return array.astype(np.int64)
+
+
+def _frozen_int32(array: NDArray[np.int64]) -> NDArray[np.int32]:
+    copy = array.astype(np.int32)
+    copy.flags.writeable = False
+    return copy
+
+
+def _check_ids(ids: NDArray[np.int64]) -> None:
+    if ids.ndim != 1:
+        raise ValueError(f"input_ids has shape {ids.shape}; it must be one-dimensional")
+    for index in np.flatnonzero((ids < 0) | (ids > INT32_MAX))[:1]:
+        raise ValueError(f"input_ids[{index}] is {ids[index]}; ids must lie in [0, {INT32_MAX}]")
+
+
+def _check_spans(spans: NDArray[np.int64], length: int) -> None:
+    if spans.ndim != 2 or spans.shape[1] != 2 or len(spans) == 0:
+        raise ValueError(f"action_spans has shape {spans.shape}; it must be (T, 2) with T >= 1")
+    previous_end = 1
+    for index, (start, end) in enumerate(spans.tolist()):
+        if start < 1:
+            rule = "must start at 1 or later: a row must predict the first token"
+        elif end <= start:
+            rule = "must not be empty: start < end"
+        elif end > length:
+            rule = f"must end within the {length} input_ids"
+        elif start < previous_end:
+            rule = f"must start at or after {previous_end}, where the span before it ends"
+        else:
+            previous_end = end
+            continue
+        raise ValueError(f"action_spans[{index}] is [{start}, {end}); it {rule}")
+
+
+def _check_rewinds(rewinds: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
+    if rewinds.ndim != 2 or rewinds.shape[1] != 2:
+        raise ValueError(f"rewinds has shape {rewinds.shape}; it must be (K, 2)")
+    before, depth = 0, 0
+    for index, (at, back) in enumerate(rewinds.tolist()):
+        step = int(np.searchsorted(spans[:, 0], at, side="right"))  # the next action's
+        if at <= before:
+            rule = "must come after the one before it, and after the first token"
+        elif step == len(spans):
+            rule = "must come before the last token of a state: no action follows"
+        elif step and at < spans[step - 1, 1]:
+            rule = f"must not lie in or just before the action {spans[step - 1].tolist()}"
+        elif not 0 <= back < depth + at - before:
+            rule = f"must go back: its depth must lie in [0, {depth + at - before})"
+        else:
+            before, depth = at, back
+            continue
+        raise ValueError(f"rewinds[{index}] is [{at}, {back}]; it {rule}")

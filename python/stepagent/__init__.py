@@ -13,118 +13,56 @@ Training: ``StepAgentConfig``, ``StepAgentTrainer``. See docs/api.md.
 """
 
 from importlib import import_module
-from importlib.metadata import version as _version
+from importlib.util import find_spec
 from typing import Any
 
-# The modules that come with the package: `stepagent.policies` needs no import of its own.
-from . import episodes as episodes
-from . import policies as policies
-from . import rollout as rollout
-from . import server_policies as server_policies
-from .acting.inspection import inspect
-from .acting.rollout import Continuations, continue_rollouts, rollout_and_query
-from .data.alignment import (
-    StepAlignment,
-    TokenAlignment,
-    align_steps,
-    align_tokens,
-    char_spans,
-    edit_distance,
-    token_spans,
-)
-from .data.branch import Branch
-from .data.encoding import Trunk, encode
-from .data.trajectory import Trajectory, load_trajectories, save_trajectories
-from .learning.advantages import (
-    gigpo,
-    group_relative,
-    istar,
-    leave_one_out,
-    mt_grpo,
-    prime,
-    step_gae,
-)
-from .learning.losses import (
-    discriminator_loss,
-    implicit_step_loss,
-    inverse_step_reward,
-    outcome_loss,
-    ppo_loss,
-)
-from .models import check_tree_support, score_trees
-from .ops import (
-    linear_logprob_diff,
-    linear_logprobs,
-    logprob_diff,
-    step_pair_loss,
-    step_rewards,
-    step_sums,
-    token_logprobs,
-)
-from .records.branches import load_branches
-from .trees.exports import tree_kwargs, trl_row
-from .trees.packing import balance, pack_bins, train_flops
-from .trees.tree import TokenTree, pack_sequences, pack_step_pairs
+# Where each public name is at home. A name is imported at its first use, and a module of the
+# package too: so nothing of it, the command line's help included, waits for torch without need.
+_HOMES = {
+    ".acting.inspection": "inspect",
+    ".acting.rollout": "Continuations continue_rollouts rollout_and_query",
+    ".data.alignment": (
+        "StepAlignment TokenAlignment align_steps align_tokens char_spans edit_distance "
+        "token_spans"
+    ),
+    ".data.branch": "Branch",
+    ".data.encoding": "Trunk encode",
+    ".data.trajectory": "Trajectory load_trajectories save_trajectories",
+    ".learning.advantages": "gigpo group_relative istar leave_one_out mt_grpo prime step_gae",
+    ".learning.config": "StepAgentConfig",
+    ".learning.losses": (
+        "discriminator_loss implicit_step_loss inverse_step_reward outcome_loss ppo_loss"
+    ),
+    ".learning.trainer": "StepAgentTrainer",
+    ".models": "check_tree_support score_trees",
+    ".ops": (
+        "linear_logprob_diff linear_logprobs logprob_diff step_pair_loss step_rewards "
+        "step_sums token_logprobs"
+    ),
+    ".records.branches": "load_branches",
+    ".trees.exports": "tree_kwargs trl_row",
+    ".trees.packing": "balance pack_bins train_flops",
+    ".trees.tree": "TokenTree pack_sequences pack_step_pairs",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__version__ = _version("stepagent")
-
-__all__ = [
-    "Branch",
-    "Continuations",
-    "StepAgentConfig",
-    "StepAgentTrainer",
-    "StepAlignment",
-    "TokenAlignment",
-    "TokenTree",
-    "Trajectory",
-    "Trunk",
-    "align_steps",
-    "align_tokens",
-    "balance",
-    "char_spans",
-    "check_tree_support",
-    "continue_rollouts",
-    "discriminator_loss",
-    "edit_distance",
-    "encode",
-    "gigpo",
-    "group_relative",
-    "implicit_step_loss",
-    "inspect",
-    "inverse_step_reward",
-    "istar",
-    "leave_one_out",
-    "linear_logprob_diff",
-    "linear_logprobs",
-    "load_branches",
-    "load_trajectories",
-    "logprob_diff",
-    "mt_grpo",
-    "outcome_loss",
-    "pack_bins",
-    "pack_sequences",
-    "pack_step_pairs",
-    "ppo_loss",
-    "prime",
-    "rollout_and_query",
-    "save_trajectories",
-    "score_trees",
-    "step_gae",
-    "step_pair_loss",
-    "step_rewards",
-    "step_sums",
-    "token_logprobs",
-    "token_spans",
-    "train_flops",
-    "tree_kwargs",
-    "trl_row",
-]
-
-# Importing transformers' Trainer is slow and can load triton, so these wait for their first use.
-_LAZY = {"StepAgentConfig": ".learning.config", "StepAgentTrainer": ".learning.trainer"}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name], __name__), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("stepagent")
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -6,16 +6,15 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..evaluation import success_rate
-from ..evaluation.metrics import compare, split_by, summarize
-from ..records.episode_file import describe_seeds
-from ..records.episodes import Episode, load_episodes
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, make_parent, reports
 from .rolling import Rollout, is_url
+
+if TYPE_CHECKING:
+    from ..records.episodes import Episode
 
 _PERCENT = ("success", "progress_rate", "grounding_accuracy", "repetition", "agreement")
 
@@ -138,6 +137,8 @@ def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
     the same command goes on where it was stopped.
     """
 
+    from ..evaluation import success_rate
+
     def keep(episode: Episode) -> bool:
         wanted = episode.success or rollout.policy != "expert"
         return wanted and episode.crashed is None
@@ -173,6 +174,10 @@ def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], st
     With --output each episode is written as it ends, and the same command goes on where it was
     stopped.
     """
+    from ..evaluation.metrics import compare, summarize
+    from ..records.episode_file import describe_seeds
+    from ..records.episodes import load_episodes
+
     others = [] if against is None else load_episodes(against)
     episodes = rollout.run()
     summary = summarize(episodes)
@@ -194,6 +199,8 @@ def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], st
 
 
 def _groups(label: str, episodes: Sequence[Episode]) -> dict[str, Any]:
+    from ..evaluation.metrics import split_by, summarize
+
     ended = [episode for episode in episodes if episode.crashed is None]
     groups = {name: asdict(summarize(own)) for name, own in split_by(label, ended).items()}
     return {

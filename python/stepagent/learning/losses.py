@@ -19,11 +19,8 @@ from stepagent.checks import (
     check_pair,
     check_positive,
 )
+from stepagent.learning.options import KL_ESTIMATORS, RATIOS, REWARD_FORMS
 from stepagent.ops import step_rewards, step_sums
-
-REWARD_FORMS = ("agent", "expert", "difference")
-RATIOS = ("step", "token")
-KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def implicit_step_loss(expert_rewards_P: Tensor, agent_rewards_P: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def test_a_complete_file_needs_neither_environment_nor_model(folder, tmp_path, m
     path = tmp_path / "episodes.jsonl"
     first = evaluate(path, policy=folder)
     monkeypatch.setattr("stepagent.cli.rolling.load_model", None)
-    monkeypatch.setattr("stepagent.cli.rolling.run_episodes", None)
+    monkeypatch.setattr("stepagent.acting.rollout.run_episodes", None)
     assert evaluate(path, policy=folder).stdout == first.stdout
 
 

@@ -22,8 +22,7 @@ _HOMES = {
     ".acting.inspection": "inspect",
     ".acting.rollout": "Continuations continue_rollouts rollout_and_query",
     ".data.alignment": (
-        "StepAlignment TokenAlignment align_steps align_tokens char_spans edit_distance "
-        "token_spans"
+        "StepAlignment TokenAlignment align_steps align_tokens char_spans edit_distance token_spans"
     ),
     ".data.branch": "Branch",
     ".data.encoding": "Trunk encode",

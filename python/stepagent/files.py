@@ -26,7 +26,7 @@ def destination(path: str | os.PathLike[str]) -> Path:
     """What ``path`` leads to, with symbolic links followed: a regular file, or nothing yet.
 
     Raises:
-        ValueError: for anything else, naming what it is.
+        OSError: for anything else, naming what it is; IsADirectoryError for a folder.
     """
     found = Path(os.path.realpath(path))
     with suppress(FileNotFoundError):
@@ -35,12 +35,11 @@ def destination(path: str | os.PathLike[str]) -> Path:
 
 
 def check_regular(path: str | os.PathLike[str], mode: int) -> None:
-    """ValueError unless ``mode``, the ``st_mode`` of what is at ``path``, is a regular file's."""
+    """OSError unless ``mode``, the ``st_mode`` of what is at ``path``, is a regular file's."""
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise ValueError(
-            f"an output must be a regular file, or none yet, got {kind}: {os.fspath(path)}"
-        )
+        error = IsADirectoryError if stat.S_ISDIR(mode) else OSError
+        raise error(f"an output must be a regular file, or none yet, got {kind}: {os.fspath(path)}")
 
 
 @contextmanager
@@ -49,23 +48,20 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     end: whoever reads ``path`` meanwhile, or after a failure, finds it as it was.
 
     Raises:
-        ValueError: where ``path`` is no regular file; see :func:`destination`.
+        OSError: where ``path`` is no regular file; see :func:`destination`.
     """
     target = destination(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileNotFoundError):
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         os.replace(temporary, target)
-    except FileExistsError:
-        raise  # of another writer: it is not ours to remove
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

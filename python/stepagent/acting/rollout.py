@@ -50,7 +50,7 @@ def run_episodes(
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     progress: str | None = None,
     split: str | None = None,
     on_end: Callable[[Episode], None] | None = None,
@@ -61,7 +61,8 @@ def run_episodes(
     :param expert: asked at every state for its action, which is recorded and not taken.
     :param max_steps: ends an episode sooner than the environment would.
     :param workers: processes that run the environments; 0: this one does. Episodes are the same.
-    :param timeout: seconds after which an environment's call in a worker counts as hung.
+    :param timeout: seconds after which an environment's call counts as hung; None: 60 in a worker,
+        any time in this process. Here only what runs Python code or waits can be interrupted.
     :param progress: the label of a progress bar on stderr; None: no bar.
     :param split: the one that the environments are of, for the record.
     :param on_end: told of each episode as it ends or crashes, while others go on.
@@ -110,7 +111,7 @@ def continue_rollouts(
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     progress: bool = False,
 ) -> list[Continuations]:
     """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
@@ -171,7 +172,7 @@ def rollout_and_query(
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     progress: bool = False,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.

@@ -49,7 +49,7 @@ class _New(click.Path):
         if not self._folder:
             try:
                 check_regular(path, mode)
-            except ValueError as error:
+            except OSError as error:
                 self.fail(f"{error}.", param, ctx)
         return path
 

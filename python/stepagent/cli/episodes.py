@@ -112,6 +112,15 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Processes that run the environments; 0: this one does.",
             ),
+            click.option(
+                "--step-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=60.0,
+                show_default=True,
+                metavar="SECONDS",
+                help="An environment that takes longer for a step has crashed. With --workers 0 "
+                "one that hangs in C code cannot be stopped.",
+            ),
             click.option("--served-model", metavar="NAME", help="Of several on the server."),
             click.option(
                 "--tokenizer",
@@ -238,11 +247,15 @@ def _text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(metrics: dict[str, dict[str, float]], sign: str = "") -> list[str]:
+def _table(metrics: dict[str, dict[str, float | None]], sign: str = "") -> list[str]:
     rows = []
     for name, found in metrics.items():
-        mean, low, high = (_figure(name, found[key], sign) for key in ("mean", "low", "high"))
-        rows.append(f"{name.replace('_', ' '):<20}{mean}  (95 %: {low} to {high})")
+        ends = [
+            _figure(name, end, sign) for end in (found["low"], found["high"]) if end is not None
+        ]
+        interval = f"95 %: {' to '.join(ends)}" if ends else "no interval"
+        mean = _figure(name, found["mean"] or 0.0, sign)
+        rows.append(f"{name.replace('_', ' '):<20}{mean}  ({interval})")
     return rows
 
 

@@ -42,6 +42,7 @@ class Rollout:
     max_new_tokens: int
     batch_size: int
     workers: int
+    step_timeout: float
     served_model: str | None
     tokenizer: Path | None
     system: str | None
@@ -94,6 +95,7 @@ class Rollout:
             max_steps=self.max_steps,
             batch_size=self.batch_size,
             workers=self.workers,
+            timeout=self.step_timeout,
             split=self.split,
             progress=self.command,
             on_end=on_end,

@@ -1,7 +1,7 @@
 """StepAgent's own training options: names, types, defaults, choices, and what each is for.
 
-They stand apart from transformers' TrainingArguments, which :class:`stepagent.StepAgentConfig` adds,
-so that the command line can list and check them without importing transformers or torch.
+They stand apart from transformers' TrainingArguments, which :class:`stepagent.StepAgentConfig`
+adds, so that the command line can list and check them without importing transformers or torch.
 """
 
 from __future__ import annotations

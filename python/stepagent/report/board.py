@@ -54,7 +54,11 @@ _SPLITS = ("environment", "split", "difficulty", "task")
 
 @dataclass(frozen=True)
 class Bar:
-    """A run's mean; places on the track are percentages of its width."""
+    """A run's mean; places on the track are percentages of its width.
+
+    Without an interval ``low`` and ``high`` are None and ``bounds`` is empty; without a mean, the
+    value is "n/a".
+    """
 
     run: str
     style: str
@@ -62,8 +66,8 @@ class Bar:
     bounds: str
     start: float
     width: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def bars(name: str, runs: Sequence[Run], means: Sequence[dict[str, Interval]]) -
     """Each run's mean and interval; shares on a track from 0 to 1, others on one that holds all."""
     share = _described(name)[2]
     found = [metrics.get(name) for metrics in means]
-    ends = [x for i in found if i is not None for x in (i.low, i.high, i.mean)]
+    shown = [i for i in found if i is not None]
+    ends = [x for i in shown for x in (i.low, i.high, i.mean) if x is not None]
     marks = [0.0, 1.0] if share else ticks(min(0.0, *ends), max(0.0, *ends))
 
     def at(x: float) -> float:
@@ -153,13 +158,14 @@ def _bar(
     name: str, style: str, mean: Interval | None, share: bool, at: Callable[[float], float]
 ) -> Bar:
     if mean is None:
-        return Bar(name, style, "n/a", "", 0, 0, 0, 0)
+        return Bar(name, style, "n/a", "", 0, 0, None, None)
     ends = at(0.0), at(mean.mean)
-    bounds = f"{_text(mean.low, share)} to {_text(mean.high, share)}"
     start, width = min(ends), round(abs(ends[1] - ends[0]), 2)
-    return Bar(
-        name, style, _text(mean.mean, share), bounds, start, width, at(mean.low), at(mean.high)
-    )
+    value = _text(mean.mean, share)
+    if mean.low is None or mean.high is None:
+        return Bar(name, style, value, "", start, width, None, None)
+    bounds = f"{_text(mean.low, share)} to {_text(mean.high, share)}"
+    return Bar(name, style, value, bounds, start, width, at(mean.low), at(mean.high))
 
 
 def _text(value: float, share: bool) -> str:
@@ -203,6 +209,8 @@ def _difference_cell(name: str, gain: Interval | None) -> dict[str, Any]:
     if gain is None:
         return {"mean": "n/a", "bounds": "", "sure": False}
     write = points if _described(name)[2] else _signed
+    if gain.low is None or gain.high is None:
+        return {"mean": write(gain.mean), "bounds": "no interval", "sure": False}
     bounds = f"{write(gain.low)} to {write(gain.high)}"
     sure = gain.low > 0 or gain.high < 0  # 0 lies outside the interval
     return {"mean": write(gain.mean), "bounds": bounds, "sure": sure}

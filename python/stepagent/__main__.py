@@ -88,9 +88,11 @@ class _Report(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            _close(self.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
+        except OSError as error:
+            _close(self.fileno())  # what is still buffered cannot be written either
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(128 + signal.SIGPIPE) from None
+            raise
 
 
 class _Notes(io.FileIO):

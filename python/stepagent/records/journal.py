@@ -100,9 +100,9 @@ class Journal:
     def discard(self) -> None:
         """Remove the file if it was made by this process and holds nothing."""
         target, own = destination(self.path), os.fstat(self._file.fileno())
-        if self._made and not own.st_size and target.exists():
-            if os.path.samestat(target.stat(), own):
-                target.unlink()
+        here = target.exists() and os.path.samestat(target.stat(), own)
+        if self._made and here and not own.st_size:
+            target.unlink()
 
     def _whole_lines(self) -> int:
         """The length of the file without a last line that is cut short."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,16 +61,18 @@ class Rollout:
         :param keep: which of them go to the file.
         """
         from ..records.episode_file import open_episodes
+        from ..records.provenance import sitting
 
         if self.output is None:
             return self._run(self.seeds, None)
         with open_episodes(self.output, self._identity(), self.seeds) as file:
+            missing = self._missing(file.ended)
+            work = sitting(self.output) if missing else nullcontext()
             try:
                 if file.ended:
                     click.echo(self._progress(len(file.ended)), err=True)
-                run = self._run(
-                    self._missing(file.ended), lambda e: file.append(e) if keep(e) else None
-                )
+                with work:
+                    run = self._run(missing, lambda e: file.append(e) if keep(e) else None)
             except BaseException as stop:
                 if not file.ended:
                     raise

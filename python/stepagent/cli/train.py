@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -111,9 +112,14 @@ def train(
     trainer = StepAgentTrainer(
         agent, config, trajectories, tokenizer, peft_config=adapter, env=env, engine=engine
     )
+    from ..records.provenance import sitting
+
+    told = {"model": model, "data": str(data), "options": _TRAINING_DEFAULTS | given(own)}
+    first = trainer.is_world_process_zero()
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        with sitting(Path(str(config.output_dir)), **told) if first else nullcontext():
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_how_to_resume(config)) from interrupt
     trainer.accelerator.end_training()  # the processes leave their group together

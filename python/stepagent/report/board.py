@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..evaluation.metrics import (
 )
 from ..records.episodes import Episode
 from .charts import Line, line_chart, ticks
-from .numbers import formatted, number, percent, points
+from .numbers import formatted, number, percent, plain, points
 from .runs import Run
 
 _STYLES = 8  # colours of runs in the page's CSS; the ninth run is dashed in the first's
@@ -73,7 +74,8 @@ class Bar:
 @dataclass(frozen=True)
 class Picture:
     title: str
-    svg: Markup
+    svg: Markup | None
+    """None where there is one place on the x axis only, which the table tells better."""
     head: list[str]
     """Of the same numbers as a table: its columns."""
     rows: list[list[str]]
@@ -114,6 +116,8 @@ def board(runs: Sequence[Run], baseline: Run) -> dict[str, Any]:
         "splits": [table for key in _SPLITS if (table := split(key, runs)) is not None],
         "invalid": invalid(runs),
         "training": training(runs),
+        "updates": updates(runs),
+        "settings": settings(runs),
     }
 
 
@@ -253,6 +257,34 @@ def training(runs: Sequence[Run]) -> list[Picture]:
     return pictures
 
 
+def updates(runs: Sequence[Run]) -> list[Picture]:
+    """A picture of every number that a trainer logged within its cycles, by update."""
+    keys = {key for run in runs for entry in run.updates for key in entry} - _CYCLE_HIDDEN
+    pictures = []
+    for key in sorted(keys, key=lambda key: (key != "loss", key)):
+        lines = []
+        for i, run in enumerate(runs):
+            ys = [_logged(entry.get(key)) for entry in run.updates]
+            if not all(map(math.isnan, ys)):
+                lines.append(Line(run.name, style(i), [e["step"] for e in run.updates], ys))
+        if lines:
+            title = key.replace("_", " ").capitalize()
+            pictures.append(_picture(title, lines, "update", percent=False))
+    return pictures
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What each run depended on and how it came about: a name, and each run's value."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [(name, [_setting(run.settings.get(name)) for run in runs]) for name in names]
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "–"
+    return plain(value) if isinstance(value, str | int | float) else json.dumps(value)
+
+
 def _logged(value: Any) -> float:
     return (
         number(value)
@@ -262,9 +294,11 @@ def _logged(value: Any) -> float:
 
 
 def _picture(title: str, lines: Sequence[Line], x_label: str, *, percent: bool) -> Picture:
-    svg = line_chart(lines, title=f"{title}, by {x_label}", x_label=x_label, percent=percent)
     values = [dict(zip(line.xs, line.ys, strict=True)) for line in lines]
     xs = sorted({x for line in lines for x in line.xs})
+    svg = None
+    if len(xs) > 1:
+        svg = line_chart(lines, title=f"{title}, by {x_label}", x_label=x_label, percent=percent)
     spec = ".1%" if percent else ",.4g"
     rows = [[f"{x:g}", *(formatted(ys.get(x), spec) for ys in values)] for x in xs]
     return Picture(title, svg, [x_label.capitalize(), *(line.label for line in lines)], rows)

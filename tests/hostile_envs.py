@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,19 @@ class Hostile(BabyAITextEnv):
             time.sleep(3600)
         if self._deed == "raises":
             raise KeyError("lost my map")
+
+
+class Loud(BabyAITextEnv):
+    """Writes to stdout whichever way it can."""
+
+    def __init__(self, task: str = "") -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        print("loud by print", flush=True)
+        os.write(1, b"loud by descriptor\n")
+        subprocess.run(["echo", "loud by program"], check=True)
+        return super().step(action)
 
 
 class Steered(BabyAITextEnv):

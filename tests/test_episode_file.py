@@ -155,7 +155,7 @@ def test_a_complete_file_needs_neither_environment_nor_model(folder, tmp_path, m
     path = tmp_path / "episodes.jsonl"
     first = evaluate(path, policy=folder)
     monkeypatch.setattr("stepagent.cli.rolling.load_model", None)
-    monkeypatch.setattr("stepagent.cli.rolling.run_episodes", None)
+    monkeypatch.setattr("stepagent.acting.rollout.run_episodes", None)
     assert evaluate(path, policy=folder).stdout == first.stdout
 
 
@@ -290,7 +290,6 @@ def test_a_crash_before_the_first_step_has_no_line(tmp_path):
         (("--policy", "random"), "policy 'expert', not 'random'"),
         (("--env", "babyai:GoToObj"), f"env '{LEVEL}', not 'babyai:GoToObj'"),
         (("--query-expert",), "query_expert False, not True"),
-        (("--episodes", 9), "seeds '0-7', not '0-8'"),
     ],
 )
 def test_the_file_of_another_run_is_refused_by_the_name_of_the_option(tmp_path, options, found):
@@ -307,6 +306,32 @@ def test_the_file_of_another_run_is_refused_by_the_name_of_the_option(tmp_path, 
             *("collect", "--env", LEVEL, "--max-steps", 5, "--episodes", 8, "--output", path)
         ).stderr
     )
+
+
+@pytest.mark.parametrize("policy", ["expert", "random"])
+def test_a_finished_file_goes_on_to_more_episodes(tmp_path, policy):
+    """``--episodes 4``, then 8, gives the file of ``--episodes 8``, to the byte."""
+    whole, grown = tmp_path / "whole.jsonl", tmp_path / "grown.jsonl"
+    evaluate(whole, policy=policy)
+    assert evaluate(grown, "--episodes", 4, policy=policy).exit_code == 0
+    result = evaluate(grown, policy=policy)
+    assert result.exit_code == 0
+    assert f"4 of 8 episodes are in {grown}" in result.stderr
+    assert grown.read_bytes() == whole.read_bytes()
+    # Other seeds before, between and after: the file is in their order.
+    common = ("evaluate", "--env", LEVEL, "--policy", policy, "--max-steps", 5)
+    assert invoke(*common, "--seeds", "9,0-7", "--output", grown).exit_code == 0
+    assert [t.meta["seed"] for t in load_trajectories(grown)] == [9, *range(8)]
+
+
+def test_a_file_with_episodes_that_are_not_asked_for_is_left_alone(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    evaluate(path)
+    whole = path.read_bytes()
+    result = evaluate(path, "--episodes", 7)
+    assert result.exit_code == 1
+    assert f"Error: {path}:8 is of another run: it has seed 7, not one of 0-6" in result.stderr
+    assert path.read_bytes() == whole
 
 
 def test_a_model_that_was_trained_further_is_another_run(folder, tmp_path):

@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 from click.testing import CliRunner
 from report_cases import EXPERT, HOSTILE, episode, write_run, write_runs
 
+import stepagent
 from stepagent import Trajectory, save_trajectories
 from stepagent.cli import main
+from stepagent.records.provenance import sitting
 from stepagent.report import Run, load_run, load_runs, write_report
 from stepagent.report.board import board
 from stepagent.report.charts import Line, line_chart, ticks
 from stepagent.report.divergence import divergences
+from stepagent.report.numbers import visible
 from stepagent.report.payload import payload
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -76,6 +80,61 @@ def loaded(folder: Path, episodes: list[Trajectory], log: Any = None) -> Run:
 
 
 # ---------------------------------------------------------------------------------------- reading
+
+
+INSPECTED = {"index": 0, "id": "a", "input_ids": [1], "action_spans": [], "steps": [], "run": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (json.dumps(INSPECTED), "the branches of stepagent inspect"),
+        ('[{"loss": 1.0, "epoch": 1}]', "a trainer's log"),
+        ('{"success_rate": 1.0, "metrics": {}}', "the report of a command"),
+        ("<!DOCTYPE html>", "an HTML page"),
+        ("kernel_name,kernel_provider\n", "figures of stepagent bench"),
+        ("PAR1....", "Parquet"),
+        (
+            json.dumps({"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}),
+            "trajectories (stepagent train reads them), not episodes",
+        ),
+        ('{"sittings": []}', "how a run came about"),
+    ],
+)
+def test_a_file_that_is_something_else_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match=rf"file\.jsonl holds {re.escape(said)}"):
+        load_run(path)
+
+
+def test_settings_are_those_of_the_records_and_of_the_sittings(tmp_path: Path) -> None:
+    run = {"command": "evaluate", "policy": "runs/mine", "fingerprint": "abc", "max_steps": None}
+    folder = write_run(
+        tmp_path / "mine",
+        [episode(s, run={**run, "seeds": "0-1" if s else "0"}) for s in range(2)],
+    )
+    for seconds in (1, 2):
+        with sitting(folder / "episodes.jsonl"):
+            time.sleep(0.1 * seconds)
+    with sitting(folder, model="base", data="data.jsonl", options={"method": "sft"}):
+        pass
+    found = load_run(folder).settings
+    assert found["fingerprint"] == "abc"
+    assert found["seeds"] == "several"
+    assert found["stepagent version"] == stepagent.__version__
+    assert 0.2 < found["seconds"] < 60
+    assert found["date"].startswith("20")
+    assert (found["training: model"], found["training: method"]) == ("base", "sft")
+    shown = dict(board([load_run(folder)], load_run(folder))["settings"])
+    assert shown["policy"] == ["runs/mine"]
+    assert shown["max_steps"] == ["–"]
+
+
+def test_an_output_that_never_came_has_no_sitting(tmp_path: Path) -> None:
+    with sitting(tmp_path / "never.jsonl"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_a_folder_or_a_file(tmp_path: Path) -> None:
@@ -288,6 +347,69 @@ def test_curves_of_progress_and_of_cycles(runs: list[Run]) -> None:
     assert list(titles) == ["Success rate", "Agreement with the expert", "KL to the reference"]
     assert titles["KL to the reference"].rows == [["1", "0.1"], ["2", "n/a"]]
     assert titles["Success rate"].head == ["Cycle", "agent"]
+
+
+def test_a_single_cycle_is_a_table_and_no_lone_dot(tmp_path: Path) -> None:
+    run = loaded(tmp_path / "run", [episode(0)], [{"cycle": 0, "kl": 0.25}])
+    (picture,) = board([run], run)["training"]
+    assert picture.svg is None
+    assert picture.rows == [["1", "0.25"]]
+
+
+def test_what_is_logged_within_a_cycle_is_drawn_by_update(tmp_path: Path) -> None:
+    log = [
+        *({"loss": 1 / s, "grad_norm": 2.0, "epoch": s / 2, "step": s} for s in (1, 2, 3)),
+        {"cycle": 0, "mean_loss": 0.5, "step": 3},
+        {"train_loss": 0.5, "step": 3},
+    ]
+    run = loaded(tmp_path / "run", [episode(0)], log)
+    loss, norm = board([run], run)["updates"]
+    assert (loss.title, norm.title) == ("Loss", "Grad norm")
+    assert loss.rows == [["1", "1"], ["2", "0.5"], ["3", "0.3333"]]
+    assert loss.head[0] == "Update"
+
+
+def test_one_episode_has_no_interval_and_is_not_sure(tmp_path: Path) -> None:
+    """Not "+100 (+100 to +100)" in bold."""
+    one = loaded(tmp_path / "one", [episode(0)])
+    other = loaded(tmp_path / "other", [episode(0, success=False)])
+    shown = board([other, one], other)
+    bar = shown["bars"][0]["bars"][1]
+    assert (bar.value, bar.bounds, bar.low) == ("100.0%", "", None)
+    cell = shown["differences"]["rows"][0]["cells"][0]
+    assert cell == {"mean": "+100.0", "bounds": "no interval", "sure": False}
+    write_report(tmp_path / "report.html", [other, one])
+
+
+def test_small_numbers_are_times_a_power_of_ten() -> None:
+    line = Line("a", "run-0", [1, 2], [1e-6, 5e-6])
+    svg = line_chart([line], title="t", x_label="cycle")
+    assert 'class="unit">×10⁻⁶<' in svg
+    assert re.findall(r'class="y">([^<]+)<', svg) == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_the_experts_step_stands_where_the_two_part(tmp_path: Path, length: int) -> None:
+    """Wrong actions in a row: the expert's stands beside the first, at the same state, and beside
+    no other."""
+    bot = loaded(tmp_path / "bot", [episode(1, policy="expert", actions=["forward"])])
+    wrong = [f"wrong {t}" for t in range(length)]
+    agent = loaded(tmp_path / "agent", [episode(1, actions=wrong)])
+    (found,) = divergences(agent, [agent, bot])
+    assert found is not None
+    assert (found.step, found.pairs) == (0, [(0, 0)])
+    late = loaded(tmp_path / "late", [episode(1, actions=[*wrong, "forward"])])
+    (found,) = divergences(late, [late, bot])
+    assert found is not None
+    assert found.pairs == [(0, 0), (0, length)]  # and where the agent does it at last
+
+
+@pytest.mark.parametrize(
+    "mark", ["\u202e", "\u2066", "\u200f", "\u200b", "\ufeff", "\u0085", "\u2028"]
+)
+def test_marks_that_turn_or_hide_text_are_visible(mark: str) -> None:
+    assert visible(f"a{mark}b") == f"a⟨U+{ord(mark):04X}⟩b"
+    assert visible("\u05d0\u0628 \u200d") == "\u05d0\u0628 \u200d"  # letters stay
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 import subprocess
@@ -214,10 +216,106 @@ def test_hostile_text_is_only_text(browser: Browser, tmp_path: Path) -> None:
     opened = Opened(browser, tmp_path / "report.html")
     opened.page.locator(".toggle").click()
     shown = opened.page.locator(".unfolded .steps .action").first.text_content()
-    assert shown == HOSTILE.replace("\0", "␀")
+    assert shown == HOSTILE.replace("\0", "␀").replace("\u202e", "⟨U+202E⟩")
     assert opened.page.locator("img").count() == 0
     opened.page.get_by_label("Text").fill("onerror=")
     expect(opened.page.get_by_role("status")).to_have_text("1 of 1 episodes")
+    opened.page.close()
+    assert opened.complaints == []
+
+
+def test_an_address_leads_to_one_episode(browser: Browser, report: Path) -> None:
+    opened = Opened(browser, report)
+    opened.page.get_by_role("button", name="agent, seed 4: steps").click()
+    link = opened.page.get_by_role("link", name="Link to this episode").get_attribute("href")
+    assert link == "#episode/agent/toy/test/4"
+    opened.page.close()
+    there = browser.new_page()
+    there.goto(report.as_uri() + str(link))
+    unfolded = there.locator("tr.unfolded")
+    expect(unfolded).to_have_count(1)
+    expect(unfolded).to_contain_text("seed 4: you see step 0")
+    expect(unfolded).to_be_in_viewport()
+    there.close()
+
+
+def test_the_shown_table_is_saved_as_csv_and_json(browser: Browser, tmp_path: Path) -> None:
+    episodes = [episode(s, task=("=1+1", 'a "b", c')[s % 2], success=s < 2) for s in range(4)]
+    write_report(tmp_path / "report.html", [load_run(write_run(tmp_path / "mine", episodes))])
+    opened = Opened(browser, tmp_path / "report.html")
+    opened.page.get_by_label("Outcome").select_option("failure")
+    opened.page.locator("#episodes").get_by_role("button", name="Seed", exact=True).click()
+    opened.page.locator("#episodes").get_by_role("button", name="Seed", exact=True).click()
+    saved = {}
+    for name in ("CSV", "JSON"):
+        with opened.page.expect_download() as download:
+            opened.page.get_by_role("button", name=name, exact=True).click()
+        saved[name] = Path(download.value.path()).read_text(encoding="utf-8")
+    rows = json.loads(saved["JSON"])
+    assert [row["seed"] for row in rows] == [3, 2]
+    assert (rows[0]["task"], rows[1]["task"]) == ('a "b", c', "=1+1")
+    table = list(csv.DictReader(io.StringIO(saved["CSV"])))
+    assert [row["seed"] for row in table] == ["3", "2"]
+    assert (table[0]["task"], table[1]["task"]) == ('a "b", c', "'=1+1")  # no formula
+    opened.page.close()
+    assert [c for c in opened.complaints if not c.startswith("blob:")] == []
+
+
+def test_one_head_alone_sticks(opened: Opened) -> None:
+    """The head of an episode's steps scrolls away under the one of the table."""
+    opened.page.get_by_role("button", name="agent, seed 0: steps").click()
+    heads = opened.page.locator("#episodes thead").evaluate_all(
+        "heads => heads.map((head) => getComputedStyle(head).position)"
+    )
+    assert heads == ["sticky", "static"]
+
+
+@pytest.mark.parametrize("unfold", [False, True])
+def test_a_long_name_without_a_break_stays_on_a_phone(
+    browser: Browser, tmp_path: Path, unfold: bool
+) -> None:
+    long = "ThorEnvironmentWithAnUnbrokenName" * 4
+    episodes = [episode(s, environment=f"{long}{s}", task=long + str(s)) for s in range(3)]
+    runs = [write_run(tmp_path / f"{'Run' * 30}{i}", episodes) for i in range(2)]
+    write_report(tmp_path / "report.html", load_runs(runs))
+    opened = Opened(browser, tmp_path / "report.html", viewport=PHONE)
+    if unfold:
+        opened.page.locator(".toggle").first.click()
+        expect(opened.page.locator(".unfolded .steps")).to_be_visible()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    opened.page.close()
+
+
+@pytest.mark.parametrize("scale", [1e-7, 3e-6, 1.0, 1e6, 1e12])
+def test_labels_of_an_axis_are_whole(browser: Browser, tmp_path: Path, scale: float) -> None:
+    """No label begins left of its picture, however small or large the numbers are."""
+    log = [{"cycle": c, "kl": scale * (1 + 0.37 * c), "loss": 1 + c * 1e-5} for c in range(4)]
+    run = load_run(write_run(tmp_path / "run", [episode(0)], log))
+    write_report(tmp_path / "report.html", [run])
+    opened = Opened(browser, tmp_path / "report.html")
+    cut = opened.page.evaluate(
+        "() => [...document.querySelectorAll('svg')].flatMap((svg) => "
+        "[...svg.querySelectorAll('text')].filter((t) => "
+        "t.getBoundingClientRect().left < svg.getBoundingClientRect().left - 0.5 || "
+        "t.getBoundingClientRect().right > svg.getBoundingClientRect().right + 0.5)"
+        ".map((t) => t.textContent))"
+    )
+    assert cut == []
+    opened.page.close()
+
+
+def test_the_log_prob_of_each_action_is_shown(browser: Browser, tmp_path: Path) -> None:
+    spans = [[2, 4], [5, 6], [7, 9], [9, 10]]
+    logps = [[-0.5, -1.0], [-2.0], [-0.25, -0.25], [-3.0]]
+    told = {"token_ids": list(range(12)), "action_spans": spans, "logps": logps}
+    write_report(
+        tmp_path / "report.html", [load_run(write_run(tmp_path / "run", [episode(0, **told)]))]
+    )
+    opened = Opened(browser, tmp_path / "report.html")
+    assert opened.column("Tokens") == ["12"]
+    opened.page.locator(".toggle").click()
+    cells = opened.page.locator('.steps [data-label="Log-prob"]').all_text_contents()
+    assert cells == ["−1.502 tokens", "−21 token", "−0.502 tokens", "−31 token"]
     opened.page.close()
     assert opened.complaints == []
 

@@ -57,7 +57,7 @@ class Options:
     max_steps: int | None
     batch_size: int
     workers: int
-    timeout: float
+    timeout: float | None
     split: str | None = None
     on_end: Callable[[Episode], None] | None = None
 
@@ -67,7 +67,7 @@ class Options:
             check_count("max_steps", self.max_steps)
         if not isinstance(self.workers, Integral) or self.workers < 0:
             raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
-        if not self.timeout > 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
 
 

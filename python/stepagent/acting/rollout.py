@@ -50,7 +50,7 @@ def run_episodes(
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     progress: str | None = None,
     split: str | None = None,
     on_end: Callable[[Episode], None] | None = None,
@@ -62,7 +62,8 @@ def run_episodes(
         expert: asked at every state for its action, which is recorded and not taken.
         max_steps: ends an episode sooner than the environment would.
         workers: processes that run the environments; 0: this one does. Episodes are the same.
-        timeout: seconds after which an environment's call in a worker counts as hung.
+        timeout: seconds after which an environment's call counts as hung; None: 60 in a worker,
+            any time in this process. Here only what runs Python code or waits can be interrupted.
         progress: the label of a progress bar on stderr; None: no bar.
         split: the one that the environments are of, for the record.
         on_end: called with each episode as it ends or crashes, while others continue.
@@ -113,7 +114,7 @@ def continue_rollouts(
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     progress: bool = False,
 ) -> list[Continuations]:
     """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
@@ -177,7 +178,7 @@ def rollout_and_query(
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     progress: bool = False,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.

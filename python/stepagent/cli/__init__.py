@@ -1,8 +1,9 @@
 """The command line: ``stepagent demo | check | collect | train | … | bench | warmup | doctor``.
 
 A command's report goes to stdout, as text or with ``--json`` as one JSON object; progress and logs
-go to stderr. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C. What is heavy or
-optional is imported inside the command that needs it.
+go to stderr. Exit codes: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM.
+What takes time to import, and what is optional, is imported inside the command that needs it: help
+and refusals come at once.
 """
 
 from __future__ import annotations

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import stat
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..engines import EngineError
 from ..envs import ExpertUnavailable
+from ..errors import EngineError
+from ..files import check_regular
 
 # What a user can cause and mend: one line instead of a traceback.
 _USER_ERRORS = (
@@ -26,11 +28,37 @@ _USER_ERRORS = (
     EngineError,
 )
 
+
+class _New(click.Path):
+    """What a command writes: nothing yet, or one of its own kind, however links lead there."""
+
+    def __init__(self, *, folder: bool) -> None:
+        super().__init__(file_okay=not folder, dir_okay=folder, writable=True, path_type=Path)
+        self._folder = folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return path
+        except OSError as error:
+            self.fail(str(error), param, ctx)
+        if self._folder and not stat.S_ISDIR(mode):
+            self.fail(f"{str(path)!r} must be a folder, or nothing yet.", param, ctx)
+        if not self._folder:
+            try:
+                check_regular(path, mode)
+            except OSError as error:
+                self.fail(f"{error}.", param, ctx)
+        return path
+
+
 POSITIVE = click.IntRange(min=1)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
-NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+NEW_FILE = _New(folder=False)
+NEW_FOLDER = _New(folder=True)
 
 
 class Interrupted(click.ClickException):
@@ -46,14 +74,25 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            raise Interrupted("nothing was written") from interrupt
-        except _USER_ERRORS as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            raise click.ClickException(message) from error
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What a user can mend ends as one line."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("nothing was written") from interrupt
+    except _USER_ERRORS as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise click.ClickException(message) from error
 
 
 def reports(function: Callable[..., tuple[dict[str, Any], str] | None]) -> Callable[..., None]:

@@ -6,16 +6,15 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..evaluation import success_rate
-from ..evaluation.metrics import compare, split_by, summarize
-from ..records.episode_file import describe_seeds
-from ..records.episodes import Episode, load_episodes
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, make_parent, reports
 from .rolling import Rollout, is_url
+
+if TYPE_CHECKING:
+    from ..records.episodes import Episode
 
 _PERCENT = ("success", "progress_rate", "grounding_accuracy", "repetition", "agreement")
 
@@ -113,6 +112,15 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Processes that run the environments; 0: this one does.",
             ),
+            click.option(
+                "--step-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=60.0,
+                show_default=True,
+                metavar="SECONDS",
+                help="An environment that takes longer for a step has crashed. With --workers 0 "
+                "one that hangs in C code cannot be stopped.",
+            ),
             click.option("--served-model", metavar="NAME", help="Of several on the server."),
             click.option(
                 "--tokenizer",
@@ -137,6 +145,8 @@ def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
     Of the expert's episodes, only those that succeeded are kept. Each is written as it ends, and
     the same command goes on where it was stopped.
     """
+
+    from ..evaluation import success_rate
 
     def keep(episode: Episode) -> bool:
         wanted = episode.success or rollout.policy != "expert"
@@ -173,6 +183,10 @@ def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], st
     With --output each episode is written as it ends, and the same command goes on where it was
     stopped.
     """
+    from ..evaluation.metrics import compare, summarize
+    from ..records.episode_file import describe_seeds
+    from ..records.episodes import load_episodes
+
     others = [] if against is None else load_episodes(against)
     episodes = rollout.run()
     summary = summarize(episodes)
@@ -194,6 +208,8 @@ def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], st
 
 
 def _groups(label: str, episodes: Sequence[Episode]) -> dict[str, Any]:
+    from ..evaluation.metrics import split_by, summarize
+
     ended = [episode for episode in episodes if episode.crashed is None]
     groups = {name: asdict(summarize(own)) for name, own in split_by(label, ended).items()}
     return {
@@ -231,11 +247,15 @@ def _text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(metrics: dict[str, dict[str, float]], sign: str = "") -> list[str]:
+def _table(metrics: dict[str, dict[str, float | None]], sign: str = "") -> list[str]:
     rows = []
     for name, found in metrics.items():
-        mean, low, high = (_figure(name, found[key], sign) for key in ("mean", "low", "high"))
-        rows.append(f"{name.replace('_', ' '):<20}{mean}  (95 %: {low} to {high})")
+        ends = [
+            _figure(name, end, sign) for end in (found["low"], found["high"]) if end is not None
+        ]
+        interval = f"95 %: {' to '.join(ends)}" if ends else "no interval"
+        mean = _figure(name, found["mean"] or 0.0, sign)
+        rows.append(f"{name.replace('_', ' '):<20}{mean}  ({interval})")
     return rows
 
 

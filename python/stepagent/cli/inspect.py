@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
-from ..acting.inspection import inspect
-from ..data.branch import agreement
 from ..optional import require
-from ..records.branches import BranchWriter, Shard, fingerprint, iterate_branches
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
 from .loading import device, end_tokens, load_model, load_tokenizer
 from .reading import on_error_option, read
@@ -23,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..engines import Engine
+    from ..records.branches import Shard
 
 
 def _check_engine(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -32,6 +29,8 @@ def _check_engine(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 def _check_shard(ctx: click.Context, param: click.Parameter, value: str) -> Shard:
+    from ..records.branches import Shard
+
     try:
         return Shard.parse(value)
     except ValueError as error:
@@ -100,6 +99,11 @@ def inspect_command(
     **sampling: Any,
 ) -> tuple[dict[str, Any], str]:
     """Let an agent act at every state of an expert."""
+    import numpy as np
+
+    from ..acting.inspection import inspect
+    from ..records.branches import BranchWriter, fingerprint
+
     output = shard.path(output)
     make_parent(output)
     reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
@@ -163,6 +167,9 @@ def _agent(
 
 def _inspected(output: Path) -> dict[str, Any]:
     """What the whole file holds; a part may hold nothing."""
+    from ..data.branch import agreement
+    from ..records.branches import iterate_branches
+
     trajectories, steps, agreed = 0, 0, 0.0
     for trunk, branches in iterate_branches(output):
         trajectories += 1

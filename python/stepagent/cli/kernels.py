@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from ..optional import require
-from ..tools.bench.problems import OPS, SUITES
-from ..tools.bench.providers import PROVIDERS
-from ..tools.doctor import describe, diagnose
 from .base import NEW_FILE, NEW_FOLDER, reports
+from .choices import OPS, PROVIDERS, SUITES
 
 
 @click.command()
 @click.option(
-    "--suite", type=click.Choice(list(SUITES)), help="Shapes.  [default: gpu, or cpu without one]"
+    "--suite", type=click.Choice(SUITES), help="Shapes.  [default: gpu, or cpu without one]"
 )
-@click.option("--op", "ops", type=click.Choice(list(OPS)), multiple=True, help="Repeatable.")
+@click.option("--op", "ops", type=click.Choice(OPS), multiple=True, help="Repeatable.")
 @click.option(
     "--provider",
     "providers",
-    type=click.Choice(list(PROVIDERS)),
+    type=click.Choice(PROVIDERS),
     multiple=True,
     help="Repeatable; ours always takes part.",
 )
@@ -40,6 +37,8 @@ def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[s
     """
     if plots is not None:
         require("--plots", "plots")
+    import torch
+
     from ..tools.bench.output import describe as describe_bench
     from ..tools.bench.runner import run_bench
 
@@ -98,5 +97,7 @@ def _warmup_text(report: dict[str, Any]) -> str:
 @reports
 def doctor() -> tuple[dict[str, Any], str]:
     """Say what works on this machine, and why."""
+    from ..tools.doctor import describe, diagnose
+
     report = diagnose()
     return report, describe(report)

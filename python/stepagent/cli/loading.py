@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
-
-from ..data.encoding import Trunk
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data.encoding import Trunk
 
 
 def load_model(
@@ -56,6 +54,8 @@ def _loading(path: str | Path) -> Iterator[None]:
 
 
 def device() -> str:
+    import torch
+
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # that of accelerate launch and torchrun

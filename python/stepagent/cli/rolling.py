@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import envs
-from ..acting.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
-from ..acting.rollout import action_tokens, own_expert, run_episodes
-from ..records.branches import fingerprint
-from ..records.episode_file import open_episodes
-from ..records.episodes import Episode
 from .base import Interrupted
 from .loading import device, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..acting.policies import Policy
+    from ..records.episodes import Episode
 
 
 def is_url(policy: str) -> bool:
@@ -44,6 +42,7 @@ class Rollout:
     max_new_tokens: int
     batch_size: int
     workers: int
+    step_timeout: float
     served_model: str | None
     tokenizer: Path | None
     system: str | None
@@ -61,15 +60,19 @@ class Rollout:
 
         :param keep: which of them go to the file.
         """
+        from ..records.episode_file import open_episodes
+        from ..records.provenance import sitting
+
         if self.output is None:
             return self._run(self.seeds, None)
         with open_episodes(self.output, self._identity(), self.seeds) as file:
+            missing = self._missing(file.ended)
+            work = sitting(self.output) if missing else nullcontext()
             try:
                 if file.ended:
                     click.echo(self._progress(len(file.ended)), err=True)
-                run = self._run(
-                    self._missing(file.ended), lambda e: file.append(e) if keep(e) else None
-                )
+                with work:
+                    run = self._run(missing, lambda e: file.append(e) if keep(e) else None)
             except BaseException as stop:
                 if not file.ended:
                     raise
@@ -84,6 +87,8 @@ class Rollout:
     def _run(self, seeds: list[int], on_end: Callable[[Episode], None] | None) -> list[Episode]:
         if not seeds:
             return []
+        from ..acting.rollout import own_expert, run_episodes
+
         return run_episodes(
             envs.factory(self.env, self.split),
             self._actor(),
@@ -92,6 +97,7 @@ class Rollout:
             max_steps=self.max_steps,
             batch_size=self.batch_size,
             workers=self.workers,
+            timeout=self.step_timeout,
             split=self.split,
             progress=self.command,
             on_end=on_end,
@@ -113,6 +119,8 @@ class Rollout:
 
     def _identity(self) -> dict[str, Any]:
         """All that an episode depends on beside its seed."""
+        from ..records.branches import fingerprint
+
         run: dict[str, Any] = {
             "command": self.command,
             "env": self.env,
@@ -133,6 +141,8 @@ class Rollout:
         return run
 
     def _actor(self) -> Policy:
+        from ..acting.policies import ExpertPolicy, RandomPolicy
+
         if self.policy == "expert":
             return ExpertPolicy()
         if self.policy == "random":
@@ -141,6 +151,8 @@ class Rollout:
 
     def _model(self) -> Policy:
         action = self._some_action()  # first: a wrong name need not wait for a model
+        from ..acting.policies import ModelPolicy
+
         model, tokenizer = load_model(self.policy, device())
         end = _end_of_turn(action, tokenizer)
         limit = self.max_new_tokens
@@ -167,4 +179,6 @@ class Rollout:
 
 
 def _end_of_turn(action: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    from ..acting.rollout import action_tokens
+
     return int(action_tokens(action, tokenizer)[-1])

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
-from ..data.encoding import encode
-from ..data.trajectory import load_trajectories
-from ..models.attention import TREE_ATTENTION
+from ..files import write_text
+from ..learning.options import StepAgentOptions
 from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
+from .choices import TREE_ATTENTION
+from .fields import FieldOption, check_names, given, inherited_names, options, spread
 from .loading import end_tokens, load_model, load_tokenizer
 from .reading import on_error_option, read
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import HfArgumentParser
 
     from ..learning.config import StepAgentConfig
 
@@ -42,24 +42,15 @@ class _TrainCommand(click.Command):
     """Its help lists StepAgent's own options; the hundred of TrainingArguments are documented."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_options(ctx, formatter)
-        from transformers import TrainingArguments
-
-        from ..learning.config import StepAgentConfig
-
-        inherited = {field.name for field in fields(TrainingArguments)}
-        own = [field for field in fields(StepAgentConfig) if field.name not in inherited]
-        with formatter.section("Training options, as --name value"):
-            formatter.write_dl([(f"--{field.name}", _field_help(field)) for field in own])
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for title, own in (("Options", False), ("Training options", True)):
+            rows = [o.get_help_record(ctx) for o in options if isinstance(o, FieldOption) is own]
+            with formatter.section(title):
+                formatter.write_dl([row for row in rows if row is not None])
         with formatter.section("Every option of transformers.TrainingArguments"):
             formatter.write(f"  {_TRAINING_ARGUMENTS}\n")  # unwrapped, to be clicked on
             changed = ", ".join(f"{name} {value}" for name, value in _TRAINING_DEFAULTS.items())
             formatter.write_text(f"Defaults of this command: {changed}")
-
-
-def _field_help(field: Field[Any]) -> str:
-    text = str(field.metadata["help"])
-    return text if field.default is None else f"{text}  [default: {field.default}]"
 
 
 def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -92,7 +83,7 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
 )
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
 @on_error_option
-@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
+@click.argument("inherited", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
 @reports
 def train(
     model: str,
@@ -103,38 +94,39 @@ def train(
     engine: str | None,
     resume: bool,
     on_error: str,
-    options: tuple[str, ...],
+    inherited: tuple[str, ...],
+    **own: Any,
 ) -> tuple[dict[str, Any], str] | None:
     """Train an agent towards an expert's trajectories."""
-    config = _training_config(options)
+    config = _training_config(inherited, given(own))
     if env is not None and config.states != "agent":
         raise click.UsageError(f"--env is of no use with --states {config.states}")
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
-    skipped: list[dict[str, str]] | None = None
-    if on_error == "skip":
-        reading = read(data, load_tokenizer(model), on_error)
-        trajectories, skipped = reading.trajectories, reading.records()
-    else:
-        trajectories = load_trajectories(data)
+    reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
     adapter = None if lora_rank is None else _lora(lora_rank)
     agent, tokenizer = load_model(model, attn_implementation=attn_implementation)
     # Whoever loads the trained model is told by it what ends an action.
-    agent.generation_config.eos_token_id = end_tokens([encode(trajectories[0], tokenizer)])
+    agent.generation_config.eos_token_id = end_tokens(reading.trunks[:1])
     from ..learning.trainer import StepAgentTrainer
 
     trainer = StepAgentTrainer(
-        agent, config, trajectories, tokenizer, peft_config=adapter, env=env, engine=engine
+        agent, config, reading.trajectories, tokenizer, peft_config=adapter, env=env, engine=engine
     )
+    from ..records.provenance import sitting
+
+    told = {"model": model, "data": str(data), "options": _TRAINING_DEFAULTS | given(own)}
+    first = trainer.is_world_process_zero()
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        with sitting(Path(str(config.output_dir)), **told) if first else nullcontext():
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_how_to_resume(config)) from interrupt
     trainer.accelerator.end_training()  # the processes leave their group together
     if not trainer.is_world_process_zero():
         return None
     log = json.dumps(trainer.state.log_history, indent=2)
-    Path(f"{config.output_dir}/log.json").write_text(log + "\n")
+    write_text(f"{config.output_dir}/log.json", log + "\n")
     report: dict[str, Any] = {
         "output_dir": config.output_dir,
         "method": config.method,
@@ -142,35 +134,32 @@ def train(
         "train_loss": result.training_loss,
         "steps": result.global_step,
     }
-    if skipped is not None:
-        report["skipped"] = skipped
+    if on_error == "skip":
+        report["skipped"] = reading.records()
     return report, _training_text(report)
 
 
-def _training_config(options: Sequence[str]) -> StepAgentConfig:
+train.params += options(fields(StepAgentOptions), get_type_hints(StepAgentOptions))
+
+
+def _training_config(inherited: Sequence[str], own: dict[str, Any]) -> StepAgentConfig:
+    """From StepAgent's own options and the arguments that are none of them."""
+    known = inherited_names()
+    if known is not None:  # a typo is told before transformers is imported
+        mine = [field.name for field in fields(StepAgentOptions)]
+        check_names(inherited, [*known, *(f"no_{name}" for name in known), *mine])
+    from transformers import TrainingArguments
+
     from ..learning.config import StepAgentConfig
 
-    parser = _training_parser(StepAgentConfig)
-    values, unknown = parser.parse_known_args(list(options))
-    for name in unknown:
-        if not name.startswith("-"):
-            raise click.UsageError(f"Got unexpected extra argument {name!r}")
-        name = name.partition("=")[0]
-        near = difflib.get_close_matches(name, parser._option_string_actions)
-        raise click.NoSuchOption(name, possibilities=near)
-    return StepAgentConfig(**vars(values))
-
-
-def _training_parser(config: type[StepAgentConfig]) -> HfArgumentParser:
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise click.UsageError(message)
-
-    parser = Parser(cast("Any", config), add_help=False, allow_abbrev=False)
-    parser.set_defaults(**_TRAINING_DEFAULTS)
-    return parser
+    hints = get_type_hints(TrainingArguments)
+    theirs = options((f for f in fields(TrainingArguments) if f.init), hints)
+    reader = click.Command("train", params=list(theirs), add_help_option=False)
+    read = reader.make_context("train", spread(inherited, theirs), click.get_current_context())
+    values = _TRAINING_DEFAULTS | given(read.params) | own
+    if Path(str(values["output_dir"])).exists() and not Path(str(values["output_dir"])).is_dir():
+        raise ValueError(f"output_dir must be a folder or new, got {values['output_dir']}")
+    return StepAgentConfig(**values)
 
 
 def _checkpoint(config: StepAgentConfig, resume: bool) -> str | None:

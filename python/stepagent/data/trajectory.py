@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal
 
+from ..files import write_text
 from .dialects import fields_of
 from .messages import ROLES as ROLES
 from .messages import is_plain, is_step, normalize
@@ -170,18 +170,13 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Iterable[Traje
     """Write native JSONL in one atomic step; `load_trajectories` gives back equal trajectories.
 
     Raises TypeError or ValueError, before anything is written, for no trajectories and for one
-    that JSON would change: NaN, tuples, keys that are not strings.
+    that JSON would change: NaN, tuples, keys that are not strings. Raises
+    OSError where ``path`` is a device, a FIFO or a folder. A symbolic link stays one.
     """
-    path = Path(path)
     lines = [_to_line(index, trajectory) for index, trajectory in enumerate(trajectories)]
     if not lines:
         raise ValueError(f"no trajectories to save to {path}; an empty file cannot be loaded")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(lines))
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:

@@ -13,16 +13,13 @@ import numpy as np
 from ..data.branch import Branch
 from ..data.draws import check_count, check_temperature, uniforms
 from ..data.encoding import Trunk
+from ..errors import EngineError as EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
 _ROUNDING = 1e-3  # a log-prob above it is none: a logit, perhaps
-
-
-class EngineError(RuntimeError):
-    """An engine cannot be reached, refuses, or answers what was not asked for."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -38,6 +39,7 @@ Call = tuple[int, str, tuple[Any, ...]]  # the environment's place, a method, it
 _STEPS = ("reset", "step")  # an exception in one of these is the environment's, a crash
 # What every worker would import again; what is not installed is passed over.
 _PRELOADED = ["__main__", __name__, "stepagent.envs.babyai"]
+WORKER_TIMEOUT = 60.0  # seconds
 _GRACE = 2.0  # seconds in which an idle worker closes its environments before it is killed
 
 
@@ -67,12 +69,18 @@ class EnvPool(Protocol):
 
 
 @contextmanager
-def open_pool(make: EnvFactory, workers: int, timeout: float) -> Iterator[EnvPool]:
+def open_pool(make: EnvFactory, workers: int, timeout: float | None) -> Iterator[EnvPool]:
     """A pool in this process (``workers=0``) or in that many others, closed in the end.
 
-    :param timeout: seconds that one call may take in a worker.
+    :param timeout: seconds that one call may take; None: `WORKER_TIMEOUT` in a worker, any time in
+        this process. Here a call is interrupted where it runs Python code or waits: one that never
+        leaves a library's C code is not, for which there are workers.
     """
-    pool = WorkerPool(make, workers, timeout) if workers else LocalPool(make)
+    pool: LocalPool | WorkerPool
+    if workers:
+        pool = WorkerPool(make, workers, WORKER_TIMEOUT if timeout is None else timeout)
+    else:
+        pool = LocalPool(make, timeout)
     try:
         yield pool
     finally:
@@ -98,11 +106,38 @@ def _ask(env: TextEnv) -> str | None:
         return None
 
 
+class _Late(BaseException):
+    """A call took too long; no Exception, so that no environment takes it for its own."""
+
+
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
+    """`_Late` after so many seconds, by SIGALRM, which only the main thread can be sent."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: object) -> None:
+        raise _Late
+
+    handler = signal.signal(signal.SIGALRM, late)
+    before, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:  # somebody else's alarm
+            left = before - (time.monotonic() - start)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+
+
 class LocalPool:
     """Environments in this process."""
 
-    def __init__(self, make: EnvFactory) -> None:
-        self._make = make
+    def __init__(self, make: EnvFactory, timeout: float | None = None) -> None:
+        self._make, self._timeout = make, timeout
         self._envs: dict[int, TextEnv] = {}
 
     def env(self, place: int) -> TextEnv:
@@ -118,11 +153,15 @@ class LocalPool:
     def _answer(self, place: int, method: str, arguments: tuple[Any, ...]) -> Any:
         env = self.env(place)
         try:
-            return getattr(env, method)(*arguments)
+            with _time_limit(self._timeout):
+                return getattr(env, method)(*arguments)
+        except _Late:
+            reason = f"{method} took more than {self._timeout:g} s"
         except Exception as error:
-            with suppress(Exception):  # it is broken already
-                self._envs.pop(place).close()
-            return EnvCrash(place, f"{method} raised {type(error).__name__}: {error}")
+            reason = f"{method} raised {type(error).__name__}: {error}"
+        with suppress(Exception, _Late), _time_limit(_GRACE):  # it is broken already
+            self._envs.pop(place).close()
+        return EnvCrash(place, reason)
 
     def close(self) -> None:
         """Close all environments."""
@@ -380,13 +419,26 @@ def _expert_action(answer: Any) -> str | None:
 def _serve(connection: Connection, make: EnvFactory) -> None:
     """A worker's life: answer each call, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    signal.signal(signal.SIGTERM, _leave)
+    # What an environment prints is for people, stdout may be a program's.
+    with suppress(OSError):
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     pool = LocalPool(make)
     try:
         while True:
             connection.send(_answer(pool, connection.recv()))
     except (EOFError, OSError):  # of the connection: those of environments are answers
+        pass
+    finally:
         pool.close()
+
+
+def _leave(number: int, frame: object) -> None:
+    """SIGTERM closes the environments, which may have files to remove."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def _exit_with_parent() -> None:

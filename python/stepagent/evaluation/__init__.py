@@ -8,6 +8,9 @@ from .statistics import (
     Interval,
     bootstrap,
     expert_agreement,
+    mean_interval,
+    paired_rate_interval,
+    rate_interval,
     stratified_bootstrap,
     success_rate,
 )
@@ -16,6 +19,9 @@ __all__ = [
     "Interval",
     "bootstrap",
     "expert_agreement",
+    "mean_interval",
+    "paired_rate_interval",
+    "rate_interval",
     "stratified_bootstrap",
     "success_rate",
 ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..records.episodes import Episode
-from . import Interval, bootstrap
+from . import Interval, mean_interval, paired_rate_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,6 +115,11 @@ METRICS: dict[str, Metric] = {
     )
 }
 
+# The least and the largest value of those that have one.
+BOUNDS: dict[str, tuple[float, float]] = dict.fromkeys(
+    ("success", "progress_rate", "grounding_accuracy", "repetition", "agreement"), (0.0, 1.0)
+)
+
 # ------------------------------------------------------------------ of many
 
 
@@ -144,7 +149,7 @@ def summarize(episodes: Sequence[Episode]) -> Summary:
     return Summary(
         episodes=len(ended),
         crashed=len(episodes) - len(ended),
-        metrics=_intervals({name: [m(e) for e in ended] for name, m in METRICS.items()}),
+        metrics=_intervals({name: [m(e) for e in ended] for name, m in METRICS.items()}, BOUNDS),
         progress_curve=mean_progress_curve(ended).tolist(),
         invalid_actions=invalid_actions(ended),
     )
@@ -224,7 +229,12 @@ def compare(episodes: Sequence[Episode], against: Sequence[Episode]) -> PairedCo
         name: [_difference(metric(a), metric(b)) for a, b in ended]
         for name, metric in METRICS.items()
     }
-    return PairedComparison(len(ended), len(pairs) - len(ended), _intervals(differences))
+    ranges = {name: (low - high, high - low) for name, (low, high) in BOUNDS.items()}
+    found = _intervals(differences, ranges)
+    found["success"] = paired_rate_interval(
+        [success(a) for a, _ in ended], [success(b) for _, b in ended]
+    )
+    return PairedComparison(len(ended), len(pairs) - len(ended), found)
 
 
 _Place = tuple[str, str | None, int]
@@ -257,6 +267,12 @@ def _difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def _intervals(columns: dict[str, list[float | None]]) -> dict[str, Interval]:
+def _intervals(
+    columns: dict[str, list[float | None]], bounds: dict[str, tuple[float, float]]
+) -> dict[str, Interval]:
     known = {name: [v for v in values if v is not None] for name, values in columns.items()}
-    return {name: bootstrap(values) for name, values in known.items() if values}
+    return {
+        name: mean_interval(values, bounds=bounds.get(name))
+        for name, values in known.items()
+        if values
+    }

@@ -29,13 +29,13 @@ from ..checks import check_choice
 from ..models import read_trees, text_config, unwrapped
 from ..ops import step_sums
 from ..trees.tree import on_host
+from .options import BODIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..trees.tree import TokenTree
 
-BODIES = ("own", "adapter", "frozen")
 _ADAPTER_RANK = 8
 
 

@@ -20,12 +20,9 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
+from stepagent.learning.options import KL_ESTIMATORS, RATIOS, REWARD_FORMS
 from stepagent.ops import step_rewards, step_sums
 from stepagent.ops.kl import k3, ratios_of
-
-REWARD_FORMS = ("agent", "expert", "difference")
-RATIOS = ("step", "token")
-KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def implicit_step_loss(expert_rewards_P: Tensor, agent_rewards_P: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -27,14 +27,16 @@ from tqdm.auto import tqdm
 from ..data.branch import Branch
 from ..data.encoding import Trunk
 from ..data.trajectory import Trajectory
+from ..files import atomic, destination
 from ..optional import require
-from .journal import append, exclusive, json_records, whole_lines
+from .journal import check_run, json_records, open_journal, refuse_run
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Steps = list[list[Branch]]
 _FIRST_KEY = b'{"index": '
+_WRITER = "stepagent inspect"
 _ROWS = 64  # records of a Parquet row group
 
 
@@ -132,15 +134,16 @@ class BranchWriter:
         if path.exists() and not journal.exists():
             done = self._check(_records(path), places)
             if done < len(places):
-                self._refuse(str(path), f"{done} trajectories, not {len(places)}")
+                refuse_run(str(path), f"{done} trajectories, not {len(places)}")
             return
         self._append(journal, chunks, places)
         _write_parquet(path, journal)
-        journal.unlink()
+        destination(journal).unlink()
 
     def _append(self, path: Path, chunks: Sequence[range], places: Sequence[int]) -> None:
-        with exclusive(path) as file:
-            done = self._resume(file, path, places)
+        with open_journal(path, _FIRST_KEY, _WRITER) as journal:
+            records = ((where, record) for where, record, _ in journal.records())
+            done = self._check(_checked(records), places)
             bar = tqdm(total=len(places), initial=done, desc="inspect", unit="trajectory")
             with bar:
                 for chunk in chunks:
@@ -148,8 +151,7 @@ class BranchWriter:
                     missing = chunk[done:]
                     done = max(0, done - len(chunk))
                     if missing:
-                        lines = list(self._lines(chunk))[-len(missing) :]
-                        append(file, lines)
+                        journal.append(list(self._lines(chunk))[-len(missing) :])
                         bar.update(len(missing))
 
     def _lines(self, chunk: range) -> Iterator[bytes]:
@@ -176,34 +178,19 @@ class BranchWriter:
         ids = branch.token_ids.tolist()
         return {"text": self.decode(ids), "token_ids": ids, "logps": branch.logps.tolist()}
 
-    def _resume(self, file: BinaryIO, path: Path, places: Sequence[int]) -> int:
-        """How many records are there already; the file ends after them."""
-        whole = whole_lines(file, path, _FIRST_KEY, "stepagent inspect")
-        done = self._check(_records(path, whole), places)
-        file.truncate(whole)
-        file.seek(whole)
-        return done
-
     def _check(self, records: Iterable[tuple[str, dict[str, Any]]], places: Sequence[int]) -> int:
         """The number of records, which must be the first of those of ``places``."""
         count = 0
         for where, record in records:
             if count == len(places) or record.get("index") != places[count]:
-                self._refuse(where, f"trajectory {record.get('index')}")
-            for name, value in self.run.items():
-                if record["run"].get(name) != value:
-                    self._refuse(where, f"{name} {record['run'].get(name)!r}, not {value!r}")
+                refuse_run(where, f"trajectory {record.get('index')}")
+            check_run(where, record["run"], self.run)
             trunk = self.trunks[places[count]]
             same = np.array_equal(record.get("input_ids", []), trunk.input_ids)
             if not same or not np.array_equal(record.get("action_spans", []), trunk.action_spans):
-                self._refuse(where, f"other data as trajectory {places[count]}")
+                refuse_run(where, f"other data as trajectory {places[count]}")
             count += 1
         return count
-
-    def _refuse(self, where: str, found: str) -> NoReturn:
-        raise ValueError(
-            f"{where} is of another run: it has {found}; write to another file, or delete this one"
-        )
 
 
 def fingerprint(folder: Path) -> str:
@@ -227,12 +214,15 @@ def fingerprint(folder: Path) -> str:
 # ------------------------------------------------------------------ records
 
 
-def _records(path: Path, size: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of the file, or of its first ``size`` bytes, each with the place to name."""
-    parquet = path.suffix == ".parquet"
-    for where, record in _parquet_records(path) if parquet else json_records(path, size):
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of the file, each with the place to name."""
+    return _checked(_parquet_records(path) if path.suffix == ".parquet" else json_records(path))
+
+
+def _checked(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, record in records:
         if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
-            raise ValueError(f"{where} is no record of stepagent inspect")
+            raise ValueError(f"{where} is no record of {_WRITER}")
         yield where, record
 
 
@@ -272,15 +262,10 @@ def _write_parquet(path: Path, journal: Path) -> None:
     import pyarrow.parquet as pq
 
     schema = _schema()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            records = ({**r, "run": json.dumps(r["run"])} for _, r in _records(journal))
-            while rows := list(islice(records, _ROWS)):
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as file, pq.ParquetWriter(file, schema) as writer:
+        records = ({**r, "run": json.dumps(r["run"])} for _, r in _records(journal))
+        while rows := list(islice(records, _ROWS)):
+            writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:

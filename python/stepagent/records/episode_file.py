@@ -2,21 +2,21 @@
 
 While the run is under way, its lines are in the order in which episodes ended; when it is complete,
 in the order of its seeds. So the file of a run that was stopped and went on is that of one that
-never was. ``meta["run"]`` of each episode says what it depends on: a file holds one run.
+never was. ``meta["run"]`` of each episode says what it depends on: a file holds one run, and may be
+given more seeds later.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..data.trajectory import Trajectory
 from .episodes import Episode
-from .journal import append, exclusive, json_records, whole_lines
+from .journal import Journal, check_run, open_journal, refuse_run
 
 _BEGINNING = b'{"messages": ['
 _WRITER = "stepagent evaluate or collect"
@@ -26,41 +26,40 @@ _WRITER = "stepagent evaluate or collect"
 def open_episodes(path: Path, run: dict[str, Any], seeds: Sequence[int]) -> Iterator[EpisodeFile]:
     """The file of this run, made where it is missing; on a good end it is in the order of seeds.
 
-    :param run: all that an episode depends on beside its seed, as JSON can hold it.
-    :param seeds: of all episodes of the run, each once.
-    :raises ValueError: where the file holds something else, which stays as it is.
-    :raises OSError: where another process writes it.
+    Args:
+        path: a regular file, or nothing yet.
+        run: all that an episode depends on beside its seed, as JSON can hold it.
+        seeds: of all episodes of the run, each once. The file may hold some of them.
+
+    Raises:
+        ValueError: where the file holds something else, which stays as it is.
+        OSError: where another process writes it.
     """
-    with exclusive(path) as file:
-        episodes = EpisodeFile(file, path, run, seeds)
+    with open_journal(path, _BEGINNING, _WRITER) as journal:
+        episodes = EpisodeFile(journal, run, seeds)
         yield episodes
         episodes.sort()
         if not episodes:
-            path.unlink()  # no trajectories can be loaded from it
+            journal.discard()  # no trajectories can be loaded from it
 
 
 class EpisodeFile:
     """See :func:`open_episodes`."""
 
-    def __init__(
-        self, file: BinaryIO, path: Path, run: dict[str, Any], seeds: Sequence[int]
-    ) -> None:
-        self._file, self._path = file, path
+    def __init__(self, journal: Journal, run: dict[str, Any], seeds: Sequence[int]) -> None:
+        self._journal = journal
         self._run = {**run, "seeds": describe_seeds(seeds)}
         self._places = {seed: place for place, seed in enumerate(seeds)}
         self._lines: list[tuple[int, int, int]] = []  # seed, start, stop
+        self._extended = False  # some lines name fewer seeds than are asked for now
         self.ended: dict[int, Episode] = {}
         """By seed; without those that crashed, which are to be tried again."""
-        whole = whole_lines(file, path, _BEGINNING, _WRITER)
-        file.seek(0)
         start = 0
-        for line, (where, record) in zip(file, json_records(path, whole), strict=False):
+        for where, record, length in journal.records():
             episode = self._check(where, record)
-            self._lines.append((episode.seed, start, start := start + len(line)))
+            self._lines.append((episode.seed, start, start := start + length))
             if episode.crashed is None:
                 self.ended[episode.seed] = episode
-        file.truncate(whole)
-        file.seek(whole)
 
     def __len__(self) -> int:
         return len({seed for seed, *_ in self._lines})
@@ -71,9 +70,9 @@ class EpisodeFile:
             return
         trajectory = episode.trajectory()
         trajectory.meta["run"] = self._run
-        start = self._file.tell()
-        append(self._file, [json.dumps(vars(trajectory), allow_nan=False).encode() + b"\n"])
-        self._lines.append((episode.seed, start, self._file.tell()))
+        start = self._journal.tell()
+        self._journal.append([_line(vars(trajectory))])
+        self._lines.append((episode.seed, start, self._journal.tell()))
         if episode.crashed is None:
             self.ended[episode.seed] = episode
 
@@ -81,19 +80,17 @@ class EpisodeFile:
         """One line a seed, the latest, in the order of the seeds; in one atomic step."""
         latest = {seed: (start, stop) for seed, start, stop in self._lines}
         order = sorted(latest, key=self._places.__getitem__)
-        if order == [seed for seed, *_ in self._lines]:
-            return
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                append(file, (self._read(*latest[seed]) for seed in order))
-            os.replace(temporary, self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if order != [seed for seed, *_ in self._lines] or self._extended:
+            self._journal.rewrite(self._of_run(*latest[seed]) for seed in order)
 
-    def _read(self, start: int, stop: int) -> bytes:
-        self._file.seek(start)
-        return self._file.read(stop - start)
+    def _of_run(self, start: int, stop: int) -> bytes:
+        """The line, which names all seeds of the run."""
+        line = self._journal.read(start, stop)
+        if not self._extended:
+            return line
+        record = json.loads(line)
+        record["meta"]["run"]["seeds"] = self._run["seeds"]
+        return _line(record)
 
     def _check(self, where: str, record: Any) -> Episode:
         """The episode of a record, which must be one of this run."""
@@ -103,18 +100,16 @@ class EpisodeFile:
             raise ValueError(f"{where} is no record of {_WRITER}: {error}") from error
         run = record["meta"].get("run")
         if not isinstance(run, dict):
-            self._refuse(where, "no word of its run")
-        for name in self._run | run:
-            if run.get(name) != self._run.get(name):
-                self._refuse(where, f"{name} {run.get(name)!r}, not {self._run.get(name)!r}")
+            refuse_run(where, "no word of its run")
+        check_run(where, {**run, "seeds": self._run["seeds"]}, self._run)
         if episode.seed not in self._places:
-            self._refuse(where, f"seed {episode.seed}, not one of {self._run['seeds']}")
+            refuse_run(where, f"seed {episode.seed}, not one of {self._run['seeds']}")
+        self._extended |= run.get("seeds") != self._run["seeds"]
         return episode
 
-    def _refuse(self, where: str, found: str) -> None:
-        raise ValueError(
-            f"{where} is of another run: it has {found}; write to another file, or delete this one"
-        )
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def describe_seeds(seeds: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..evaluation.metrics import (
 )
 from ..records.episodes import Episode
 from .charts import Line, line_chart, ticks
-from .numbers import formatted, number, percent, points
+from .numbers import formatted, number, percent, plain, points
 from .runs import Run
 
 _STYLES = 8  # colours of runs in the page's CSS; the ninth run is dashed in the first's
@@ -54,7 +55,11 @@ _SPLITS = ("environment", "split", "difficulty", "task")
 
 @dataclass(frozen=True)
 class Bar:
-    """A run's mean; places on the track are percentages of its width."""
+    """A run's mean; places on the track are percentages of its width.
+
+    Without an interval ``low`` and ``high`` are None and ``bounds`` is empty; without a mean, the
+    value is "n/a".
+    """
 
     run: str
     style: str
@@ -62,14 +67,15 @@ class Bar:
     bounds: str
     start: float
     width: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
 class Picture:
     title: str
-    svg: Markup
+    svg: Markup | None
+    """None where there is one place on the x axis only, which the table tells better."""
     head: list[str]
     """Of the same numbers as a table: its columns."""
     rows: list[list[str]]
@@ -110,6 +116,8 @@ def board(runs: Sequence[Run], baseline: Run) -> dict[str, Any]:
         "splits": [table for key in _SPLITS if (table := split(key, runs)) is not None],
         "invalid": invalid(runs),
         "training": training(runs),
+        "updates": updates(runs),
+        "settings": settings(runs),
     }
 
 
@@ -137,7 +145,8 @@ def bars(name: str, runs: Sequence[Run], means: Sequence[dict[str, Interval]]) -
     """Each run's mean and interval; shares on a track from 0 to 1, others on one that holds all."""
     share = _described(name)[2]
     found = [metrics.get(name) for metrics in means]
-    ends = [x for i in found if i is not None for x in (i.low, i.high, i.mean)]
+    shown = [i for i in found if i is not None]
+    ends = [x for i in shown for x in (i.low, i.high, i.mean) if x is not None]
     marks = [0.0, 1.0] if share else ticks(min(0.0, *ends), max(0.0, *ends))
 
     def at(x: float) -> float:
@@ -153,13 +162,14 @@ def _bar(
     name: str, style: str, mean: Interval | None, share: bool, at: Callable[[float], float]
 ) -> Bar:
     if mean is None:
-        return Bar(name, style, "n/a", "", 0, 0, 0, 0)
+        return Bar(name, style, "n/a", "", 0, 0, None, None)
     ends = at(0.0), at(mean.mean)
-    bounds = f"{_text(mean.low, share)} to {_text(mean.high, share)}"
     start, width = min(ends), round(abs(ends[1] - ends[0]), 2)
-    return Bar(
-        name, style, _text(mean.mean, share), bounds, start, width, at(mean.low), at(mean.high)
-    )
+    value = _text(mean.mean, share)
+    if mean.low is None or mean.high is None:
+        return Bar(name, style, value, "", start, width, None, None)
+    bounds = f"{_text(mean.low, share)} to {_text(mean.high, share)}"
+    return Bar(name, style, value, bounds, start, width, at(mean.low), at(mean.high))
 
 
 def _text(value: float, share: bool) -> str:
@@ -203,6 +213,8 @@ def _difference_cell(name: str, gain: Interval | None) -> dict[str, Any]:
     if gain is None:
         return {"mean": "n/a", "bounds": "", "sure": False}
     write = points if _described(name)[2] else _signed
+    if gain.low is None or gain.high is None:
+        return {"mean": write(gain.mean), "bounds": "no interval", "sure": False}
     bounds = f"{write(gain.low)} to {write(gain.high)}"
     sure = gain.low > 0 or gain.high < 0  # 0 lies outside the interval
     return {"mean": write(gain.mean), "bounds": bounds, "sure": sure}
@@ -245,6 +257,34 @@ def training(runs: Sequence[Run]) -> list[Picture]:
     return pictures
 
 
+def updates(runs: Sequence[Run]) -> list[Picture]:
+    """A picture of every number that a trainer logged within its cycles, by update."""
+    keys = {key for run in runs for entry in run.updates for key in entry} - _CYCLE_HIDDEN
+    pictures = []
+    for key in sorted(keys, key=lambda key: (key != "loss", key)):
+        lines = []
+        for i, run in enumerate(runs):
+            ys = [_logged(entry.get(key)) for entry in run.updates]
+            if not all(map(math.isnan, ys)):
+                lines.append(Line(run.name, style(i), [e["step"] for e in run.updates], ys))
+        if lines:
+            title = key.replace("_", " ").capitalize()
+            pictures.append(_picture(title, lines, "update", percent=False))
+    return pictures
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What each run depended on and how it came about: a name, and each run's value."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [(name, [_setting(run.settings.get(name)) for run in runs]) for name in names]
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "–"
+    return plain(value) if isinstance(value, str | int | float) else json.dumps(value)
+
+
 def _logged(value: Any) -> float:
     return (
         number(value)
@@ -254,9 +294,11 @@ def _logged(value: Any) -> float:
 
 
 def _picture(title: str, lines: Sequence[Line], x_label: str, *, percent: bool) -> Picture:
-    svg = line_chart(lines, title=f"{title}, by {x_label}", x_label=x_label, percent=percent)
     values = [dict(zip(line.xs, line.ys, strict=True)) for line in lines]
     xs = sorted({x for line in lines for x in line.xs})
+    svg = None
+    if len(xs) > 1:
+        svg = line_chart(lines, title=f"{title}, by {x_label}", x_label=x_label, percent=percent)
     spec = ".1%" if percent else ",.4g"
     rows = [[f"{x:g}", *(formatted(ys.get(x), spec) for ys in values)] for x in xs]
     return Picture(title, svg, [x_label.capitalize(), *(line.label for line in lines)], rows)

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from .numbers import formatted, visible
 
 _WIDTH, _HEIGHT = 380, 224  # about a phone's width, where text keeps its size
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 20, 36
+_DIGIT = 7.2  # width of a character of a label, at the most
 _MOST_DOTS = 60  # of a line; longer ones are lines alone
 
 
@@ -33,10 +34,13 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, percent: bool
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     # Shares start at 0 unless that would flatten them.
     y_ticks = ticks(min(low, 0.0) if percent and low < 0.6 * high else low, high)
-    write = _tick_text(y_ticks, percent)
-    x_of = _scale(min(xs, default=0), max(xs, default=1), _LEFT, _WIDTH - _RIGHT)
+    write, unit = _tick_text(y_ticks, percent)
+    labels = [write(tick) for tick in y_ticks]
+    left = max(_LEFT, math.ceil(_DIGIT * max(map(len, labels))) + 9)
+    x_of = _scale(min(xs, default=0), max(xs, default=1), left, _WIDTH - _RIGHT)
     y_of = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
-    parts = [_axis(x_ticks, y_ticks, x_of, y_of, write, x_label)]
+    marks = [(y_of(tick), label) for tick, label in zip(y_ticks, labels, strict=True)]
+    parts = [_axis(x_ticks, marks, x_of, left, unit, x_label)]
     for line in lines:
         parts.append(_drawn(line, x_of, y_of, ".1%" if percent else ".4g"))
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
@@ -61,16 +65,21 @@ def ticks(low: float, high: float, *, whole: bool = False, most: int = 6) -> lis
     return [i * step for i in range(first, last + 1)]
 
 
-def _tick_text(y_ticks: Sequence[float], percent: bool) -> Callable[[float], str]:
-    """As many decimals as the step between ticks needs; thousands as k, millions as M."""
-    size = max(abs(tick) for tick in y_ticks)
-    unit, sign = (0.01, "%") if percent else (1.0, "")
-    unit, sign = (1e6, "M") if size >= 1e7 else (1e3, "k") if size >= 1e4 else (unit, sign)
-    step = (y_ticks[1] - y_ticks[0]) / unit
-    if step < 1e-4:
-        return lambda tick: formatted(tick, ".1e")
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return lambda tick: formatted(tick / unit, f",.{decimals}f") + sign
+def _tick_text(y_ticks: Sequence[float], percent: bool) -> tuple[Callable[[float], str], str]:
+    """How a tick is written, with as many decimals as the step between ticks needs, and the power
+    of ten that all of them are times: "" for none. Thousands are k, millions M."""
+    size, step = max(abs(tick) for tick in y_ticks), y_ticks[1] - y_ticks[0]
+    unit, sign, power = (0.01, "%", "") if percent else (1.0, "", "")
+    if size >= 1e10 or (size < 1e-2 and step < 1e-4):
+        exponent = math.floor(math.log10(size) + 1e-9)
+        unit, sign, power = 10.0**exponent, "", f"×10{str(exponent).translate(_RAISED)}"
+    elif size >= 1e4:
+        unit, sign = (1e6, "M") if size >= 1e7 else (1e3, "k")
+    decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9))
+    return lambda tick: formatted(tick / unit, f",.{decimals}f") + sign, power
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
@@ -80,19 +89,21 @@ def _scale(low: float, high: float, start: float, stop: float) -> Callable[[floa
 
 def _axis(
     x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
+    y_marks: Sequence[tuple[float, str]],
     x_of: Callable[[float], float],
-    y_of: Callable[[float], float],
-    write: Callable[[float], str],
+    left: int,
+    unit: str,
     x_label: str,
 ) -> Markup:
     text = Markup('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>')
     rule = Markup('<path class="rule" d="M{} {:.1f}H{}"/>')
     bottom = _HEIGHT - _BOTTOM
-    parts = [rule.format(_LEFT, y_of(tick), _WIDTH - _RIGHT) for tick in y_ticks]
-    parts += [text.format(_LEFT - 7, y_of(t) + 4, "y", write(t)) for t in y_ticks]
+    parts = [rule.format(left, y, _WIDTH - _RIGHT) for y, _ in y_marks]
+    parts += [text.format(left - 7, y + 4, "y", label) for y, label in y_marks]
     parts += [text.format(x_of(t), bottom + 16, "x", formatted(t, ",.0f")) for t in x_ticks]
     parts.append(text.format(_WIDTH - _RIGHT, _HEIGHT - 4, "label", x_label))
+    if unit:
+        parts.append(text.format(2, 12, "unit", unit))
     return Markup("").join(parts)
 
 

@@ -48,11 +48,15 @@ def _divergence(episode: Episode, expert: Episode | None) -> Divergence | None:
 
 
 def _compared(expert: Sequence[str], agent: Sequence[str]) -> Divergence:
-    """Side by side while the two act alike, and so are in the same state; from there, aligned."""
+    """Side by side up to the first step that differs: so far both are in the same state. From
+    there, aligned; a step of the expert's that has its place already is given another only where it
+    is the same action."""
     step = align_steps(expert, agent).first_divergence
     alike = len(agent) if step is None else step
     rest = align_steps(expert[alike:], agent[alike:]).pairs
     assert rest is not None  # without a cutoff there always are
-    pairs = [(t, t) for t in range(alike)]
-    pairs += [(alike + int(i), alike + int(j)) for i, j in rest]
+    last = min(alike + 1, len(expert), len(agent))
+    pairs = [(t, t) for t in range(last)]
+    aligned = [(alike + int(i), alike + int(j)) for i, j in rest]
+    pairs += [(i, j) for i, j in aligned if j >= last and (i >= last or expert[i] == agent[j])]
     return Divergence(step, expert, pairs)

@@ -7,7 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 
 MINUS = "−"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+# Controls; then what turns or hides text: marks of direction, spaces of no width, line separators.
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
+    r"\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+)
 
 
 def number(value: float | None) -> float:
@@ -62,14 +66,19 @@ def duration(seconds: float | None) -> str:
 
 
 def visible(text: object) -> str:
-    """Control characters as their pictures (NUL is ␀), lone surrogates as �: HTML has neither."""
+    """Control characters as their pictures (NUL is ␀), lone surrogates as �: HTML has neither.
+
+    What turns the direction of text or hides in it is named, as ⟨U+202E⟩.
+    """
     return _CONTROL.sub(_picture, str(text))
 
 
 def _picture(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if code >= 0xD800:
+    if 0xD800 <= code <= 0xDFFF:
         return "\ufffd"
+    if code >= 0x80:
+        return f"\u27e8U+{code:04X}\u27e9"
     return "\u2421" if code == 0x7F else chr(0x2400 + code)
 
 

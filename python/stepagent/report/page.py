@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..files import write_text
 from .board import board
 from .numbers import FILTERS, visible
 from .payload import payload
@@ -57,7 +58,7 @@ def write_page(
             **(values or {}),
         )
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _text(name: str) -> str:

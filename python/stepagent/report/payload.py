@@ -87,12 +87,20 @@ def _columns(compared: Sequence[tuple[int, Episode, Divergence | None]]) -> dict
             for name in ("success", "reward", "progress_rate", "grounding_accuracy")
         },
         "steps": [len(episode.actions) for episode in episodes],  # of a crashed one, too
+        "tokens": [None if e.trunk is None else len(e.trunk.input_ids) for e in episodes],
+        "ended": [_ended(episode) for episode in episodes],
         # A step from 0; -1: the expert acts alike throughout; null: not known.
         "first_divergence": [
             None if divergence is None else -1 if divergence.step is None else divergence.step
             for _, _, divergence in compared
         ],
     }
+
+
+def _ended(episode: Episode) -> str | None:
+    """Why it ended, where its record says so."""
+    reason = getattr(episode, "terminate_reason", None) or ("gave_up" * episode.gave_up)
+    return str(reason).replace("_", " ") if reason else None
 
 
 def _blocks(
@@ -121,6 +129,9 @@ def _steps(episode: Episode, divergence: Divergence | None, texts: _Texts) -> di
         "rewards": [_short(reward) for reward in episode.rewards],
         "progress": [_short(progress) for progress in episode.progress],
         "stepRewards": [_short(reward) for reward in episode.step_rewards],
+        # Of an action, which is empty where it was replayed: its log-prob and number of tokens.
+        "logps": [[_short(float(x.sum())), len(x)] if len(x) else None for x in episode.logps],
+        "cut": [int(cut) for cut in getattr(episode, "truncated", [])],
     }
     if divergence is not None:
         found["course"] = texts.of(divergence.course)

@@ -10,17 +10,26 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ..records.episodes import Episode, load_episodes
+from ..data.trajectory import Trajectory, load_trajectories
+from ..records.episodes import Episode
+from ..records.provenance import sittings
+from .kinds import what_is
 
 
 @dataclass(frozen=True)
 class Run:
-    """The episodes of one policy, and the cycles that its trainer logged, if it was trained."""
+    """The episodes of one policy, and what its trainer logged, if it was trained.
+
+    cycles: one entry at the end of each. updates: those within cycles, by update. settings: what
+    the run depended on and how it came about, for people.
+    """
 
     name: str
     episodes: list[Episode]
     cycles: list[dict[str, Any]] = field(default_factory=list)
     expert: bool = False  # its episodes are the expert's
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def by_place(self) -> dict[tuple[str, str | None, int], Episode]:
         """Its episodes by environment, split and seed, without those that it has twice."""
@@ -40,14 +49,56 @@ def load_run(path: Path, name: str | None = None, *, expert: bool | None = None)
     file = path / "episodes.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise ValueError(f"{path} holds no episodes.jsonl; a run is such a folder, or a JSONL file")
-    episodes = load_episodes(file)
+    try:
+        trajectories = load_trajectories(file)
+        episodes = [Episode.of(trajectory) for trajectory in trajectories]
+    except ValueError as error:
+        if found := what_is(file):
+            raise ValueError(f"{file} holds {found}, not episodes: {error}") from error
+        raise
     for episode in episodes:
         _check_types(file, episode)
     if expert is None:
         expert = all(episode.policy == "expert" for episode in episodes)
     log = path / "log.json"
-    cycles = _cycles(log) if path.is_dir() and log.exists() else []
-    return Run(name or _name(path), episodes, cycles, expert)
+    cycles, updates = _logged(log) if path.is_dir() and log.exists() else ([], [])
+    settings = _settings(file, trajectories)
+    if path.is_dir():
+        settings |= _settings_of_training(path)
+    return Run(name or _name(path), episodes, cycles, expert, updates, settings)
+
+
+def _settings(file: Path, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Of the records' ``run``, then of the sittings; what differs between records is "several"."""
+    recorded = [trajectory.meta.get("run") for trajectory in trajectories]
+    runs = [run for run in recorded if isinstance(run, dict)]
+    settings: dict[str, Any] = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = [run.get(name) for run in runs]
+        settings[name] = values[0] if all(v == values[0] for v in values) else "several"
+    return settings | _of_sittings(sittings(file))
+
+
+def _settings_of_training(folder: Path) -> dict[str, Any]:
+    told = sittings(folder)
+    if not told:
+        return {}
+    found = {"model": told[-1].get("model"), "data": told[-1].get("data")}
+    options = told[-1].get("options")
+    found |= options if isinstance(options, dict) else {}
+    return {f"training: {name}": value for name, value in {**found, **_of_sittings(told)}.items()}
+
+
+def _of_sittings(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not told:
+        return {}
+    versions = told[-1].get("versions")
+    seconds = [entry.get("seconds") for entry in told]
+    found: dict[str, Any] = {"date": told[-1].get("started")}
+    found["seconds"] = sum(x for x in seconds if isinstance(x, int | float))
+    if isinstance(versions, dict):
+        found |= {f"{name} version": number for name, number in versions.items()}
+    return found
 
 
 # What the page can show of a record: the type of a value, and of each step's.
@@ -95,8 +146,8 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name == "episodes.jsonl" else path.stem
 
 
-def _cycles(path: Path) -> list[dict[str, Any]]:
-    """The entries of a trainer's log that tell of a cycle, in order."""
+def _logged(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The entries of a trainer's log that tell of a cycle, in order; and those of updates."""
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -107,4 +158,9 @@ def _cycles(path: Path) -> list[dict[str, Any]]:
     for entry in cycles:
         if not isinstance(entry["cycle"], int):
             raise ValueError(f"{path}: a cycle is {entry['cycle']!r}; it must be a whole number")
-    return sorted(cycles, key=lambda entry: int(entry["cycle"]))
+    updates = [
+        entry
+        for entry in log
+        if "cycle" not in entry and "loss" in entry and type(entry.get("step")) is int
+    ]
+    return sorted(cycles, key=lambda entry: int(entry["cycle"])), updates

@@ -32,7 +32,8 @@ from ..acting.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
 from ..acting.rollout import Episode, run_episodes
 from ..data.encoding import Trunk, encode
 from ..data.trajectory import Trajectory, load_trajectories, save_trajectories
-from ..evaluation import Interval, bootstrap, expert_agreement, success_rate
+from ..evaluation import expert_agreement, paired_rate_interval, rate_interval, success_rate
+from ..files import write_text
 from ..learning.config import StepAgentConfig
 from ..learning.trainer import StepAgentTrainer
 from ..models import score_trees
@@ -163,7 +164,7 @@ def run_demo(output: Path, settings: Settings, method: str = "implicit") -> dict
     """
     demo = _Demo(output, settings, method)
     metrics = demo.run()
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_demo_report(output, metrics, demo.example())
     return metrics
 
@@ -270,7 +271,7 @@ class _Demo:
         trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
         trainer.save_model(str(folder))
         shutil.rmtree(checkpoints)
-        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
+        write_text(folder / "log.json", json.dumps(trainer.state.log_history, indent=2))
 
     def model(self, name: str) -> PreTrainedModel:
         """The model that a stage left."""
@@ -352,7 +353,7 @@ class _Demo:
             "main": main,
             **results,
             "differences": {
-                name: asdict(bootstrap(np.subtract(successes[main], successes[name])))
+                name: asdict(paired_rate_interval(successes[main], successes[name]))
                 for name in names
                 if name != main
             },
@@ -483,7 +484,7 @@ class _Stopwatch:
         self._start = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self._path.write_text(json.dumps(self.total()))
+        write_text(self._path, json.dumps(self.total()))
         self._start = time.monotonic()
 
     def total(self) -> float:
@@ -494,7 +495,7 @@ class _Stopwatch:
 
 def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
-        path.write_text(json.dumps(settings, indent=2))
+        write_text(path, json.dumps(settings, indent=2))
         return
     found = json.loads(path.read_text())
     if found != settings:
@@ -506,5 +507,5 @@ def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _result(successes: Sequence[int]) -> dict[str, Any]:
-    interval: Interval = bootstrap(successes)
+    interval = rate_interval(successes)
     return {"success_rate": interval.mean, "interval": [interval.low, interval.high]}

@@ -20,10 +20,14 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Control characters as their pictures, so that nothing in a text stays unseen. */
+/** Control characters as their pictures, what turns or hides text by its number: nothing in a text
+    stays unseen. */
 function visible(text) {
-  return text.replace(/[\x00-\x08\x0b-\x1f\x7f]/g, (c) =>
-    c === "\x7f" ? "\u2421" : String.fromCharCode(0x2400 + c.charCodeAt(0)));
+  return text.replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => {
+    const code = c.charCodeAt(0);
+    if (code >= 0x80) return `\u27e8U+${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
+    return code === 0x7f ? "\u2421" : String.fromCharCode(0x2400 + code);
+  });
 }
 
 const minus = (text) => text.replace("-", "−");
@@ -50,6 +54,8 @@ const columns = [
   { key: "grounding", title: "Valid", ...measure("grounding_accuracy", percent) },
   { key: "steps", title: "Steps", ...measure("steps", String) },
   { key: "first_divergence", title: "Differs at", ...measure("first_divergence", (t) => (t < 0 ? "never" : String(t + 1))) },
+  { key: "tokens", title: "Tokens", ...measure("tokens", String) },
+  { key: "ended", title: "Ended", ...text("ended") },
 ].filter(({ key, value, number }) => { // without those that tell nothing, or the same everywhere
   const values = new Set(Array.from({ length: count }, (_, i) => value(i)));
   return key === "run" || key === "outcome" || (number ? !(values.size === 1 && values.has(null)) : values.size > 1);
@@ -193,10 +199,12 @@ async function unfold(tr) {
 function episode(i, steps) {
   const notes = [`${visible(index.environment[i] ?? "")}, seed ${index.seed[i]}.`];
   if (index.crashed[i] !== null) notes.push(`Crashed: ${visible(index.crashed[i])}.`);
+  else if (index.ended[i] !== null) notes.push(`Ended: ${visible(index.ended[i])}.`);
   const differs = index.first_divergence[i];
   if (differs === -1) notes.push("The expert acts alike throughout.");
   if (differs !== null && differs >= 0) notes.push(`First differs from the expert at step ${differs + 1}.`);
-  const made = [element("p", { class: "quiet" }, notes.join(" "))];
+  const link = element("a", { href: `#${anchors[i]}` }, "Link to this episode");
+  const made = [element("p", { class: "quiet" }, notes.join(" "), " ", link)];
   const table = stepTable(i, steps);
   const strip = stepStrip(steps);
   if (strip !== null) made.push(strip);
@@ -236,8 +244,9 @@ function stepTable(i, steps) {
     steps.rewards && ["Reward", (t) => reward(steps.rewards[t], index.scales.rewards)],
     steps.stepRewards && ["Step reward", (t) => reward(steps.stepRewards[t], index.scales.stepRewards)],
     steps.progress && ["Progress", (t) => percent(steps.progress[t])],
+    steps.logps && ["Log-prob", (t) => likelihood(steps.logps[t])],
   ].filter(Boolean);
-  const numbers = new Set(["Reward", "Step reward", "Progress"]);
+  const numbers = new Set(["Reward", "Step reward", "Progress", "Log-prob"]);
   const kind = (title) => (numbers.has(title) ? "number" : title === "Observation" ? "observation" : null);
   const head = ["Step", ...cells.map(([title]) => title)].map((title) =>
     element("th", { role: "columnheader", scope: "col", class: kind(title) }, title));
@@ -267,7 +276,15 @@ function action(steps, t) {
   if (steps.valid?.[t] === 0) {
     made.append(element("span", { class: "invalid" }, visible(steps.invalid[t] ?? "invalid")));
   }
+  if (steps.cut?.[t] === 1) made.append(element("span", { class: "invalid" }, "cut at the token limit"));
   return made;
+}
+
+/** Of an action, at temperature 1, summed over its tokens. */
+function likelihood(logp) {
+  if (logp === null) return "n/a";
+  const tokens = logp[1] === 1 ? "1 token" : `${logp[1]} tokens`;
+  return element("span", {}, decimal(logp[0]), element("small", {}, tokens));
 }
 
 /** The answer that the expert gave at the agent's own state. */
@@ -301,6 +318,51 @@ function divergence(steps, t) {
   const expert = steps.course.length > 0 ? steps.course[t] : steps.experts[t];
   if (expert === undefined) return "The expert’s episode was over here.";
   return element("span", {}, "Here the two part: the expert does ", element("span", { class: "action" }, visible(expert)));
+}
+
+// --------------------------------------------------------------------------------- links, exports
+
+/** Each episode's place in the address: its run, environment, split and seed, and which of several. */
+const anchors = (() => {
+  const times = new Map();
+  return Array.from({ length: count }, (_, i) => {
+    const parts = [index.runs[index.run[i]], index.environment[i], index.split[i] ?? "", index.seed[i]];
+    const place = `episode/${parts.map((part) => encodeURIComponent(part)).join("/")}`;
+    times.set(place, (times.get(place) ?? 0) + 1);
+    return times.get(place) === 1 ? place : `${place}/${times.get(place)}`;
+  });
+})();
+
+/** Unfold the episode that the address names, with all filters off. */
+async function follow() {
+  const i = anchors.indexOf(location.hash.slice(1));
+  if (i === -1) return;
+  for (const id of ["#words", "#outcome", "#run"]) $(id).value = "";
+  view.found = null;
+  view.shown = Math.max(PAGE, chosen().indexOf(i) + 1);
+  draw();
+  const tr = body.querySelector(`[data-episode="${i}"]`);
+  if (!opened.has(i)) await unfold(tr);
+  tr.scrollIntoView();
+  tr.querySelector(".toggle").focus({ preventScroll: true });
+}
+
+/** The table as it is filtered and sorted, all its rows, as a file. */
+function save(kind) {
+  const rows = chosen().map((i) => columns.map(({ value }) => value(i)));
+  const text = kind === "json"
+    ? JSON.stringify(rows.map((row) => Object.fromEntries(row.map((x, n) => [columns[n].key, x]))), null, 1)
+    : [columns.map(({ key }) => key), ...rows].map((row) => row.map(field).join(",")).join("\r\n") + "\r\n";
+  const address = URL.createObjectURL(new Blob([text], { type: kind === "json" ? "application/json" : "text/csv" }));
+  element("a", { href: address, download: `episodes.${kind}` }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}
+
+/** A field of CSV (RFC 4180). What a spreadsheet would take for a formula becomes text. */
+function field(value) {
+  if (value === null) return "";
+  const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
 // ------------------------------------------------------------------------------------- what moves
@@ -351,7 +413,10 @@ function start() {
     const tr = event.target.closest("tr.episode");
     if (tr !== null && String(getSelection()) === "") unfold(tr);
   });
+  for (const kind of ["csv", "json"]) $(`#${kind}`).addEventListener("click", () => save(kind));
+  addEventListener("hashchange", follow);
   draw();
+  follow();
 }
 
 start();

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ...files import atomic, destination
 from .clocks import MODES
 from .providers import OURS
 
@@ -41,7 +42,9 @@ class CsvFile:
         self.environment = environment
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = None if path is None else path.open("w", newline="", encoding="utf-8")
+        self.file = None
+        if path is not None:
+            self.file = destination(path).open("w", newline="", encoding="utf-8")
 
     def __enter__(self) -> CsvFile:
         if self.file is not None:
@@ -116,7 +119,8 @@ def write_plots(folder: Path, results: Sequence[dict[str, Any]]) -> None:
                 panel.invert_yaxis()
                 panel.title.set_fontsize("small")
         figure.suptitle(op)
-        figure.savefig(folder / f"{op}.png", dpi=150)
+        with atomic(folder / f"{op}.png") as file:
+            figure.savefig(file, format="png", dpi=150)
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ...files import destination, write_text
 from .checks import run
 from .output import table
 from .problems import Problem
@@ -51,9 +52,9 @@ def write_profile(
         run(problem, call, problem.upstream)
         if cuda:
             torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(destination(trace)))
     kernels = _kernels(json.loads(trace.read_text())["traceEvents"], cuda)
-    text.write_text(_described(kernels))
+    write_text(text, _described(kernels))
     if cuda:
         _proton(folder / stem, problem, call)
 
@@ -135,4 +136,4 @@ def _proton(path: Path, problem: Problem, call: Callable[..., Tensor]) -> None:
         proton.finalize(session)
     except Exception as error:  # it needs CUPTI, and a Triton that has it
         reason = f"no Proton profile: {type(error).__name__}: {error}\n"
-        path.with_name(f"{path.name}-proton.txt").write_text(reason)
+        write_text(path.with_name(f"{path.name}-proton.txt"), reason)

@@ -1,0 +1,157 @@
+"""StepAgent's own training options: names, types, defaults, choices, and what each is for.
+
+They stand apart from transformers' TrainingArguments, which :class:`stepagent.StepAgentConfig`
+adds, so that the command line can list and check them without importing transformers or torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+METHODS = ("sft", "implicit", "inverse")
+STATES = ("expert", "agent")
+BASELINES = ("value", "leave_one_out", "group")
+AGGREGATES = ("pessimistic", "mean", "optimistic")
+KL_PLACES = ("loss", "reward")
+BODIES = ("own", "adapter", "frozen")
+REWARD_FORMS = ("agent", "expert", "difference")
+RATIOS = ("step", "token")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass
+class StepAgentOptions:
+    """The fields that :class:`stepagent.StepAgentConfig` adds to TrainingArguments."""
+
+    method: str = field(
+        default="implicit",
+        metadata={
+            "help": "implicit: StepAgent's implicit step rewards; inverse: a discriminator's "
+            "verdict as the step reward, followed by PPO; sft: supervised",
+            "choices": METHODS,
+        },
+    )
+    states: str = field(
+        default="expert",
+        metadata={
+            "help": "whose states are compared: the expert's (the paper), or the agent's own, "
+            "answered by the environment's expert (needs --env)",
+            "choices": STATES,
+        },
+    )
+    cycles: int = field(default=5, metadata={"help": "inspect → reflect cycles"})
+    epochs_per_cycle: int = field(default=1, metadata={"help": "passes over one cycle's data"})
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
+            "to the expert only for beta > 0.5, at once for beta = 1"
+        },
+    )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={"help": "adds this times the mean NLL of the expert's tokens to the loss"},
+    )
+    samples: int = field(
+        default=1, metadata={"help": "actions sampled at each of the expert's states"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "of the agent's sampled actions"})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "cut of a sampled action; default: the longest expert action"},
+    )
+    max_tokens: int = field(
+        default=4096,
+        metadata={"help": "token budget of one tree; shorter trajectories share a tree"},
+    )
+    inspect_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens that are inspected together, the max_batch_tokens of inspect; default: "
+            "8192 on the CPU, on CUDA up to 131072 as memory allows"
+        },
+    )
+    rollouts: int | None = field(
+        default=None,
+        metadata={
+            "help": "agent rollouts per cycle with states=agent; default: one per trajectory"
+        },
+    )
+    max_steps_per_episode: int | None = field(
+        default=None, metadata={"help": "ends a rollout sooner than its environment would"}
+    )
+    rollout_seed_start: int = field(
+        default=0, metadata={"help": "first environment seed of the rollouts with states=agent"}
+    )
+
+    # -- of method="inverse" alone ---------------------------------------------------------------
+
+    discriminator_body: str = field(
+        default="own",
+        metadata={
+            "help": "what the discriminator reads with: a copy of the policy, all of it trained "
+            "(own), with a LoRA adapter (adapter), or with its heads alone (frozen)",
+            "choices": BODIES,
+        },
+    )
+    discriminators: int = field(default=1, metadata={"help": "heads, each a discriminator"})
+    reward_aggregate: str = field(
+        default="pessimistic",
+        metadata={
+            "help": "of several discriminators' rewards the least (pessimistic), the mean, or the "
+            "largest (optimistic)",
+            "choices": AGGREGATES,
+        },
+    )
+    reward_form: str = field(
+        default="agent",
+        metadata={
+            "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum",
+            "choices": REWARD_FORMS,
+        },
+    )
+    critic_learning_rate: float = field(
+        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
+    )
+    critic_epochs: int = field(
+        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
+    )
+    discriminator_smoothing: float = field(
+        default=0.05, metadata={"help": "share of the other label, in [0, 0.5)"}
+    )
+    discriminator_penalty: float = field(
+        default=0.0, metadata={"help": "weight of the squared gradient of the logits by the rows"}
+    )
+    discriminator_replay: int = field(
+        default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
+    )
+    baseline: str = field(
+        default="value",
+        metadata={
+            "help": "what an action is compared with: the state's value (generalised advantage "
+            "estimation), or the other samples at its state (leave_one_out, group; needs samples)",
+            "choices": BASELINES,
+        },
+    )
+    gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
+    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
+    clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
+    ratio: str = field(
+        default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
+    )
+    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference"})
+    kl_estimator: str = field(default="k3", metadata={"help": "of KL", "choices": KL_ESTIMATORS})
+    kl_in: str = field(
+        default="loss",
+        metadata={
+            "help": "add the KL to the loss, or take it from the rewards (needs a ref_model)",
+            "choices": KL_PLACES,
+        },
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "takes this times the mean entropy of a token from the loss"}
+    )

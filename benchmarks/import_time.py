@@ -1,22 +1,25 @@
-"""What ``import stepagent`` and the use of its names cost beside ``import torch``.
+"""What importing stepagent costs over ``import torch``, what the command line takes to answer, and
+what neither must load.
 
-Three statements are timed: ``import torch``, ``import stepagent``, and the import of every public
-name but the trainer's two, which loads torch. Measured: seconds from before to after the statement
-in a fresh interpreter, on the wall and of CPU, in turn, so that all meet the same load. The first
-of each fills the file cache and is dropped. Ratios are those of the medians, to ``import torch``.
-The start of the interpreter is left out.
+Measured, imports: seconds from before to after the statements in a fresh interpreter, on the wall
+and of CPU; "every name" uses all public names but the trainer's, which are imported at first use.
+The interpreter's own start is left out. Commands: seconds of the whole process, beside
+``python -c pass``. All in turn, so that they meet the same load; the first of each warms the file
+cache and is dropped. Ratios are those of medians.
 
-Checked first: ``import stepagent`` does not load torch, and none of the names loads triton,
-matplotlib, transformers' model code or its Trainer.
+Checked first: ``import stepagent`` loads no torch; every name loads no triton, matplotlib,
+transformers' model code or Trainer; the commands end with the status that they should.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 import common
@@ -24,16 +27,27 @@ import common
 PROGRAM = """
 import json, sys, time
 wall, cpu = time.perf_counter(), time.process_time()
-{statement}
+{statements}
 seconds = {{"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}}
 print(json.dumps([seconds, sorted(sys.modules)]))
 """
-TRAINER = ("StepAgentConfig", "StepAgentTrainer")
-STATEMENTS = {
-    "torch": "import torch",
-    "stepagent": "import stepagent",
-    "names": "import stepagent as sa\n"
-    f"for name in set(sa.__all__) - {set(TRAINER)}: getattr(sa, name)",
+EVERY_NAME = """
+import stepagent
+for name in stepagent.__all__:
+    if not name.startswith("StepAgent"):
+        getattr(stepagent, name)
+"""
+IMPORTS = {
+    "import torch": "import torch",
+    "import stepagent": "import stepagent",
+    "every name": EVERY_NAME,
+}
+COMMANDS: dict[str, tuple[list[str], int]] = {
+    "python -c pass": (["-c", "pass"], 0),
+    "stepagent --version": (["-m", "stepagent", "--version"], 0),
+    "stepagent --help": (["-m", "stepagent", "--help"], 0),
+    "stepagent train --help": (["-m", "stepagent", "train", "--help"], 0),
+    "stepagent train --method typo": (["-m", "stepagent", "train", "--method", "typo"], 2),
 }
 HEAVY = (
     "triton",
@@ -48,13 +62,24 @@ HEAVY = (
 )
 
 
-def fresh_import(statement: str, folder: str) -> tuple[dict[str, float], list[str]]:
-    """Seconds of the statement in a new interpreter, and the modules it then holds."""
-    command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
+def fresh_import(statements: str, folder: str) -> tuple[dict[str, float], list[str]]:
+    """Seconds of the statements in a new interpreter, and the modules it then holds."""
+    command = [sys.executable, "-c", PROGRAM.format(statements=statements)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    common.check(done.returncode == 0, f"{statement} fails:\n{done.stderr}")
+    common.check(done.returncode == 0, f"{statements} fails:\n{done.stderr}")
     seconds, loaded = json.loads(done.stdout)
     return seconds, loaded
+
+
+def fresh_command(arguments: list[str], status: int, folder: str) -> dict[str, float]:
+    """Seconds of a command: on the wall, and of CPU, its children's included."""
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder)
+    seconds = time.perf_counter() - wall
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    common.check(done.returncode == status, f"{arguments} ends with {done.returncode}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": seconds, "cpu": cpu}
 
 
 def heavy_modules(loaded: list[str]) -> list[str]:
@@ -64,36 +89,42 @@ def heavy_modules(loaded: list[str]) -> list[str]:
 def main() -> None:
     options = common.parser(__doc__).parse_args()
     where = common.environment()
-    times: dict[str, list[dict[str, float]]] = {what: [] for what in STATEMENTS}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in (*IMPORTS, *COMMANDS)}
     loaded: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats + 1):
-            for what, statement in STATEMENTS.items():
-                seconds, loaded[what] = fresh_import(statement, folder)
+            for name in times:
+                if name in IMPORTS:
+                    seconds, loaded[name] = fresh_import(IMPORTS[name], folder)
+                else:
+                    seconds = fresh_command(*COMMANDS[name], folder)
                 note = "" if repeat else " (warm-up)"
-                common.say(f"{what}: {seconds['wall']:.3f} s{note}")
-                times[what] += [seconds] if repeat else []
-            common.check("torch" not in loaded["stepagent"], "import stepagent loads torch")
-            found = heavy_modules(loaded["names"])
+                common.say(f"{name}: {seconds['wall']:.3f} s{note}")
+                times[name] += [seconds] if repeat else []
+            common.check("torch" not in loaded["import stepagent"], "import stepagent loads torch")
+            found = heavy_modules(loaded["every name"])
             common.check(not found, f"the names of stepagent load {', '.join(found)}")
-    added = sorted(set(loaded["names"]) - set(loaded["torch"]))
+    added = sorted(set(loaded["every name"]) - set(loaded["import torch"]))
+    medians = {
+        name: {clock: statistics.median(t[clock] for t in found) for clock in ("wall", "cpu")}
+        for name, found in times.items()
+    }
     result: dict[str, Any] = {
         "benchmark": "import_time",
         "repeats": options.repeats,
         "check": {"not_loaded": HEAVY},
         "modules_added": [name for name in added if not name.startswith("stepagent")],
+        "medians": medians,
         "all_seconds": times,
     }
     rows = []
-    for clock in ("wall", "cpu"):
-        medians = {what: statistics.median(t[clock] for t in times[what]) for what in STATEMENTS}
-        ratios = {what: seconds / medians["torch"] for what, seconds in medians.items()}
-        result[clock] = medians | {"ratio": ratios}
-        cells = [f"{medians[what]:.2f} ({ratios[what]:.2f}×)" for what in STATEMENTS]
-        rows.append([f"seconds, {clock}, median of {options.repeats}", *cells])
-    rows.append(["modules", *(len(loaded[what]) for what in STATEMENTS)])
-    heads = ["", "import torch", "import stepagent", "all names but the trainer's"]
-    text = common.table(heads, rows)
+    for name, found in medians.items():
+        rival = "import torch" if name in IMPORTS else "python -c pass"
+        ratio = f"{found['wall'] / medians[rival]['wall']:.2f}×"
+        target = {"every name": "≤ 1.5×"}.get(name, "" if name in IMPORTS else "< 1 s")
+        rows.append([name, f"{found['wall']:.3f}", f"{found['cpu']:.3f}", ratio, rival, target])
+    head = ["", f"seconds, median of {options.repeats}", "of CPU", "ratio", "to", "target"]
+    text = common.table(head, rows)
     common.report("Import time", __doc__ or "", text, result, options.json, where)
 
 

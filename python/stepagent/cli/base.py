@@ -37,13 +37,11 @@ class _New(click.Path):
         self._folder = folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(super().convert(value, param, ctx))
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]
         try:
             mode = path.stat().st_mode
-        except FileNotFoundError:
+        except OSError:  # nothing yet, or nothing there can be: whoever makes it says why
             return path
-        except OSError as error:
-            self.fail(str(error), param, ctx)
         if self._folder and not stat.S_ISDIR(mode):
             self.fail(f"{str(path)!r} must be a folder, or nothing yet.", param, ctx)
         if not self._folder:

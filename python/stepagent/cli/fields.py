@@ -23,16 +23,12 @@ class FieldOption(click.Option):
     """An option of a dataclass's field."""
 
 
-class _BoolOrText(click.ParamType):
+def bool_or_text(value: str) -> bool | str:
     """Of a field that takes either, such as ``bool | str``."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return click.BOOL.convert(value, param, ctx)
-        except click.BadParameter:
-            return value
+    try:
+        return bool(click.BOOL.convert(value, None, None))
+    except click.BadParameter:
+        return value
 
 
 def options(fields: Iterable[Field[Any]], hints: Mapping[str, Any]) -> list[FieldOption]:
@@ -110,8 +106,11 @@ def _settings(kinds: list[Any], choices: Sequence[Any] | None) -> dict[str, Any]
     if choices:
         return {"type": click.Choice([str(choice) for choice in choices])}
     if bool in kinds:  # --name, or --name true
-        kind = click.BOOL if kinds == [bool] else _BoolOrText()
-        return {"type": kind, "is_flag": False, "flag_value": "true"}
+        return {
+            "type": click.BOOL if kinds == [bool] else bool_or_text,
+            "is_flag": False,
+            "flag_value": "true",
+        }
     lists = [kind for kind in kinds if get_origin(kind) is list]
     if lists:
         return {**_settings(list(get_args(lists[0])), None), "multiple": True}

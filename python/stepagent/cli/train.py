@@ -29,7 +29,7 @@ _TRAINING_ARGUMENTS = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 )
 # A run from the command line can be resumed, and reports to nobody unless asked to.
-_TRAINING_DEFAULTS = {
+_TRAINING_DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/train",
     "report_to": "none",
     "save_strategy": "epoch",
@@ -156,7 +156,7 @@ def _training_config(inherited: Sequence[str], own: dict[str, Any]) -> StepAgent
     theirs = options((f for f in fields(TrainingArguments) if f.init), hints)
     reader = click.Command("train", params=list(theirs), add_help_option=False)
     read = reader.make_context("train", spread(inherited, theirs), click.get_current_context())
-    values = _TRAINING_DEFAULTS | given(read.params) | own
+    values: dict[str, Any] = _TRAINING_DEFAULTS | given(read.params) | own
     if Path(str(values["output_dir"])).exists() and not Path(str(values["output_dir"])).is_dir():
         raise ValueError(f"output_dir must be a folder or new, got {values['output_dir']}")
     return StepAgentConfig(**values)

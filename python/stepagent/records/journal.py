@@ -118,7 +118,7 @@ class Journal:
 
 def check_run(where: str, recorded: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """ValueError, naming the difference, unless a record is of this run."""
-    for name in run | recorded:
+    for name in {**run, **recorded}:
         if recorded.get(name) != run.get(name):
             refuse_run(where, f"{name} {recorded.get(name)!r}, not {run.get(name)!r}")
 

@@ -17,6 +17,18 @@ Index = Tensor | np.ndarray[Any, np.dtype[Any]]
 # ---------------------------------------------- checks at the boundary
 
 
+def as_numpy(values: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    """Numbers as an array, whatever holds them.
+
+    Raises:
+        TypeError: where numpy knows no such array: a bfloat16 tensor, a ragged list.
+    """
+    try:
+        return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"must be an array of numbers, got {_kind(values)}: {error}") from error
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Of the results: float32, float64 where one of these is float64."""
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
@@ -193,7 +205,7 @@ def check_shard(size_n: Tensor, V: int) -> None:
         raise ValueError(f"{rule}, got {V} here and {int(size_n[0])} elsewhere")
 
 
-def check_temperature(temperature: Tensor) -> None:
+def check_temperature_values(temperature: Tensor) -> None:
     if temperature.device.type == "cpu":
         flat, rule = temperature.reshape(-1), "it must be positive and finite"
         _refuse(~((flat > 0) & flat.isfinite()), "temperature", flat, rule)

@@ -15,10 +15,10 @@ from operator import index
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
+from ..checks import as_numpy
 
 Step: TypeAlias = Any  # a str, token ids, or whatever `cost` compares
 Cost: TypeAlias = Callable[[Step, Step], float]
@@ -299,11 +299,9 @@ def _join(name: str, steps: Sequence[Step]) -> tuple[NDArray[np.int32], NDArray[
 
 def _array(name: str, values: object) -> NDArray[Any]:
     try:
-        if isinstance(values, torch.Tensor):
-            return values.numpy(force=True)
-        return np.asarray(values)
-    except (TypeError, ValueError) as error:  # a bfloat16 tensor, a ragged list
-        raise TypeError(f"{name} must be an array of numbers: {error}") from error
+        return as_numpy(values)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an array of numbers: {error.__cause__}") from error
 
 
 def _ids(name: str, values: object) -> NDArray[np.int32]:

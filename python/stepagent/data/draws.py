@@ -23,7 +23,10 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless ``temperature`` is finite and not negative."""
+    """Raise unless ``temperature`` is finite and not negative: one samples greedily at 0.
+
+    The ops divide by theirs, so `checks.check_temperature_values` refuses 0.
+    """
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
 

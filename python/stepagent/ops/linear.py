@@ -52,7 +52,7 @@ from stepagent.checks import (
     check_length,
     check_positive,
     check_rows,
-    check_temperature,
+    check_temperature_values,
     compute_dtype,
 )
 from stepagent.ops import paths
@@ -247,7 +247,7 @@ def linear_forward(given: LinearInputs) -> LinearResults:
     hidden_RH, weight_VH, labels_N, rows_N, bias_V, temperature, softcap, *_ = given
     whole = vocabulary(weight_VH.shape[0], given.group)
     check_label_values(labels_N, whole, given.check, "linear_logprobs")
-    check_temperature(temperature)
+    check_temperature_values(temperature)
     check_rows("rows_N", rows_N, "hidden_RH", hidden_RH.shape[0])
     V, kept_NK, group = weight_VH.shape[0], given.kept_NK, given.group
     if kept_NK is not None:

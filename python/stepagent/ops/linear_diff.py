@@ -22,7 +22,7 @@ from stepagent.checks import (
     check_label_values,
     check_positive,
     check_rows,
-    check_temperature,
+    check_temperature_values,
     compute_dtype,
 )
 from stepagent.ops.arguments import (
@@ -171,7 +171,7 @@ def diff_forward(given: LinearDiffInputs) -> LinearResults:
     )
     whole = vocabulary(given.weight_VH.shape[0], group)
     check_label_values(labels_N, whole, given.check, "linear_logprob_diff")
-    check_temperature(temperature)
+    check_temperature_values(temperature)
     check_rows("rows_N", given.rows_N, "hidden_RH", given.hidden_RH.shape[0])
     check_rows("ref_rows_N", given.ref_rows_N, "ref_hidden_RH", given.ref_hidden_RH.shape[0])
     head = Head(given.weight_VH, given.bias_V, given.softcap, temperature.dtype)

@@ -19,7 +19,7 @@ from stepagent.checks import (
     check_floats,
     check_label_values,
     check_pair,
-    check_temperature,
+    check_temperature_values,
     compute_dtype,
 )
 from stepagent.ops import paths
@@ -110,7 +110,7 @@ DiffResults = tuple[Tensor, Tensor, Tensor, Tensor]
 def diff_forward(given: TokenDiffInputs) -> DiffResults:
     logits_NV, ref_logits_NV, labels_N, temperature, check = given
     check_label_values(labels_N, logits_NV.shape[1], check, "logprob_diff")
-    check_temperature(temperature)
+    check_temperature_values(temperature)
     if paths.runs_triton(logits_NV, temperature):
         from stepagent.kernels.logprob_diff import logprob_diff  # loads triton: only here
 

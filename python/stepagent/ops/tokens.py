@@ -19,7 +19,7 @@ from stepagent.checks import (
     check_choice,
     check_floats,
     check_label_values,
-    check_temperature,
+    check_temperature_values,
     compute_dtype,
 )
 from stepagent.ops import blocks, paths
@@ -106,7 +106,7 @@ class TokenInputs(NamedTuple):
 def token_forward(given: TokenInputs) -> Results:
     logits_NV, labels_N, temperature, with_entropy, check = given
     check_label_values(labels_N, logits_NV.shape[1], check, "token_logprobs")
-    check_temperature(temperature)
+    check_temperature_values(temperature)
     if paths.runs_triton(logits_NV, temperature):
         from stepagent.kernels.token_logprobs import token_logprobs  # loads triton: only here
 

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.nn.attention.flex_attention import BlockMask
 
 from .. import _core
+from ..checks import as_numpy
 from ..data.encoding import Trunk
 
 Array: TypeAlias = Any  # a numpy array; a torch tensor after TokenTree.to
@@ -450,9 +451,8 @@ def _branch_name(branches: Sequence[Sequence[Sequence[Any]]], branch: int) -> st
 def _as_array(values: Any, of: str) -> NDArray[Any]:
     """Whatever the values are held in, as a numpy array with one dimension."""
     try:
-        held = isinstance(values, torch.Tensor)
-        array = values.numpy(force=True) if held else np.asarray(values)
-    except (TypeError, ValueError):  # a bfloat16 tensor, a ragged list
+        array = as_numpy(values)
+    except TypeError:
         raise TypeError(f"must be an array of {of}") from None
     if array.ndim != 1:
         raise ValueError(f"must be one-dimensional, got shape {array.shape}")

@@ -142,7 +142,9 @@ def test_real_templates(tmp_path, template):
     end = {
         "qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "phi3": "<|end|>", "gemma": "<end_of_turn>"
     }[template]  # fmt: skip
-    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    if template == "qwen2_5":  # the others end a text with another token than a turn
+        tokenizer.eos_token = end
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [
         {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "left"}]}
@@ -156,3 +158,31 @@ def test_the_command_itself_runs_on_a_tokenizer_alone(tmp_path, model):
     command = [sys.executable, "-m", "stepagent", "check", str(path), "--model", str(model)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["trajectories"] == 1
+
+
+@pytest.mark.slow
+def test_train_and_inspect_leave_bad_rows_out_when_told_to_and_list_them(tmp_path):
+    pytest.importorskip("minigrid")
+    from tiny_models import END, babyai_tokenizer, tiny_agent
+
+    agent, folder = tiny_agent(), tmp_path / "model"
+    agent.generation_config.eos_token_id = END
+    agent.save_pretrained(folder)
+    babyai_tokenizer().save_pretrained(folder)
+    good = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "left"}]
+    }
+    data = write(tmp_path, good, BAD, good)
+    inspect = ["inspect", "--output", tmp_path / "steps.jsonl", "--max-new-tokens", 2]
+    train = ["train", "--output_dir", tmp_path / "run", "--method", "sft", "--max_steps", 1]
+    for command in (inspect, train):
+        whole = [*command, "--model", folder, "--data", data, "--json"]
+        result = CliRunner().invoke(main, [str(word) for word in whole])
+        assert result.exit_code == 1
+        assert f"{data}: item 1: none of the 1 messages" in result.stderr
+        whole += ["--on-error", "skip"]
+        result = CliRunner().invoke(main, [str(word) for word in whole])
+        assert result.exit_code == 0, result.stderr
+        assert f"skipped {data}: item 1: none of the 1 messages" in result.stderr
+        (skipped,) = json.loads(result.stdout)["skipped"]
+        assert skipped["where"] == f"{data}: item 1"

@@ -17,6 +17,7 @@ STATES = ("expert", "agent")
 BASELINES = ("value", "leave_one_out", "group")
 AGGREGATES = ("pessimistic", "mean", "optimistic")
 KL_PLACES = ("loss", "reward")
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "checkpoint")
 _COUNTS = (
     "cycles",
     "epochs_per_cycle",
@@ -81,6 +82,15 @@ class StepAgentConfig(TrainingArguments):
     )
     cycles: int = field(default=5, metadata={"help": "inspect → reflect cycles"})
     epochs_per_cycle: int = field(default=1, metadata={"help": "passes over one cycle's data"})
+    model_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "of the weights of a model that is given by name; float32 is what small steps "
+            "add up in, with bf16 or fp16 for products. What an adapter leaves frozen keeps the "
+            "checkpoint's dtype there",
+            "choices": MODEL_DTYPES,
+        },
+    )
     beta: float = field(
         default=1.0,
         metadata={
@@ -240,6 +250,11 @@ class StepAgentConfig(TrainingArguments):
             raise ValueError(
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
                 "set cycles and epochs_per_cycle"
+            )
+        if self.neftune_noise_alpha is not None and self.method != "sft":
+            raise ValueError(
+                f"neftune_noise_alpha must be None for method={self.method!r}, got "
+                f"{self.neftune_noise_alpha}: its noise would look like a change of the policy"
             )
         if self.dataloader_num_workers:
             raise ValueError(

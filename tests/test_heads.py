@@ -191,7 +191,10 @@ def test_a_quantised_head_is_exact_against_separate_sequences(quantise):
         whole = score_trees(model, pack_step_pairs(*DATA))
         model.lm_head = quantise(model.lm_head)
         assert isinstance(lm_head(model), ModuleHead)
-        logps, separate = score_trees(model, pack_step_pairs(*DATA)), separate_logprobs(model, *DATA)
+        logps, separate = (
+            score_trees(model, pack_step_pairs(*DATA)),
+            separate_logprobs(model, *DATA),
+        )
     # torch quantises the rows of a call by their range, so a row's logits depend on its neighbours.
     exact = 1e-4 if quantise is Int8Linear else 0.2
     torch.testing.assert_close(logps, separate, rtol=0, atol=exact)

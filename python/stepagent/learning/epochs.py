@@ -26,9 +26,9 @@ class EpochCallback(TrainerCallback):
         self._place, self._ended = place, False
         self._next = place
 
-    def place(self, global_step: int) -> Place:
+    def place(self, global_step: int, control: Any) -> Place:
         """Where a run goes on that is at this step now."""
-        if self._ended:
+        if self._ended or control.should_epoch_stop:
             return Place(self._place.epoch + 1, 0)
         return Place(self._place.epoch, global_step - self._first_step)
 

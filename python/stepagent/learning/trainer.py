@@ -361,7 +361,9 @@ class StepAgentTrainer(Trainer):
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial)) / name
             folder.mkdir(parents=True, exist_ok=True)
-            save_run(folder, self._epochs.place(self.state.global_step), self._sizes())
+            save_run(
+                folder, self._epochs.place(self.state.global_step, self.control), self._sizes()
+            )
             if self.args.has_cycles:
                 self._save_cycle(folder, means)
         super()._save_checkpoint(model, trial)

@@ -7,9 +7,12 @@ implementation without custom masks) would be computed wrongly.
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,12 +33,25 @@ if TYPE_CHECKING:
 # Options of windows that models build inside, by the order of the tokens and not by their depth.
 _INNER_WINDOWS = ("window_size", "attention_window_size", "attention_chunk_size", "local_attention")
 
+# Options of models that keep so many keys of a row, by content; the probe's tree has fewer.
+_SELECTIONS = ("keep_window_size", "index_topk", "index_topk_blocks")
+_ALIBI = {"bloom", "mpt"}
+_PADDED_POSITIONS = {
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod"),
+}
+_FLAT_MASKS = {"openai-gpt", "xlm"}
+_ENCODERS = {
+    *("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert"),
+    *("roformer",),
+}
+
 # The probe of `check_tree_support`: |tree − separate| in log-prob that rounding alone can explain,
 # and the share of what seeing every earlier token of the tree would change.
 _PROBE_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 _PROBE_ROUNDING_HALF = 0.25
 _PROBE_SHARE = 0.02
-_probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_probed: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -68,11 +84,12 @@ def check_fits(model: nn.Module, what: str, ids: ArrayLike, positions: int) -> N
 def check_tree_support(model: nn.Module) -> None:
     """Refuse, by name, a model that would be computed wrongly on a tree.
 
-    Two gates: the configuration, then once per model a probe that compares the log-probs of a small
-    tree with those of its sequences run one by one through the model as it is.
+    Two gates: the configuration, then once for a model and its adapters a probe that compares the
+    log-probs of a small tree with those of its sequences run one by one through the model as it is.
 
-    :raises ValueError: naming the model and the reason.
-    :raises FloatingPointError: when the model's log-probs are not finite.
+    Raises:
+        ValueError: naming the model and the reason.
+        FloatingPointError: where the model's log-probs are not finite.
     """
     base = unwrapped(model)
     check_head(base)
@@ -80,9 +97,11 @@ def check_tree_support(model: nn.Module) -> None:
     peft_config = getattr(model, "active_peft_config", None)
     if getattr(peft_config, "is_prompt_learning", False):
         raise _refusal(base, f"its {type(peft_config).__name__} puts virtual tokens before it")
-    if base not in _probed:
+    # Adapters and quantisation change the modules of a model that has passed.
+    modules = hash(tuple(type(module) for module in base.modules()))
+    if _probed.get(base) != modules:
         _probe(model)
-        _probed.add(base)
+        _probed[base] = modules
 
 
 def _refusal(model: nn.Module, reason: str) -> ValueError:
@@ -108,10 +127,40 @@ def _check_config(model: PreTrainedModel) -> None:
         if getattr(config, name, None):
             size = getattr(config, name)
             raise _refusal(model, f"it has attention windows of its own, {name}={size}")
+    for name in _SELECTIONS:
+        if getattr(config, name, None):
+            size = getattr(config, name)
+            raise _refusal(
+                model, f"it picks the keys that it attends to out of the whole row, {name}={size}"
+            )
     window = getattr(config, "sliding_window", None)
     known = layer_types or config.model_type in UNIFORM_WINDOW_MODELS
     if window is not None and getattr(config, "use_sliding_window", True) and not known:
         raise _refusal(model, f"it does not say which layers use sliding_window={window}")
+    _check_positions(model, config)
+
+
+def _check_positions(model: PreTrainedModel, config: Any) -> None:
+    """A token's position must be its depth, which the caller gives."""
+    if config.model_type in _ALIBI or getattr(config, "alibi", False):
+        raise _refusal(
+            model, "its attention is biased by distance in the order of the tokens (ALiBi)"
+        )
+    if config.model_type in _PADDED_POSITIONS:
+        raise _refusal(
+            model, "its positions begin behind pad_token_id, and not at 0 as those of a tree"
+        )
+    if getattr(config, "is_decoder", True) is False and config.model_type in _ENCODERS:
+        raise _refusal(
+            model,
+            "it attends to what follows, as an encoder: is_decoder is False in its configuration",
+        )
+    if config.model_type in _FLAT_MASKS:
+        raise _refusal(model, "it takes masks of padding alone, which say nothing of who sees whom")
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise _refusal(
+            model, "its forward takes no position_ids: it counts tokens by their order in the row"
+        )
 
 
 @torch.no_grad()
@@ -120,26 +169,37 @@ def _probe(model: nn.Module) -> None:
     base = unwrapped(model)
     trunk, branches = _probe_actions(text_config(model).vocab_size)
     (tree,) = pack_step_pairs([trunk], [branches])
+    # A mask that hides nothing: what a wrong model might compute.
+    causal = replace(tree, subtree_end=np.full_like(tree.subtree_end, len(tree.input_ids)))
     with evaluation_mode(model):
-        try:
-            with dense_attention(model):
-                separate = _separate_logps(model, trunk, branches)
-            if not bool(torch.isfinite(separate).all()):
-                raise FloatingPointError(
-                    f"the log-probs of {type(base).__name__} hold NaN or infinity; "
-                    "look for a broken weight"
-                )
-            error = float((score(model, [tree]) - separate).abs().max())
-            # A mask that hides nothing: what a wrong model might compute.
-            causal = replace(tree, subtree_end=np.full_like(tree.subtree_end, len(tree.input_ids)))
-            effect = float((score(model, [causal]) - separate).abs().max())
-        except (FloatingPointError, torch.OutOfMemoryError):
-            raise
-        except Exception as failure:  # models fail in their own ways
-            raise _refusal(base, f"its forward does not take a tree ({failure})") from failure
+        with dense_attention(model), _naming(base, "an ordinary sequence of tokens"):
+            separate = _separate_logps(model, trunk, branches)
+        if not bool(torch.isfinite(separate).all()):
+            raise FloatingPointError(
+                f"the log-probs of {type(base).__name__} must be finite, got NaN or infinity; "
+                "look for a broken weight"
+            )
+        with _naming(base, "a tree's mask and positions"):
+            error, effect = (
+                float((score(model, [each]) - separate).abs().max()) for each in (tree, causal)
+            )
     rounding = _PROBE_ROUNDING.get(base.dtype, _PROBE_ROUNDING_HALF)
     if not error <= max(rounding, _PROBE_SHARE * effect):
         raise _refusal(base, f"log-probs on a tree differ by {error:.3g} from separate sequences")
+
+
+@contextmanager
+def _naming(model: nn.Module, what: str) -> Iterator[None]:
+    """Models fail in their own ways; what failed, and where, is said with their own words."""
+    try:
+        yield
+    except (FloatingPointError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        raise ValueError(
+            f"{type(model).__name__} failed when it was tried on {what}: "
+            f"{type(failure).__name__}: {failure}"
+        ) from failure
 
 
 @torch.no_grad()

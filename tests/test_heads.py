@@ -125,7 +125,9 @@ def test_entropies_and_rows_of_a_head_with_an_adapter():
         entropies, score_trees(merged, trees, return_entropy=True)[1], rtol=0, atol=1e-4
     )
     rows = [tree.label_rows for tree in trees]
-    for mine, other in zip(read_trees(model, trees, rows), read_trees(merged, trees, rows)):
+    for mine, other in zip(
+        read_trees(model, trees, rows), read_trees(merged, trees, rows), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
 
 
@@ -162,7 +164,7 @@ def test_autocast_rounds_no_logits():
 
 
 class Int8Linear(nn.Module):
-    """A matrix in eight bits, as quantising libraries keep it: integers, and a scale for each row."""
+    """A matrix in eight bits, as libraries keep it: integers, and a scale for each row."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -238,6 +240,13 @@ def test_a_frozen_matrix_under_an_adapter_gets_no_gradient():
     head = unwrapped(model).lm_head
     assert head.base_layer.weight.grad is None
     assert head.lora_A["default"].weight.grad.any()
+
+
+def test_a_partitioned_model_is_refused_by_name():
+    model = tiny_model("llama")
+    model.model.norm.weight.ds_id = 0  # DeepSpeed's mark on what ZeRO-3 partitions
+    with pytest.raises(ValueError, match=r"ZeRO-3, which stepagent does not support: use FSDP2"):
+        check_tree_support(model)
 
 
 def test_a_model_without_a_head_is_named():

@@ -162,7 +162,7 @@ def test_the_base_of_an_adapter_is_the_policy_without_it(trainer):
     assert abs(losses[0][2] - math.log(2)) > 0.01
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_a_reference_that_training_would_change_is_refused_by_its_weights(trainer):
     model = tiny_agent()
     other = tiny_agent(seed=1)

@@ -132,5 +132,5 @@ def test_a_name_without_a_model_is_an_error(folder, trainer, tmp_path):
 
 
 def test_an_unknown_dtype_is_named(folder, trainer):
-    with pytest.raises(ValueError, match="model_dtype must be one of .*'float32'.* got 'int8'"):
+    with pytest.raises(ValueError, match=r"model_dtype must be one of .*'float32'.* got 'int8'"):
         trainer(folder, model_dtype="int8")

@@ -5,8 +5,8 @@ anew. So checkpoints, resuming, schedules, logging, DDP and callbacks are transf
 
 This file is the order in which things happen. What happens has files of its own: ``loading.py``
 what is given by name, ``preflight.py``, ``noise.py`` and ``reference_policy.py`` what is refused,
-``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``objectives.py`` losses,
-``inverse.py`` the discriminator's verdict, ``checkpoint.py`` what a checkpoint holds.
+``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``objectives.py``
+losses, ``inverse.py`` the discriminator's verdict, ``checkpoint.py`` what a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -186,8 +186,7 @@ class StepAgentTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         """Whether a forward of the policy needs all processes at the same time."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return bool(self.is_fsdp_enabled) or (plugin is not None and plugin.zero_stage == 3)
+        return bool(self.is_fsdp_enabled)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -355,7 +354,7 @@ class StepAgentTrainer(Trainer):
         return place.epoch, place.step * self.args.gradient_accumulation_steps
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # First what is ours: transformers writes the file that makes a checkpoint a checkpoint last.
+        # Ours first: transformers writes last the file that makes a checkpoint a checkpoint.
         means = self._means.of_all_ranks()
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

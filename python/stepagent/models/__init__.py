@@ -1,8 +1,9 @@
 """Hugging Face decoders: from a token tree to hidden rows and log-probs.
 
 ``attention.py`` lays trees out and masks them, ``head.py`` computes log-probs inside the model's
-own forward, ``forward.py`` and ``scoring.py`` score trees, ``support.py`` refuses models that they would
-make wrong, ``routing.py`` balances experts, ``wrappers.py`` finds the model in what training puts around it.
+own forward, ``forward.py`` and ``scoring.py`` score trees, ``support.py`` refuses models that they
+would make wrong, ``routing.py`` balances experts, ``wrappers.py`` finds the model in what training
+puts around it.
 """
 
 from .attention import attention_masks

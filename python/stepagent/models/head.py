@@ -1,6 +1,6 @@
 """The language-model head, and what is computed with it inside the model's own forward.
 
-Under FSDP2 and ZeRO-3 the head's weights are whole only while the module that owns them runs, and
+Under FSDP2 the head's weights are whole only while the module that owns them runs, and
 their gradients are reduced by hooks on what that module returns. So log-probs are computed in the
 head's place: its ``forward`` is replaced for one call of the outermost module, and what was computed
 is what the head and the model return, so that every wrapper's hooks see it.
@@ -147,7 +147,7 @@ def _product(hidden_RH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor
 def lm_head(model: nn.Module) -> LMHead | ModuleHead:
     """The model's language-model head. Granite and Cohere scale their logits: a temperature.
 
-    Where its weights are sharded now (FSDP2 or ZeRO-3, outside a forward), it has whole copies,
+    Where its weights are sharded now (FSDP2, outside a forward), it has whole copies,
     gathered from all processes, each of which has to call this.
 
     Raises:
@@ -198,7 +198,7 @@ def _on_whole_weights(
 ) -> Callable[[Tensor], Tensor]:
     """The module's forward, without its hooks; with gathered weights where they are sharded now."""
     named = dict(module.named_parameters())
-    if not any(_is_sharded(parameter) for parameter in named.values()):
+    if not any(hasattr(parameter, "full_tensor") for parameter in named.values()):
         return forward
     whole = {f"module.{name}": _whole(parameter) for name, parameter in named.items()}
     called = _Called(module, forward)
@@ -283,6 +283,11 @@ def check_head(model: nn.Module) -> Any:
     """The head's module; errors are those of :func:`lm_head`."""
     base = unwrapped(model)
     head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
+        raise ValueError(
+            f"{type(base).__name__} is partitioned by DeepSpeed ZeRO-3, which stepagent does not "
+            "support: use FSDP2, or ZeRO-2"
+        )
     if head is None:
         raise ValueError(
             f"{type(base).__name__} must have a language-model head, as causal language models do"
@@ -290,26 +295,12 @@ def check_head(model: nn.Module) -> Any:
     return head
 
 
-def _is_sharded(weight: Any) -> bool:
-    return hasattr(weight, "full_tensor") or _is_partitioned(weight)
-
-
-def _is_partitioned(weight: Any) -> bool:
-    """By DeepSpeed ZeRO-3, and not gathered now."""
-    return hasattr(weight, "ds_id") and weight.numel() == 0 and weight.ds_numel > 0
-
-
 def _whole(weight: Any) -> Any:
-    """A weight that is still a DTensor, or partitioned, in one piece.
+    """A weight that is still a DTensor, in one piece.
 
     Each process has its own data, so the gradient is the mean of theirs; ``full_tensor()`` alone
     takes their gradients for equal ones, and lets each keep a part of its own.
     """
-    if _is_partitioned(weight):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([weight]):
-            return weight.detach().clone()
     if not hasattr(weight, "full_tensor"):
         return weight
     from torch.distributed.tensor import Partial

@@ -37,7 +37,7 @@ class CycleData(Dataset["Comparison | None"]):
         """The items of an epoch, in an order that depends on the seed and the epoch alone."""
         order = np.random.default_rng((self._seed, epoch)).permutation(len(comparisons))
         # Fewer than the rollouts where some crashed: then the first ones come twice.
-        items = [comparisons[i] for i in np.resize(order, self.count)]
+        items = [comparisons[i] for i in np.resize(order, self.count).tolist()]
         self.items = [*items, *[None] * (self._length - len(items))]
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -24,12 +24,13 @@ def load_policy(
     model: PreTrainedModel | str, peft_config: PeftConfig | None, args: StepAgentConfig
 ) -> Any:
     """The model to train: loaded where only named, with the adapter where one is asked for."""
+    policy: Any = model
     if isinstance(model, str):
-        model = load_named(model, loading_dtype(args, peft_config))
+        policy = load_named(model, loading_dtype(args, peft_config))
     if peft_config is not None:
-        model = _with_adapter(model, peft_config, args.seed)
-    say_precision(model, args)
-    return model
+        policy = _with_adapter(policy, peft_config, args.seed)
+    say_precision(policy, args)
+    return policy
 
 
 def load_reference(
@@ -38,7 +39,7 @@ def load_reference(
     """The reference: loaded where only named, in the dtype that its frozen weights need."""
     if isinstance(ref_model, str):
         dtype = loading_dtype(args, None, trained=False)
-        ref_model = load_named(ref_model, dtype)
+        return cast("PreTrainedModel", load_named(ref_model, dtype))
     return ref_model
 
 

@@ -2,8 +2,8 @@
 
 Under FSDP2 the head's weights are whole only while the module that owns them runs, and
 their gradients are reduced by hooks on what that module returns. So log-probs are computed in the
-head's place: its ``forward`` is replaced for one call of the outermost module, and what was computed
-is what the head and the model return, so that every wrapper's hooks see it.
+head's place: its ``forward`` is replaced for one call of the outermost module, and what was
+computed is what the head and the model return, so that every wrapper's hooks see it.
 
 A head that is one matrix goes through the fused op. Any other (with an adapter on it, quantised) is
 run as the module that it is, on the scored rows alone and in slices.
@@ -101,7 +101,11 @@ class ModuleHead:
 
         def score(hidden_nH: Tensor, labels_n: Tensor) -> Any:
             logits_nV = self.logits(hidden_nH)
-            return token_logprobs(logits_nV, labels_n, return_entropy=return_entropy)
+            return token_logprobs(
+                logits_nV,
+                labels_n,
+                return_entropy=return_entropy,  # type: ignore[call-overload]
+            )
 
         rows = max(1, _LOGITS // self.vocab_size)
         hidden_NH = hidden_RH[rows_N]

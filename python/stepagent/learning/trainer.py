@@ -310,8 +310,9 @@ class StepAgentTrainer(Trainer):
         for name, values in figures.items():
             self._means.add(name, values)
         check_finite(loss.detach().cpu().numpy(), "the loss")
-        # Of one of the step's batches: the mean of all of them is the step's loss.
-        self._means.add("mean_loss", loss.detach().reshape(1) * total.batches)
+        # The mean over a step's batches is the step's loss, and steps count alike.
+        share = 1 / (total.batches * self.args.world_size)
+        self._means.add("mean_loss", loss.detach().reshape(1) * total.batches, share)
         return loss
 
     def _stop_where_far(self, kl_A: Tensor) -> None:

@@ -21,6 +21,7 @@ from stepagent import StepAgentConfig, StepAgentTrainer, Trajectory, inspect
 from stepagent.acting.policies import ExpertPolicy
 from stepagent.acting.rollout import rollout_and_query, run_episodes
 from stepagent.engines import CompletionsEngine, Engine, EngineError
+from stepagent.learning.collecting import Collector
 
 LEVEL = "babyai:GoToLocalS6N2"
 TOKENIZER = babyai_tokenizer()
@@ -78,10 +79,10 @@ class Watched(StepAgentTrainer):
     """Notes what the policy here would do where a cycle begins, and what was learnt from."""
 
     def _begin_cycle(self, cycle: int) -> None:
-        acted, self._on_engine = self._on_engine, None
-        make = self._at_agent_states if self.args.states == "agent" else self._at_expert_states
-        here = [tokens(c) for c in make(cycle)]
-        self._on_engine = acted
+        mine = self._collector
+        acted, mine._on_engine = mine._on_engine, None
+        here = [tokens(c) for c in mine.collect(self._policy, cycle, sharded=False)]
+        mine._on_engine = acted
         super()._begin_cycle(cycle)
         self.cycles = [*getattr(self, "cycles", []), (here, self._comparisons[-len(here) :])]
 
@@ -395,7 +396,7 @@ def test_weights_that_lie_in_parts_elsewhere_are_refused(server):
     said = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
     said.num_processes = 2
     with pytest.raises(ValueError, match=r"of DDP and of FSDP2, but this run is .*DEEPSPEED"):
-        StepAgentTrainer._reach(SimpleNamespace(accelerator=said), server.url)
+        Collector.act_on(SimpleNamespace(), server.url, said)
 
 
 def test_the_folder_is_given_as_seen_from_anywhere(server, trainer, tmp_path, monkeypatch):

@@ -541,15 +541,6 @@ def test_what_would_not_be_used_is_refused(trainer, args):
         trainer(kl_in="reward", kl_coef=0.1)
 
 
-def test_a_policy_with_dropout_is_refused(trainer):
-    for name, drops, where in (
-        ("gpt2", {"attn_pdrop": 0.1}, "attn_dropout drops 0.1"),
-        ("llama", {"attention_dropout": 0.2}, "config.attention_dropout drops 0.2"),
-    ):
-        with pytest.raises(ValueError, match=f"needs a policy without dropout, but .*{where}"):
-            trainer(model=tiny_agent(name, **drops))
-
-
 def test_an_expert_that_never_answers_leaves_one_side_alone(trainer):
     from test_trainer import LEVEL
 

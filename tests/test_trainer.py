@@ -367,7 +367,7 @@ def test_inspection_keeps_to_its_budget(trainer):
         lambda _model, _args, inputs: forwards.append(inputs["input_ids"].numel()),
         with_kwargs=True,
     )
-    made._at_expert_states(0)
+    made._collector.collect(made.model, 0, sharded=False)
     assert max(forwards) == 30
     assert max(len(trunk.input_ids) for trunk in made._trunks) > 30
 
@@ -537,7 +537,7 @@ def test_a_checkpoint_of_another_batch_is_refused(undisturbed, trainer):
     whole, _ = undisturbed("implicit")
     made = trainer(tiny_agent("gpt2"), per_device_train_batch_size=1, epochs_per_cycle=2, samples=2)
     checkpoint = f"{whole.args.output_dir}/checkpoint-2"
-    with pytest.raises(ValueError, match="run with 2 trajectories an optimiser's step, this one h"):
+    with pytest.raises(ValueError, match=r"accumulation_steps × processes must be 2 .*, got 1"):
         made.train(resume_from_checkpoint=checkpoint)
 
 
@@ -692,7 +692,7 @@ def test_mixed_precision_scores_policy_and_reference_alike(trainer, own_referenc
     made = trainer(bf16=True, ref_model=None if own_reference else tiny_agent())
     _, batch = first_batch(made)
     with torch.no_grad():
-        logps_N, _ = made._logps(made.model, batch["trees"])
+        logps_N, _ = made._scorer.logps(made.model, batch["trees"])
         wide_N = score_trees(made.model, batch["trees"])
     apart, precision = ((logps_N - x).abs().mean() for x in (batch["ref_logps"], wide_N))
     assert float(precision) > 5 * float(apart)
@@ -857,7 +857,7 @@ def test_nan_that_comes_up_in_training_stops_it(trainer):
                 model.model.norm.weight[0] = float("nan")
 
     made = trainer(callbacks=[Break()], logging_nan_inf_filter=True)
-    with pytest.raises(FloatingPointError, match="the loss hold NaN or infinity"):
+    with pytest.raises(FloatingPointError, match="the loss must be finite, got NaN"):
         made.train()
     assert made.state.global_step == 1
 

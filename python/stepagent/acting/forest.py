@@ -25,7 +25,7 @@ from torch import Tensor
 from ..data.branch import Branch
 from ..data.draws import next_uniforms, streams
 from ..data.encoding import Trunk
-from ..models import LMHead
+from ..models import LMHead, ModuleHead
 from ..ops import token_logprobs
 from .decoding import SlotCache, check_finite, finite_rows, sample_tokens
 from .replay import Replay, can_replay
@@ -49,7 +49,7 @@ _BROKEN, _ENDED, _GOES_ON, _FOLLOWS = -1, 0, 1, 2
 class Sampler:
     """From hidden rows to tokens and their log-probs."""
 
-    head: LMHead
+    head: LMHead | ModuleHead
     temperature: float
     truncations: Sequence[LogitsProcessor]
     ends: Sequence[int]
@@ -57,12 +57,12 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight_VH.device
+        return self.head.device
 
     def __call__(self, hidden_RH: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next token of each row, its log-prob under the policy, and whether all is finite."""
         limit = _LOGITS_CUDA if hidden_RH.is_cuda else _LOGITS
-        rows = max(1, limit // self.head.weight_VH.shape[0])
+        rows = max(1, limit // self.head.vocab_size)
         parts = zip(torch.split(hidden_RH, rows), torch.split(draws_R, rows), strict=True)
         tokens, logps, finite = zip(*(self._sample(*part) for part in parts), strict=True)
         return torch.cat(tokens), torch.cat(logps), torch.cat(finite)

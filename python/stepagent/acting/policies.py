@@ -231,7 +231,7 @@ class ModelPolicy(Dialogues):
         past = np.repeat(self._filled_BS[:, None, :], width, axis=1) & filled_BQ[:, :, None]
         self._filled_BS = np.concatenate([self._filled_BS, filled_BQ], axis=1)
         visible = np.concatenate([past, causal | np.eye(width, dtype=bool)], axis=2)
-        return torch.from_numpy(visible).to(self._head.weight_VH.device)
+        return torch.from_numpy(visible).to(self._head.device)
 
     def _on_device(self, array: NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self._head.weight_VH.device)
+        return torch.from_numpy(array.astype(np.int64)).to(self._head.device)

@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    path: str | Path, device: str | None = None, attn_implementation: str | None = None
+    path: str | Path,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype | str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer; None: the attention that transformers chooses."""
+    """A causal language model and its tokenizer; None: the attention that transformers chooses.
+
+    Args:
+        dtype: of the weights; "auto": the checkpoint's.
+    """
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(path)
@@ -26,6 +33,7 @@ def load_model(
             path,
             use_safetensors=True,
             device_map=device,
+            dtype=dtype,
             attn_implementation=attn_implementation,
         )
     return model, tokenizer

@@ -104,7 +104,11 @@ def train(
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
     reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
     adapter = None if lora_rank is None else _lora(lora_rank)
-    agent, tokenizer = load_model(model, attn_implementation=attn_implementation)
+    from ..learning.precision import loading_dtype
+
+    agent, tokenizer = load_model(
+        model, attn_implementation=attn_implementation, dtype=loading_dtype(config, adapter)
+    )
     # Whoever loads the trained model is told by it what ends an action.
     agent.generation_config.eos_token_id = end_tokens(reading.trunks[:1])
     from ..learning.trainer import StepAgentTrainer

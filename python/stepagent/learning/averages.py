@@ -42,26 +42,28 @@ class Counts:
 class RunningMeans:
     """Sums and counts by name, of this process; kept through a checkpoint."""
 
-    def __init__(self, state: dict[str, tuple[float, int]] | None = None) -> None:
+    def __init__(self, state: dict[str, tuple[float, float]] | None = None) -> None:
         self._sums = dict(state or {})
 
-    def add(self, name: str, values: Tensor) -> None:
-        total, count = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (total + float(values.sum()), count + values.numel())
+    def add(self, name: str, values: Tensor, weight: float = 1.0) -> None:
+        """Values that each count ``weight`` times."""
+        total, count = self._sums.get(name, (0.0, 0.0))
+        added = weight * float(values.sum()), weight * values.numel()
+        self._sums[name] = (total + added[0], count + added[1])
 
     def of_all_ranks(self) -> RunningMeans:
         """Of all processes, each of which has to call this."""
         from accelerate.utils import gather_object
 
-        both: dict[str, tuple[float, int]] = {}
+        both: dict[str, tuple[float, float]] = {}
         for state in gather_object([self._sums]):
             for name, (total, count) in state.items():
-                before = both.get(name, (0.0, 0))
+                before = both.get(name, (0.0, 0.0))
                 both[name] = before[0] + total, before[1] + count
         return RunningMeans(both)
 
     def values(self) -> dict[str, float]:
         return {name: total / count for name, (total, count) in self._sums.items() if count}
 
-    def state(self) -> dict[str, tuple[float, int]]:
+    def state(self) -> dict[str, tuple[float, float]]:
         return self._sums

@@ -102,6 +102,11 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
                 "set cycles and epochs_per_cycle"
             )
+        if self.neftune_noise_alpha is not None and self.method != "sft":
+            raise ValueError(
+                f"neftune_noise_alpha must be None for method={self.method!r}, got "
+                f"{self.neftune_noise_alpha}: its noise would look like a change of the policy"
+            )
         if self.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: "

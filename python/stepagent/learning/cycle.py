@@ -19,7 +19,7 @@ from ..data.encoding import Trunk
 from ..trees.tree import TokenTree, pack_step_pairs
 from .averages import Counts
 
-_SCORES = ("ref_logps", "old_logps", "advantages")  # of a Comparison, in its order
+SCORES = ("ref_logps", "old_logps", "advantages")  # of a Comparison, in its order
 
 
 def _nothing() -> NDArray[np.float32]:
@@ -140,6 +140,14 @@ class StepTable:
         return -logps_N[expert_N].sum() / (total or 1)
 
 
+def pack_with_steps(
+    comparisons: Sequence[Comparison], max_tokens: int
+) -> tuple[list[TokenTree], StepTable]:
+    """The trees of a batch and the table of their steps."""
+    trees = pack_comparisons(comparisons, max_tokens)
+    return trees, StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+
+
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
     """Tokens that token trees encode."""
     return sum(len(tree.input_ids) for tree in pack_comparisons(comparisons, max_tokens))
@@ -174,7 +182,7 @@ def save_comparisons(
         "branch_lengths": _lengths(branches),
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
     }
-    for name in _SCORES:
+    for name in SCORES:
         scores = [getattr(c, name) for c in comparisons]
         arrays |= {name: np.concatenate(scores), f"{name}_lengths": _lengths(scores)}
     save_file(arrays, path, metadata={"progress": json.dumps(progress)})
@@ -200,7 +208,7 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         arrays["expert_trunk"],
-        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in _SCORES),
+        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
         strict=True,
     )
     comparisons = [

@@ -38,6 +38,7 @@ from .cycle import (
     StepTable,
     load_comparisons,
     pack_comparisons,
+    pack_with_steps,
     save_comparisons,
 )
 from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
@@ -45,7 +46,6 @@ from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..trees.tree import TokenTree
     from .config import StepAgentConfig
 
 CRITIC_FILE, REPLAY_FILE = "critic.safetensors", "replay.safetensors"
@@ -90,8 +90,7 @@ class InverseReflection:
             ValueError: where no step has an action of both sides.
             FloatingPointError: where logits or values are not finite.
         """
-        trees = self._pack(comparisons)
-        steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+        _, steps = pack_with_steps(comparisons, self._args.max_tokens)
         if not len(steps.expert_P):
             raise ValueError(
                 f"cycle {cycle} has no step with an action of the expert and one of the agent: a "
@@ -196,7 +195,8 @@ class InverseReflection:
         def judged(places: list[int]) -> list[tuple[Tensor, ...]]:
             found: list[tuple[Tensor, ...]] = []
             for batch in (places[i : i + size] for i in range(0, len(places), size)):
-                reading = self.critic.read(self._pack([comparisons[i] for i in batch]))
+                chosen = [comparisons[i] for i in batch]
+                reading = self.critic.read(pack_comparisons(chosen, self._args.max_tokens))
                 logits_ES = self.critic.logits(reading, torch.cat([logps[i] for i in batch]))
                 values_S = self.critic.values(reading.state_SH)
                 parts = [part.cpu() for part in (logits_ES.T, values_S, reading.state_SH)]
@@ -219,8 +219,7 @@ class InverseReflection:
 
         def loss(batch: list[int]) -> tuple[Tensor | None, int]:
             chosen = [comparisons[i] for i in batch]
-            trees = self._pack(chosen)
-            steps = StepTable.of(trees, torch.tensor([c.expert_trunk for c in chosen]))
+            trees, steps = pack_with_steps(chosen, self._args.max_tokens)
             if not len(steps.expert_P):
                 return None, 0  # the expert had no answer at any of these states
             pairs_K = torch.cat([steps.expert_P, steps.agent_P])
@@ -299,9 +298,6 @@ class InverseReflection:
                 self._optimizer.step()
                 losses.append(sum_over_ranks(own))
         return float(np.mean(losses))
-
-    def _pack(self, comparisons: Sequence[Comparison]) -> list[TokenTree]:
-        return pack_comparisons(comparisons, self._args.max_tokens)
 
     # -- through a checkpoint --------------------------------------------------------------------
 

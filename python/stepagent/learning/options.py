@@ -13,6 +13,7 @@ STATES = ("expert", "agent")
 BASELINES = ("value", "leave_one_out", "group")
 AGGREGATES = ("pessimistic", "mean", "optimistic")
 KL_PLACES = ("loss", "reward")
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "checkpoint")
 BODIES = ("own", "adapter", "frozen")
 REWARD_FORMS = ("agent", "expert", "difference")
 RATIOS = ("step", "token")
@@ -41,6 +42,15 @@ class StepAgentOptions:
     )
     cycles: int = field(default=5, metadata={"help": "inspect → reflect cycles"})
     epochs_per_cycle: int = field(default=1, metadata={"help": "passes over one cycle's data"})
+    model_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "of the weights of a model that is given by name; float32 is what small steps "
+            "add up in, with bf16 or fp16 for products. What an adapter leaves frozen keeps the "
+            "checkpoint's dtype there",
+            "choices": MODEL_DTYPES,
+        },
+    )
     beta: float = field(
         default=1.0,
         metadata={

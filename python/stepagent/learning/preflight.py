@@ -9,27 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.encoding import Trunk
-from ..models import check_fits, check_tree_support, text_config
+from ..models import check_fits, check_tree_support
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig
-
-
-def check_reference(
-    ref_model: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
-) -> None:
-    if ref_model is None:
-        if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
-            raise ValueError(
-                "kl_in='reward' needs a ref_model: the divergence from the policy that acted, the "
-                "reference without one, is 0"
-            )
-        return
-    if args.method == "sft":
-        raise ValueError("ref_model is given, but method='sft' has no reference")
-    if ref_model is model:
-        raise ValueError("ref_model must be another object than model, which training changes")
-    check_tree_support(ref_model)
 
 
 def check_discriminator(
@@ -44,20 +27,12 @@ def check_discriminator(
     check_tree_support(discriminator)
 
 
-def check_no_dropout(policy: torch.nn.Module) -> None:
-    """PPO compares the policy with itself: dropped units would look like a change of it."""
-    rates = {
-        name: module.p
-        for name, module in policy.named_modules()
-        if isinstance(module, torch.nn.Dropout)
-    }
-    rates["config.attention_dropout"] = getattr(text_config(policy), "attention_dropout", None) or 0
-    for name, rate in rates.items():
-        if rate > 0:
-            raise ValueError(
-                f"method='inverse' needs a policy without dropout, but {name} drops {rate}: "
-                "with it PPO's ratio is not 1 where nothing has changed"
-            )
+def check_one_gpu(count: int) -> None:
+    if count > 1:
+        raise ValueError(
+            f"one process cannot train on {count} GPUs: start one per GPU with "
+            "`accelerate launch` or `torchrun`, or show it one by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def check_sharding(fsdp_plugin: Any, deepspeed_plugin: Any) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..trees.tree import BLOCK_SIZE, TokenTree, additive_mask, layer_windows, on_host, parent_rows
+from ..trees.layers import layer_windows
+from ..trees.tree import BLOCK_SIZE, TokenTree, additive_mask, on_host, parent_rows
 from .wrappers import text_config, unwrapped
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
+from .layers import LAYER_TYPES, layer_windows
 
 LARGEST_EXACT = 2**53  # above, float64 does not count every integer
 
@@ -121,7 +122,7 @@ def train_flops(lengths: ArrayLike, config: Any) -> NDArray[np.float64]:
 
 def _check_countable(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
-    if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+    if unknown := sorted(kinds - LAYER_TYPES.keys()):
         raise ValueError(f"{type(config).__name__} has {', '.join(unknown)} layers: not counted")
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{type(config).__name__} has multi-head latent attention: not counted")
@@ -140,7 +141,8 @@ def _windows(config: Any) -> list[int | None]:
     if not getattr(config, "use_sliding_window", True):
         window = None
     if kinds := getattr(config, "layer_types", None):
-        return [window if kind == "sliding_attention" else None for kind in kinds]
+        windows = layer_windows(config)
+        return [window and windows[kind] for kind in kinds]
     return [window] * int(config.num_hidden_layers)
 
 

@@ -32,6 +32,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .. import _core
 from ..checks import as_numpy
 from ..data.encoding import Trunk
+from .layers import layer_windows
 
 Array: TypeAlias = Any  # a numpy array; a torch tensor after TokenTree.to
 INT32_MAX = np.iinfo(np.int32).max
@@ -220,27 +221,6 @@ class TokenTree:
         # Tensors only: a number would be compiled in, anew for each window.
         horizon = depth - window
         return lambda b, h, q, k: (k <= q) & (q < ends[k]) & (depth[k] > horizon[q])
-
-
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """The window of each layer type of a transformers configuration, None for full attention."""
-    config = config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    if not layer_types:
-        raise ValueError(
-            f"{type(config).__name__} has no layer_types: its layers share one mask, "
-            "attention_mask(dtype, window=...)"
-        )
-    windows = {
-        "full_attention": None,
-        "sliding_attention": getattr(config, "sliding_window", None),
-    }
-    if unknown := sorted(set(layer_types) - set(windows)):
-        raise ValueError(
-            f"{type(config).__name__} has {', '.join(unknown)} layers; a tree has masks for "
-            "full_attention and sliding_attention"
-        )
-    return {kind: windows[kind] for kind in dict.fromkeys(layer_types)}
 
 
 def _check_window(window: int | None) -> None:

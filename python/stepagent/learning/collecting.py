@@ -1,0 +1,173 @@
+"""A cycle's data: the agent acts, at the expert's states or in an environment at its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from ..acting.inspection import inspect
+from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
+from ..data.branch import Branch
+from ..data.encoding import Trunk
+from ..engines import CompletionsEngine, Engine
+from ..engines.adapters import PolicyOnEngine, first_state, logp_gap
+from ..envs.pool import EnvFactory
+from ..ranks import over_ranks
+from ..records.episodes import Episode
+from ..trees.tree import TokenTree, pack_step_pairs
+from .cycle import Comparison
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import StepAgentConfig
+
+_PROBES = 8  # actions at one state, by which an engine is told from another policy
+# Whose adapter is whole in each process; FSDP2's is gathered.
+_TRAINED_WITH_ENGINE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class Collector:
+    """Has the policy, or the engine that acts for it, act where a cycle begins."""
+
+    def __init__(
+        self,
+        trunks: Sequence[Trunk],
+        tokenizer: PreTrainedTokenizerBase,
+        args: StepAgentConfig,
+        env: str | EnvFactory | None,
+        expert: Expert | None,
+    ) -> None:
+        self._trunks, self._tokenizer, self._args = trunks, tokenizer, args
+        self._env, self._expert = env, expert
+        self._end_tokens = sorted(
+            {int(t.input_ids[stop - 1]) for t in trunks for _, stop in t.action_spans}
+        )
+        longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
+        self.max_new_tokens = args.max_new_tokens or longest
+        self.per_cycle = args.rollouts or len(trunks)
+        self._on_engine: PolicyOnEngine | None = None
+
+    def act_on(self, engine: Engine | str, accelerator: Accelerator) -> None:
+        """Let an engine act in place of the policy here.
+
+        Raises:
+            ValueError: where the processes of the run cannot all reach it or hand over the adapter.
+        """
+        if isinstance(engine, str):
+            engine = CompletionsEngine(engine)
+        kind, processes = accelerator.distributed_type, accelerator.num_processes
+        if kind not in _TRAINED_WITH_ENGINE and not accelerator.is_fsdp2:
+            raise ValueError(f"engine= takes adapters of DDP and of FSDP2, but this run is {kind}")
+        if processes > 1 and not engine.shared:
+            raise ValueError(
+                f"{type(engine).__name__} is in one process, but {processes} train: "
+                "start a server, which all can ask, and give its URL"
+            )
+        self._on_engine = PolicyOnEngine(engine, Path(str(self._args.output_dir), "engine"))
+
+    def publish(
+        self,
+        policy: PreTrainedModel,
+        cycle: int,
+        score: Callable[[Sequence[TokenTree]], Tensor],
+    ) -> dict[str, float]:
+        """Have the engine, if any, act as the policy does now; see at one state that it does.
+
+        Args:
+            score: log-probs of trees under the policy.
+        """
+        if self._on_engine is None:
+            return {}
+        state = first_state(self._trunks)
+        ((branches,),) = self._on_engine.publish(
+            policy,
+            cycle,
+            lambda actor: inspect(
+                actor,
+                [state],
+                samples=_PROBES,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=self._end_tokens,
+                seed=self._seed(cycle),
+            ),
+        )
+        trees = pack_step_pairs([state], [[[branch.token_ids for branch in branches]]])
+        logps_N = score(trees)
+        expert = len(state.input_ids) - int(state.action_spans[0, 0])  # its action comes first
+        return {"engine_gap": logp_gap(branches, logps_N[expert:].float().cpu().numpy())}
+
+    def withdraw(self) -> None:
+        """Leave the engine, if any, without the adapter."""
+        if self._on_engine is not None:
+            self._on_engine.withdraw()
+
+    def collect(self, policy: PreTrainedModel, cycle: int, *, sharded: bool) -> list[Comparison]:
+        """What is compared in a cycle, the same on all processes.
+
+        Args:
+            sharded: a forward of the policy needs all processes at the same time.
+        """
+        actor = policy if self._on_engine is None else self._on_engine.actor
+        alike = sharded and self._on_engine is None
+        make = self._at_agent_states if self._args.states == "agent" else self._at_expert_states
+        return make(actor, cycle, alike)
+
+    def _at_expert_states(
+        self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
+    ) -> list[Comparison]:
+        def inspected(places: list[int]) -> list[list[list[Branch]]]:
+            return inspect(
+                actor,
+                [self._trunks[i] for i in places],
+                samples=self._args.samples,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self._args.temperature,
+                eos_token_id=self._end_tokens,
+                seed=self._seed(cycle),
+                places=places,
+                max_batch_tokens=self._args.inspect_batch_tokens,
+                progress=not self._args.disable_tqdm,
+            )
+
+        costs = [len(trunk.input_ids) for trunk in self._trunks]
+        branches = over_ranks(inspected, costs, alike=alike)
+        tried = [[[branch.token_ids for branch in step] for step in steps] for steps in branches]
+        return [
+            Comparison(t, b, expert_trunk=True) for t, b in zip(self._trunks, tried, strict=True)
+        ]
+
+    def _at_agent_states(
+        self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
+    ) -> list[Comparison]:
+        env = self._env
+        assert env is not None  # the trainer has checked it
+        first = self._args.rollout_seed_start + cycle * self.per_cycle
+
+        def rolled_out(places: list[int]) -> list[Episode]:
+            return queried_rollouts(
+                actor,
+                env,
+                self._expert,
+                tokenizer=self._tokenizer,
+                seeds=[first + place for place in places],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self._args.temperature,
+                eos_token_id=self._end_tokens,
+                seed=self._seed(cycle),
+                max_steps=self._args.max_steps_per_episode,
+                progress=not self._args.disable_tqdm,
+            )
+
+        episodes = over_ranks(rolled_out, np.ones(self.per_cycle), alike=alike)
+        trunks, branches = trunks_and_answers(episodes, self._tokenizer)
+        return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
+
+    def _seed(self, cycle: int) -> int:
+        return self._args.seed * 1_000_003 + cycle

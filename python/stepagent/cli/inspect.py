@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from ..acting.inspection import inspect
 from ..data.branch import agreement
 from ..data.encoding import encode
+from ..data.ends import ends_of
 from ..data.trajectory import load_trajectories
 from ..optional import require
 from ..records.branches import Inspection, Shard, fingerprint, iterate_branches
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
-from .loading import device, end_tokens, load_model, load_tokenizer
+from .loading import device, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def inspect_command(
     trajectories = load_trajectories(data)
     agent, tokenizer = _agent(engine, model, served_model)
     trunks = [encode(trajectory, tokenizer) for trajectory in tqdm(trajectories, desc="encode")]
-    ends = end_tokens(trunks)
+    ends = ends_of(trunks)
     longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
     sampling |= {"max_new_tokens": max_new_tokens or longest, "eos_token_id": ends}
     if max_batch_tokens is not None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from ..data.encoding import encode
+from ..data.ends import ends_of
 from ..data.trajectory import load_trajectories
 from ..models.attention import TREE_ATTENTION
 from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
-from .loading import end_tokens, load_model
+from .loading import load_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -111,7 +112,7 @@ def train(
     adapter = None if lora_rank is None else _lora(lora_rank)
     agent, tokenizer = load_model(model, attn_implementation=attn_implementation)
     # Whoever loads the trained model is told by it what ends an action.
-    agent.generation_config.eos_token_id = end_tokens([encode(trajectories[0], tokenizer)])
+    agent.generation_config.eos_token_id = ends_of([encode(trajectories[0], tokenizer)])
     from ..learning.trainer import StepAgentTrainer
 
     trainer = StepAgentTrainer(

@@ -324,8 +324,6 @@ def _looks_ahead(node: Any) -> bool:
 def _aliased(messages: Messages) -> list[dict[str, Any]]:
     """Thoughts under both names that templates know, as transformers gives them."""
     return [
-        {"thinking": m["reasoning_content"], **m}
-        if "reasoning_content" in m
-        else m
+        {"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m
         for m in messages
     ]

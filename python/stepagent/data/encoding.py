@@ -114,7 +114,7 @@ class _Conversation:
     def _step(self, index: int) -> _Step:
         text, stop = self._beginnings.of(index + 1, generation=False)
         state, start = self._beginnings.of(index, generation=True)
-        if not (state is text and start <= stop or text.startswith(state[:start])):
+        if not ((state is text and start <= stop) or text.startswith(state[:start])):
             raise self._not_prompted(index, state[:start], text[:stop])
         stop = len(text[:stop].rstrip())
         if stop <= start:
@@ -181,8 +181,8 @@ class _Conversation:
         decoded = self._control.decode(ids)[len(self._control.decode(ids[:1])) :]
         if not self._reads_as(decoded, step.action):
             raise ValueError(
-                f"the tokens of {name} decode to {ascii(decoded)}, but its rendered text is "
-                f"{ascii(step.action)}; the tokenizer must give the text back"
+                f"the tokens of {name} decode to {decoded!a}, but its rendered text is "
+                f"{step.action!a}; the tokenizer must give the text back"
             )
 
     def _ends(self, trunk: Trunk) -> set[int]:
@@ -239,9 +239,7 @@ def _tokens(text: str, before: Tokens | None, control: ControlTokens) -> Tokens:
     return Tokens(text, before.ids[:token] + rest.ids, anchors)
 
 
-def _spans(
-    steps: Sequence[_Step], tokens: Tokens, control: ControlTokens
-) -> list[tuple[int, int]]:
+def _spans(steps: Sequence[_Step], tokens: Tokens, control: ControlTokens) -> list[tuple[int, int]]:
     """The tokens of each action: after those of its state, up to and including its end."""
     tails: dict[str, list[int]] = {}
     spans = []

@@ -27,7 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
 from ..data.branch import Branch, agreement
-from ..data.encoding import Trunk, encode
+from ..data.encoding import encode
+from ..data.ends import ends_of
 from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
 from ..engines import CompletionsEngine, Engine
 from ..engines.adapters import PolicyOnEngine, check_adapter, first_state, logp_gap
@@ -124,9 +125,7 @@ class StepAgentTrainer(Trainer):
             check_adapter(policy)
         trunks = _encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
         self._env, self._expert = env, expert
-        self._end_tokens = sorted(
-            {int(t.input_ids[stop - 1]) for t in trunks for _, stop in t.action_spans}
-        )
+        self._end_tokens = ends_of(trunks)
         longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
         self._max_new_tokens = args.max_new_tokens or longest
         check_budget(policy, trunks, args, self._max_new_tokens)

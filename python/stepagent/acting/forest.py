@@ -157,7 +157,7 @@ class Forest:
         return torch.cat(along)
 
     def seen_by(self, row_R: NDArray[np.int64], last_R: Tensor) -> Tensor:
-        """(R, S) bool, which slots of the room the tokens ``last`` of trunks see, and themselves."""
+        """(R, S) bool, which slots of the room these tokens of trunks see, and their own."""
         ends_BS = np.zeros((len(self._trunks), self.room), np.int64)
         for row_S, trunk in zip(ends_BS, self._trunks, strict=True):
             row_S[: len(trunk.subtree_end)] = trunk.subtree_end[: self.room]

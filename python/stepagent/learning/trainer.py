@@ -30,6 +30,7 @@ from ..data.branch import Branch, agreement
 from ..data.encoding import encode
 from ..data.ends import ends_of
 from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
+from ..data.trunk import Trunk
 from ..engines import CompletionsEngine, Engine
 from ..engines.adapters import PolicyOnEngine, check_adapter, first_state, logp_gap
 from ..envs.pool import EnvFactory

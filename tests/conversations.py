@@ -1,4 +1,4 @@
-"""Random conversations of agents, and the chat templates of real models, for oracles of encoding."""
+"""Random conversations of agents and the chat templates of real models, to test encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATES = {
     path.stem: path.read_text()
     for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 }
-TRAINING = [name for name, source in TEMPLATES.items() if "endgeneration" in source]
+TRAINING = [name for name in TEMPLATES if name.endswith("_training")]
 
 FEATURES = ("plain", "system", "calls", "parallel calls", "thoughts", "thoughts and calls", "tools")
 _CONTROL = re.compile(
@@ -52,7 +52,7 @@ TOOLS = [
 
 @cache
 def tokenizer_of(name: str) -> Any:
-    """A byte-level tokenizer with a model's chat template and its control tokens as special ones."""
+    """A byte-level tokenizer with a model's chat template and its control tokens."""
     source = TEMPLATES[name]
     tokenizer = tiny_tokenizers.byte_level_bpe(source)
     tokens = sorted(set(_CONTROL.findall(source)) | {"<tool_call>", "</tool_call>"})

@@ -283,8 +283,8 @@ def _seam(step: _Step, state: list[int], ids: list[int], control: ControlTokens)
         before = ""
     return ValueError(
         f"the token {token!r} crosses the start of the action of messages[{step.index}]: "
-        f"{before!r} | {token[len(before) :]!r}; the template must separate contents so that no token holds "
-        "both sides"
+        f"{before!r} | {token[len(before) :]!r}; the template must separate contents so that no "
+        "token holds both sides"
     )
 
 

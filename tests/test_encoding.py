@@ -313,7 +313,10 @@ def test_a_tokenizer_without_offsets_or_template_is_refused():
 
 def test_an_action_without_a_token_before_it_is_refused():
     with pytest.raises(ValueError, match="must start at token 1 or later"):
-        encode(talk("go", first="assistant"), byte_level_bpe("{% for m in messages %}{{ m.content }}</s>{% endfor %}"))
+        encode(
+            talk("go", first="assistant"),
+            byte_level_bpe("{% for m in messages %}{{ m.content }}</s>{% endfor %}"),
+        )
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from tiny_models import END, VOCAB, generate, random_trunks, tiny_model
 
 from stepagent.acting import forest
 from stepagent.acting.decoding import SlotCache, make_truncations, sample_tokens
-from stepagent.acting.inspection import end_tokens, inspect
+from stepagent.acting.inspection import inspect
 from stepagent.data.branch import Branch
 from stepagent.data.draws import uniforms
 from stepagent.data.encoding import Trunk
+from stepagent.data.ends import model_ends
 from stepagent.models import check_tree_support, score_trees
 from stepagent.trees.tree import pack_step_pairs
 
@@ -124,13 +125,13 @@ def test_no_trunks_give_no_branches():
 
 def test_the_models_own_end_tokens_are_the_default(trunks):
     model = tiny_model("llama", eos_token_id=ENDS)
-    assert end_tokens(model, None) == ENDS
+    assert model_ends(model, None) == ENDS
     assert tokens(inspect(model, trunks, max_new_tokens=NEW, seed=1)) == tokens(
         inspect(model, trunks, max_new_tokens=NEW, seed=1, eos_token_id=ENDS)
     )
-    assert end_tokens(model, 5) == [5]
-    assert end_tokens(model, np.int64(5)) == [5]
-    assert end_tokens(model, torch.tensor([5, 6])) == [5, 6]
+    assert model_ends(model, 5) == [5]
+    assert model_ends(model, np.int64(5)) == [5]
+    assert model_ends(model, torch.tensor([5, 6])) == [5, 6]
 
 
 def test_the_model_keeps_its_mode(trunks):

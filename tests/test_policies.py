@@ -17,6 +17,7 @@ from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
 from stepagent.acting.rollout import Episode, action_tokens, rollout_and_query, run_episodes
 from stepagent.data.encoding import encode
 from stepagent.envs import ExpertUnavailable
+from stepagent.ops import token_logprobs
 from stepagent.trees.tree import pack_step_pairs
 
 LEVEL = "babyai:GoToLocalS6N2"
@@ -212,10 +213,24 @@ REWRITING = """\
 """
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    policy = model_policy(tokenizer=babyai_tokenizer(REWRITING))
-    with pytest.raises(ValueError, match="the chat template rewrites earlier turns"):
-        run_episodes(LEVEL, policy, [0], max_steps=3)
+def test_under_a_template_that_rewrites_earlier_turns_each_state_is_its_own_prompt():
+    tokenizer = babyai_tokenizer(REWRITING)
+    policy = model_policy(tokenizer=tokenizer)
+    (episode,) = run_episodes(LEVEL, policy, [0], max_steps=4)
+    trunk = episode.trunk
+    assert len(trunk.rewinds) == 3
+    messages = episode.trajectory().messages
+    for step, (start, stop) in enumerate(trunk.action_spans.tolist()):
+        prompt = tokenizer.apply_chat_template(
+            messages[: 2 * step + 1], add_generation_prompt=True, return_dict=False
+        )
+        assert trunk.state_ids(step).tolist() == prompt
+        alone = torch.tensor([[*prompt, *trunk.input_ids[start:stop].tolist()]])
+        with torch.no_grad():
+            logits = policy._model(alone).logits[0, len(prompt) - 1 : -1]
+        logps = token_logprobs(logits, alone[0, len(prompt) :])
+        np.testing.assert_allclose(logps.numpy(), episode.logps[step], atol=1e-4)
+    assert Episode.of(episode.trajectory()).trunk.rewinds.tolist() == trunk.rewinds.tolist()
 
 
 @pytest.mark.parametrize(

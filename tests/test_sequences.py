@@ -105,25 +105,46 @@ def test_every_prefix_is_there_once_in_the_order_of_first_appearance(pack, batch
 @given(batch=batches(), max_tokens=st.integers(1, 30))
 def test_blocks_fill_trees_in_order_up_to_the_budget(pack, batch, max_tokens):
     sequences, masks = batch
+    too_long = [i for i, sequence in enumerate(sequences) if len(sequence) > max_tokens]
+    if too_long:
+        with pytest.raises(ValueError, match=rf"sequences\[{too_long[0]}\]"):
+            pack(sequences, masks, max_tokens=max_tokens)
+        return
     blocks = {}
     for i, sequence in enumerate(sequences):
         blocks.setdefault(sequence[0], []).append(i)
-    sizes = {
-        first: len({tuple(sequences[i][: n + 1]) for i in b for n in range(len(sequences[i]))})
-        for first, b in blocks.items()
-    }
-    if max(sizes.values(), default=0) > max_tokens:
-        first = next(b for first, b in blocks.items() if sizes[first] > max_tokens)[0]
-        with pytest.raises(ValueError, match=rf"sequences\[{first}\]"):
-            pack(sequences, masks, max_tokens=max_tokens)
-        return
+    sizes = [
+        len({tuple(sequences[i][: n + 1]) for i in b for n in range(len(sequences[i]))})
+        for b in blocks.values()
+    ]
+    trees = pack(sequences, masks, max_tokens=max_tokens)
+    assert all(len(tree.input_ids) <= max_tokens for tree in trees)
+    if max(sizes, default=0) > max_tokens:
+        return  # some are cut: the tests after this one
     filled = [0]
-    for size in sizes.values():
+    for size in sizes:
         if filled[-1] + size > max_tokens:
             filled.append(0)
         filled[-1] += size
-    trees = pack(sequences, masks, max_tokens=max_tokens)
     assert [len(tree.input_ids) for tree in trees] == (filled if sequences else [])
+
+
+def test_a_forest_under_one_system_prompt_is_cut_into_trees_that_repeat_it():
+    rng = np.random.default_rng(0)
+    system = list(range(1, 41))
+    chats = [[*system, 100 + i, *rng.integers(50, 99, 99).tolist()] for i in range(30)]
+    masks = [[0] * 40 + [1] * 100] * 30
+    trees = pack_sequences(chats, masks, max_tokens=1024)
+    assert len(trees) == 4  # nine chats of 100 beside the prompt's 40: 940 tokens
+    assert sum(len(tree.input_ids) for tree in trees) == 30 * 100 + 4 * 40
+    steps = np.concatenate([tree.step_trunk for tree in trees])
+    assert sorted(steps.tolist()) == list(range(30))
+
+
+def test_a_forest_is_cut_where_the_least_is_repeated():
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 6, 7, 8], [1, 6, 7, 9]]
+    trees = pack_sequences(sequences, [[0, 1, 1, 1]] * 4, max_tokens=7)
+    assert [tree.input_ids.tolist() for tree in trees] == [[1, 2, 3, 4, 5], [1, 6, 7, 8, 9]]
 
 
 # The core against its twin
@@ -135,7 +156,7 @@ def test_core_equals_its_twin_for_any_number_of_threads(batch, max_tokens, threa
     try:
         expected = twins.pack_sequences(*batch, max_tokens=max_tokens, extras=spread_out(sequences))
     except ValueError:
-        return  # a block above the budget: the test before this one
+        return  # a sequence above the budget
     trees = pack_sequences(*batch, max_tokens=max_tokens, extras=spread_out(sequences))
     assert [as_lists(tree) for tree in trees] == [as_lists(tree) for tree in expected]
     threaded = _core.pack_sequences(
@@ -339,14 +360,12 @@ def test_bad_input_is_named(sequences, masks, extras, error, message):
         pack_sequences(sequences, masks, extras=extras)
 
 
-def test_block_above_the_budget_is_named_with_those_that_share_its_beginning():
+def test_a_sequence_above_the_budget_is_named():
     sequences, masks = [[9], [1, 2, 3], [1, 2, 4, 5]], [[0], [0, 1, 1], [0, 1, 1, 1]]
     assert len(pack_sequences(sequences, masks, max_tokens=5)) == 2
-    message = r"sequences\[1\] and the 1 that begin with its first token take 5 .* max_tokens=4"
-    with pytest.raises(ValueError, match=message):
-        pack_sequences(sequences, masks, max_tokens=4)
-    with pytest.raises(ValueError, match=r"sequences\[0\] takes 2 tokens, but max_tokens=1"):
-        pack_sequences([[1, 2]], [[0, 1]], max_tokens=1)
+    assert len(pack_sequences(sequences, masks, max_tokens=4)) == 2
+    with pytest.raises(ValueError, match=r"sequences\[2\] takes 4 tokens, but max_tokens=3"):
+        pack_sequences(sequences, masks, max_tokens=3)
 
 
 def test_core_refuses_what_its_callers_would_not_pass():

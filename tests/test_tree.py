@@ -21,6 +21,19 @@ TOKENS = st.integers(0, 2)  # few, so that branches often repeat each other and 
 
 
 @st.composite
+def rewinds(draw, spans):
+    """Some places between actions, each with a depth to go back to."""
+    found, before, depth = [], 0, 0
+    gaps = zip([1, *(end for _, end in spans)], [start for start, _ in spans], strict=False)
+    for first, last in gaps:
+        if first < last and draw(st.booleans()):
+            at = draw(st.integers(first, last - 1))
+            depth, before = draw(st.integers(0, depth + at - before - 1)), at
+            found.append([at, depth])
+    return found
+
+
+@st.composite
 def trunks_and_branches(draw, max_trunks=3):
     trunks, branches = [], []
     for _ in range(draw(st.integers(1, max_trunks))):
@@ -31,7 +44,7 @@ def trunks_and_branches(draw, max_trunks=3):
             spans.append([len(ids), len(ids) + len(action)])
             ids += action
         ids += draw(st.lists(TOKENS, max_size=2))  # a tail after the last action
-        trunks.append(Trunk(ids, spans))
+        trunks.append(Trunk(ids, spans, draw(rewinds(spans))))
         branch = st.lists(TOKENS, max_size=3)
         branches.append([draw(st.lists(branch, max_size=4)) for _ in spans])
     return trunks, branches
@@ -47,8 +60,17 @@ def actions(trunks, branches):
     for i, trunk in enumerate(trunks):
         ids = trunk.input_ids.tolist()
         for t, (start, end) in enumerate(trunk.action_spans.tolist()):
+            state = _line(trunk, start)
             for k, action in enumerate([ids[start:end], *branches[i][t]]):
-                yield i, t, k, ids[:start], list(action)
+                yield i, t, k, state, list(action)
+
+
+def _line(trunk, stop):
+    """The tokens that the one at `stop` sees, read off the rewinds one by one."""
+    line, backs = [], dict(trunk.rewinds.tolist())
+    for place, token in enumerate(trunk.input_ids[:stop].tolist()):
+        line = [*line[: backs.get(place, len(line))], token]
+    return line
 
 
 def random_tree(length, seed=0):
@@ -253,6 +275,7 @@ def test_trees_do_not_depend_on_the_number_of_threads(pairs, max_tokens, threads
     args = (
         [trunk.input_ids for trunk in trunks],
         [trunk.action_spans for trunk in trunks],
+        [trunk.rewinds for trunk in trunks],
         [np.array(b, np.int32) for steps in branches for actions in steps for b in actions],
         np.array([len(actions) for steps in branches for actions in steps]),
         max_tokens,
@@ -275,6 +298,7 @@ def test_of_several_bad_branches_the_first_is_named_whatever_the_threads(trunk):
             _core.pack_step_pairs(
                 [trunk.input_ids],
                 [trunk.action_spans],
+                [],
                 [np.array([7]), *bad],
                 np.array([51, 0]),
                 None,
@@ -301,6 +325,13 @@ CORE_REFUSALS = [
         {"action_spans": [[[2, 4], [5, 9]]]},
         r"action_spans\[1\] must lie in \[4, 8\) .* got \[5, 9\)",
     ),
+    ({"rewinds": [[], []]}, "2 rewinds for 1 trunks"),
+    ({"rewinds": [[4]]}, r"trunks\[0\]\.rewinds must come in pairs"),
+    ({"rewinds": [[3, 1]]}, r"rewinds\[0\] is \[3, 1\]; it must come after"),
+    ({"rewinds": [[4, 4]]}, r"rewinds\[0\] is \[4, 4\]; .* and go back"),
+    ({"rewinds": [[4, -1]]}, r"rewinds\[0\] is \[4, -1\]"),
+    ({"rewinds": [[5, 1]]}, r"rewinds\[0\] is \[5, 1\]"),
+    ({"rewinds": [[7, 1]]}, r"rewinds\[0\] is \[7, 1\]"),
     ({"action_spans": [[2, 4, 5]]}, r"trunks\[0\]\.action_spans has 3 bounds; they come in pairs"),
     ({"action_spans": []}, "0 action_spans for 1 trunks"),
     ({"branch_counts": [1]}, "1 branch_counts for 2 steps"),
@@ -314,11 +345,12 @@ CORE_REFUSALS = [
 @pytest.mark.parametrize(("changed", "message"), CORE_REFUSALS)
 def test_core_refuses_spans_and_counts_that_a_trunk_cannot_hold(trunk, changed, message):
     given = {"trunks": [trunk.input_ids], "action_spans": [trunk.action_spans]}
-    given |= {"branch_counts": [1, 0]} | changed
+    given |= {"rewinds": [], "branch_counts": [1, 0]} | changed
     with pytest.raises(ValueError, match=message):
         _core.pack_step_pairs(
             [np.array(ids, np.int32) for ids in given["trunks"]],
             [np.array(spans, np.int32) for spans in given["action_spans"]],
+            [np.array(backs, np.int32).reshape(-1) for backs in given["rewinds"]],
             [np.array([9], np.int32)],
             np.array(given["branch_counts"]),
             None,

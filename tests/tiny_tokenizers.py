@@ -63,7 +63,9 @@ LLAMA3 = """\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
 {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}
+{%- if add_generation_prompt -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif -%}
 """
 
 LLAMA2 = """\
@@ -105,6 +107,18 @@ QWEN3 = """\
 {{ content + '<|im_end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}
+"""
+
+# As Qwen3's: thoughts are written in the newest turn alone.
+THINKING = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' and loop.last and message['reasoning_content'] -%}
+{{ '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}
+{%- endif -%}
+{{ message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
 NO_END_OF_TURN = """\

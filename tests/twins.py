@@ -125,7 +125,7 @@ def pack_step_pairs(trunks, branches, *, max_tokens=None):
     """`stepagent.trees.tree.pack_step_pairs`, one token at a time; the trees hold lists."""
     trees = []
     for i, (trunk, steps) in enumerate(zip(trunks, branches, strict=True)):
-        block = _Block(i, trunk.input_ids.tolist(), trunk.action_spans.tolist(), steps)
+        block = _Block(i, trunk, steps)
         if max_tokens is not None and len(block.nodes) > max_tokens:
             raise ValueError(f"trunks[{i}]")
         full = (
@@ -142,11 +142,16 @@ def pack_step_pairs(trunks, branches, *, max_tokens=None):
 class _Block:
     """A trunk's nodes (token, depth, parent) in pre-order, and its scored actions."""
 
-    def __init__(self, trunk, ids, spans, steps):
+    def __init__(self, place, trunk, steps):
         self.nodes, self.actions = [], []
+        ids, spans = trunk.input_ids.tolist(), trunk.action_spans.tolist()
         starts = {start: t for t, (start, _) in enumerate(spans)}
-        last = None  # the node of the trunk token before this one
+        rewinds = dict(trunk.rewinds.tolist())
+        last = None  # the node of the token before this one
         for position, token in enumerate(ids):
+            if position in rewinds:
+                last = [None, *self.path(last)][rewinds[position]]
+            depth = len(self.path(last))
             if position in starts:
                 t = starts[position]
                 start, end = spans[t]
@@ -155,13 +160,13 @@ class _Block:
                 tried = [tuple(int(token) for token in branch) for branch in steps[t]]
                 for action in tried:
                     if action != own and action not in paths:
-                        paths[action] = self._chain(action, start, last)
+                        paths[action] = self._chain(action, depth, last)
                 # The trunk's own tokens come next, one after the other: no branch before the end.
                 paths[own] = list(range(len(self.nodes), len(self.nodes) + len(own)))
                 for k, action in enumerate([own, *tried]):
                     rows = [last, *paths[action]][: len(action)]
-                    self.actions.append((trunk, t, k, action, rows))
-            last = self._add(token, position, last)
+                    self.actions.append((place, t, k, action, rows))
+            last = self._add(token, depth, last)
 
     def _add(self, token, depth, parent):
         self.nodes.append((token, depth, parent))
@@ -211,15 +216,48 @@ def pack_sequences(sequences, action_masks, *, max_tokens=None, extras=None):
     for i, sequence in enumerate(sequences):
         blocks.setdefault(sequence[0], []).append(i)
     trees = []
-    for members in blocks.values():
-        unique = {tuple(sequences[i][: n + 1]) for i in members for n in range(len(sequences[i]))}
-        if max_tokens is not None and len(unique) > max_tokens:
-            raise ValueError(f"sequences[{members[0]}]")
+    for i, sequence in enumerate(sequences):
+        if max_tokens is not None and len(sequence) > max_tokens:
+            raise ValueError(f"sequences[{i}]")
+    for members in (m for block in blocks.values() for m in _cut(block, sequences, max_tokens)):
+        unique = _prefixes(sequences[i] for i in members)
         if not trees or (max_tokens is not None and trees[-1][0] + len(unique) > max_tokens):
             trees.append((0, []))
         trees[-1] = (trees[-1][0] + len(unique), [*trees[-1][1], members])
     extras = extras or {}
     return [_prefix_tree(blocks, sequences, action_masks, extras) for _, blocks in trees]
+
+
+def _prefixes(sequences):
+    return {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+
+
+def _cut(members, sequences, max_tokens):
+    """A block in parts that fit, by trying all ways: least repeated, fewest, latest last cut."""
+    if max_tokens is None or len(_prefixes(sequences[i] for i in members)) <= max_tokens:
+        return [members]
+
+    def place(i):  # in the order of the tree: that of first appearance, token by token
+        return [
+            next(m for m in members if sequences[m][: n + 1] == sequences[i][: n + 1])
+            for n in range(len(sequences[i]))
+        ]
+
+    ordered = sorted(members, key=place)
+
+    def size(first, last):
+        return len(_prefixes(sequences[i] for i in ordered[first:last]))
+
+    best = {0: (0, 0, ())}  # the first so many: tokens, parts, minus where each begins, last first
+    for end in range(1, len(ordered) + 1):
+        best[end] = min(
+            (tokens + size(start, end), parts + 1, (-start, *starts))
+            for start, (tokens, parts, starts) in best.items()
+            if size(start, end) <= max_tokens
+        )
+    starts = sorted(-start for start in best[len(ordered)][2])
+    bounds = itertools.pairwise([*starts, len(ordered)])
+    return [sorted(ordered[first:last]) for first, last in bounds]
 
 
 def _prefix_tree(blocks, sequences, action_masks, extras):

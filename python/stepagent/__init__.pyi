@@ -25,12 +25,12 @@ from .data.alignment import char_spans as char_spans
 from .data.alignment import edit_distance as edit_distance
 from .data.alignment import token_spans as token_spans
 from .data.branch import Branch as Branch
-from .data.encoding import Trunk as Trunk
 from .data.encoding import encode as encode
 from .data.trajectory import Trajectory as Trajectory
 from .data.trajectory import as_trajectory as as_trajectory
 from .data.trajectory import load_trajectories as load_trajectories
 from .data.trajectory import save_trajectories as save_trajectories
+from .data.trunk import Trunk as Trunk
 from .learning.advantages import gigpo as gigpo
 from .learning.advantages import group_relative as group_relative
 from .learning.advantages import istar as istar

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from .grouped_attention import grouped_attention, query_groups
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel
+
+    from ..data.trunk import Trunk
 
 # Entries of the vocabulary whose probabilities are summed first when a token is sampled.
 _BLOCK = 512
@@ -74,6 +77,31 @@ class SlotCache:
         depths_BQ = torch.arange(self.slots, end, device=tokens_BQ.device).expand_as(tokens_BQ)
         self._append(depths_BQ)
         return self._forward(tokens_BQ, depths_BQ, None)
+
+    def read_trunks(self, trunks: Sequence[Trunk], stop: int) -> Tensor:
+        """Append the next tokens of trunks, one a row, those before the place ``stop``; their
+        hidden states (B, Q, H).
+
+        A slot is a token's place in its trunk. Behind a trunk's end come tokens that it never sees.
+        """
+        first = self.slots
+        tokens_BQ = self._of_trunks(trunks, "input_ids", stop, 0)[:, first:]
+        if all(not len(trunk.rewinds) for trunk in trunks):
+            return self.prefill(tokens_BQ)
+        depths_BQ = self._of_trunks(trunks, "position_ids", stop, 0)[:, first:]
+        ends_BS = self._of_trunks(trunks, "subtree_end", stop, stop)
+        slot_S = torch.arange(stop, device=self.device)
+        place_Q = slot_S[first:, None]
+        visible_BQS = (slot_S <= place_Q) & (place_Q < ends_BS[:, None])
+        return self.extend(tokens_BQ, depths_BQ, visible_BQS)
+
+    def _of_trunks(self, trunks: Sequence[Trunk], name: str, width: int, fill: int) -> Tensor:
+        arrays = [getattr(trunk, name)[:width] for trunk in trunks]
+        padded = [np.pad(a, (0, width - len(a)), constant_values=fill) for a in arrays]
+        host = torch.from_numpy(np.stack(padded).astype(np.int64))
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # or the host would wait for the copy
+        return host.to(self.device, non_blocking=True)
 
     def extend(self, tokens_BQ: Tensor, depths_BQ: Tensor, visible_BQS: Tensor) -> Tensor:
         """Append tokens and return their hidden states (B, Q, H).

@@ -1,4 +1,10 @@
-"""Dialogues of environment and model as token ids, which grow and are never re-tokenized."""
+"""Dialogues of environment and model as token ids: what was sampled is never tokenized again.
+
+A dialogue grows by what the chat template writes between an action and the next one. Where the
+template rewrites what came before, as one that leaves out earlier thoughts, the next state is
+tokenized from its own text and the dialogue rewinds to what both have in common: the agent sees the
+prompt that a server would show it, and its actions stay as they were sampled.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.chat import ChatTemplate
+from ..data.control import ControlTokens
 from ..data.draws import check_count, check_temperature
-from ..data.encoding import Trunk, encode
+from ..data.encoding import encode
+from ..data.ends import ends_of, without_end
+from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from ..data.trajectory import Trajectory
-
-_SENTINEL = "stepagentsentinelaction"
 
 
 @dataclass
@@ -26,12 +34,36 @@ class Dialogue:
 
     seed: int
     name: str  # in errors
-    messages: list[dict[str, str]] = field(default_factory=list)
-    prompt: str = ""  # what stands before its newest action
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    state: str = ""  # the text that its newest action answers
     token_ids: list[int] = field(default_factory=list)
     action_spans: list[tuple[int, int]] = field(default_factory=list)
+    rewinds: list[tuple[int, int]] = field(default_factory=list)
     logps: list[list[float]] = field(default_factory=list)  # of the tokens of each action
-    encoded: int = 0  # how many of token_ids are in the cache
+    line: list[int] = field(default_factory=list)  # the places of the tokens that the next one sees
+    slots: list[int] = field(default_factory=list)  # where the first of these are in a cache
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Go on with these tokens."""
+        self.line += range(len(self.token_ids), len(self.token_ids) + len(ids))
+        self.token_ids += ids
+
+    def go_on_from(self, ids: Sequence[int]) -> None:
+        """Make ``ids`` all that the next token sees; at least the last of them is new."""
+        depth = 0
+        while depth < min(len(ids) - 1, len(self.line)):
+            if self.token_ids[self.line[depth]] != ids[depth]:
+                break
+            depth += 1
+        if depth < len(self.line):
+            self.rewinds.append((len(self.token_ids), depth))
+            del self.line[depth:], self.slots[depth:]
+        self.append(ids[depth:])
+
+    @property
+    def visible_ids(self) -> list[int]:
+        """All that the next token sees."""
+        return [self.token_ids[place] for place in self.line] if self.rewinds else self.token_ids
 
 
 class Dialogues:
@@ -39,6 +71,8 @@ class Dialogues:
 
     Args:
         ends: the ids of the tokens that end an action, at least one.
+        chat_template_kwargs: for the chat template, as ``{"enable_thinking": False}``. Today's
+            date, where a template writes it, is that of the run's start.
     """
 
     def __init__(
@@ -49,12 +83,20 @@ class Dialogues:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self._template = ChatTemplate(tokenizer, None, chat_template_kwargs)
+        self._control = ControlTokens(tokenizer)
         self._dialogues: list[Dialogue] = []
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is given, with the moment that it takes for now."""
+        return self._template.fixed_arguments
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed."""
@@ -82,11 +124,11 @@ class Dialogues:
 
     def _encode(self, trajectory: Trajectory) -> Trunk:
         trunk = encode(trajectory, self._tokenizer)
-        end = int(trunk.input_ids[trunk.action_spans[0, 1] - 1])
-        if end not in self._ends:
+        if others := [end for end in ends_of([trunk]) if end not in self._ends]:
             raise ValueError(
-                f"trajectory {trajectory.id!r}: the chat template ends a turn by token {end}, "
-                f"which does not end an action of this policy: eos_token_id is {self._ends}"
+                f"trajectory {trajectory.id!r}: the chat template ends a turn by token "
+                f"{others[0]}, which does not end an action of this policy: eos_token_id is "
+                f"{self._ends}"
             )
         return trunk
 
@@ -98,7 +140,7 @@ class Dialogues:
         """The episode of a running row: its tokens with the spans of the agent's actions, and per
         action the log-probs of its tokens (fp32, at temperature 1; none where it was replayed)."""
         dialogue = self._dialogues[row]
-        trunk = Trunk(np.array(dialogue.token_ids), np.array(dialogue.action_spans))
+        trunk = Trunk(dialogue.token_ids, dialogue.action_spans, dialogue.rewinds)
         return trunk, [np.array(logps, dtype=np.float32) for logps in dialogue.logps]
 
     def _taken(self, seed: int, trajectory: Trajectory, trunk: Trunk, step: int) -> Dialogue:
@@ -106,36 +148,48 @@ class Dialogues:
         messages = trajectory.messages[: 2 * step]
         spans = trunk.action_spans[:step].tolist()
         stop = spans[-1][1]
+        line = [*trunk.rows_before(stop - 1).tolist(), stop - 1]
         return Dialogue(
             seed,
             f"a continuation of trajectory {trajectory.id!r} after {step} actions",
             messages=list(messages),
-            prompt=self._render(messages[:-1]),
+            state=self._render(messages[:-1]),
             token_ids=trunk.input_ids[:stop].tolist(),
             action_spans=[(start, stop) for start, stop in spans],
+            rewinds=[(at, depth) for at, depth in trunk.rewinds.tolist() if at < stop],
             logps=[[] for _ in spans],
-            encoded=stop,
+            line=line,
+            slots=list(line),
         )
 
     def _observe(self, dialogue: Dialogue, observation: str) -> None:
         """Append the observation as the chat template writes it, up to the model's next turn."""
         dialogue.messages.append({"role": "user", "content": observation})
-        if not dialogue.action_spans:
-            dialogue.prompt = self._render(dialogue.messages)
-            dialogue.token_ids += self._tokenize(dialogue.prompt)
-            return
-        *earlier, action, newest = dialogue.messages
-        marked = [*earlier, {"role": "assistant", "content": _SENTINEL}, newest]
-        before, _, after = self._render(marked).partition(_SENTINEL)
+        self._control_apart_from(observation)
+        before, action, dialogue.state = dialogue.state, None, self._render(dialogue.messages)
+        if dialogue.action_spans:
+            *earlier, action, _ = dialogue.messages
+            before = self._render(earlier)
+        after = None if action is None else self._after(before, action["content"], dialogue.state)
+        if after is None:
+            dialogue.go_on_from(self._control.tokenize(dialogue.state).ids)
+        else:
+            ended = dialogue.token_ids[-1] in self._ends
+            dialogue.append(self._glue(after, ended))
+
+    def _control_apart_from(self, observation: str) -> None:
+        """Marks are of a dialogue's texts only while they are compared, so they may change."""
+        self._control = self._control.apart_from(observation)
+
+    def _after(self, before: str, action: str, state: str) -> str | None:
+        """What a state has after an action, where it goes on from the state before and that; else
+        None."""
         # Some templates put a space after the prompt for generation, which the model then wrote.
-        if before.rstrip() != dialogue.prompt.rstrip():
-            raise ValueError(
-                "the chat template rewrites earlier turns when a new one comes, so the dialogue "
-                "cannot be continued token by token; "
-                f"it turned {dialogue.prompt!r} into {before!r}"
-            )
-        dialogue.prompt = before + action["content"] + after
-        dialogue.token_ids += self._glue(after, ended=dialogue.token_ids[-1] in self._ends)
+        start = len(before.rstrip())
+        if state[:start] != before[:start]:
+            return None
+        rest = state[start:].lstrip()
+        return rest[len(action) :] if rest.startswith(action) else None
 
     def _open(self, dialogue: Dialogue) -> None:
         """Begin the next action, whose tokens and log-probs follow."""
@@ -145,20 +199,14 @@ class Dialogues:
 
     def _glue(self, text: str, ended: bool) -> list[int]:
         """The tokens between an action and the next, less the turn's end if the model wrote it."""
-        tokens = self._tokenize(text)
+        tokens = self._control.tokenize(text).ids
         end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
         if not ended or end is None or self._decode_text(tokens[:end]).strip():
             return tokens
         return tokens[end + 1 :]
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        rendered: Any = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        return str(rendered)
-
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+    def _render(self, messages: Sequence[dict[str, Any]]) -> str:
+        return self._template.render(self._control.mark_messages(messages), generation=True)
 
     def _decode_text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -168,6 +216,6 @@ class Dialogues:
         start, stop = dialogue.action_spans[-1][0], len(dialogue.token_ids)
         dialogue.action_spans[-1] = (start, stop)
         ids = dialogue.token_ids[start:stop]
-        action = self._decode_text(ids[:-1] if ids[-1] in self._ends else ids).strip()
+        action = self._decode_text(without_end(ids, self._ends)).strip()
         dialogue.messages.append({"role": "assistant", "content": action})
         return action

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..data.branch import Branch
 from ..data.draws import next_uniforms, streams
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 from ..models import LMHead, ModuleHead
 from ..ops import token_logprobs
 from .decoding import SlotCache, check_finite, finite_rows, sample_tokens
@@ -108,14 +108,15 @@ class Forest:
         self.shared = np.zeros(len(self.row), np.int64)
         # On the device. A branch that has ended goes on writing behind its end, where nobody reads.
         step_N = np.repeat(np.arange(len(spans)), samples)
-        self._start_N, self._streams_N, self._step_N, self._first_N = self.on_device(
-            np.stack([self.start, keys, step_N, first_T[step_N]])
+        depth_T = np.concatenate([t.position_ids[t.action_spans[:, 0]] for t in trunks])
+        self._depth_N, self._streams_N, self._step_N, self._first_N = self.on_device(
+            np.stack([depth_T[step_N], keys, step_N, first_T[step_N]])
         )
         self._own_TP = self.on_device(_padded(trunks, max_new_tokens))
         self._ends_E = self.on_device(np.array(sampler.ends))
-        self._tokens_NP = self._start_N.new_zeros((len(self.row), max_new_tokens + 1))
+        self._tokens_NP = self._depth_N.new_zeros((len(self.row), max_new_tokens + 1))
         self._logps_NP = torch.zeros_like(self._tokens_NP, dtype=torch.float32)
-        self._lengths_N = torch.zeros_like(self._start_N)
+        self._lengths_N = torch.zeros_like(self._depth_N)
 
     def grow(self, model: PreTrainedModel, budget: int) -> None:
         """Read the trunks and follow them, then decode the branches that left them.
@@ -145,17 +146,24 @@ class Forest:
 
         Only a lone trunk can be too long for one chunk, and its rows are in order of depth.
         """
-        # A padding token lies behind all tokens of its row: causal attention hides it from them.
-        ids = [trunk.input_ids[:width] for trunk in self._trunks]
-        tokens_BW = self.on_device(np.stack([np.pad(t, (0, width - len(t))) for t in ids]))
         along = []
-        for tokens_BQ in torch.split(tokens_BW, chunk, dim=1):
-            column = self._column_K - self.cache.slots
-            inside = np.flatnonzero((column >= 0) & (column < tokens_BQ.shape[1]))
-            hidden_BQH = self.cache.prefill(tokens_BQ)
+        for first in range(0, width, chunk):
+            stop = min(width, first + chunk)
+            column = self._column_K - first
+            inside = np.flatnonzero((column >= 0) & (column < stop - first))
+            hidden_BQH = self.cache.read_trunks(self._trunks, stop)
             rows_2k = self.on_device(np.stack([self._row_K[inside], column[inside]]))
             along.append(hidden_BQH[rows_2k[0], rows_2k[1]])
         return torch.cat(along)
+
+    def seen_by(self, row_R: NDArray[np.int64], last_R: Tensor) -> Tensor:
+        """(R, S) bool, which slots of the room these tokens of trunks see, and their own."""
+        ends_BS = np.zeros((len(self._trunks), self.room), np.int64)
+        for row_S, trunk in zip(ends_BS, self._trunks, strict=True):
+            row_S[: len(trunk.subtree_end)] = trunk.subtree_end[: self.room]
+        ends_RS = self.on_device(ends_BS)[self.on_device(row_R)]
+        slot_S = torch.arange(self.room, device=last_R.device)
+        return (slot_S <= last_R[:, None]) & (last_R[:, None] < ends_RS)
 
     def _follow(self, along_KH: Tensor) -> NDArray[np.int64]:
         """Sample along the trunks; the branches that left them and have not ended."""
@@ -193,7 +201,7 @@ class Forest:
     def newest(self, n_R: Tensor) -> tuple[Tensor, Tensor]:
         """The newest token of the branches ``n`` and its depth."""
         newest_R = self._lengths_N[n_R] - 1
-        return self._tokens_NP[n_R, newest_R], self._start_N[n_R] + newest_R
+        return self._tokens_NP[n_R, newest_R], self._depth_N[n_R] + newest_R
 
     def on_device(self, array: NDArray[np.integer]) -> Tensor:
         """A copy, int64."""
@@ -222,11 +230,10 @@ class _Group:
     def __init__(self, forest: Forest, branches: NDArray[np.int64], last: bool) -> None:
         self._forest, self._cache, self._last = forest, forest.cache, last
         self._rows = np.arange(self._cache.rows)  # of the forest, that are still in the cache
-        depths_S = torch.arange(forest.room, device=self._cache.device)
-        seen_R = forest.on_device(forest.start[branches] + forest.shared[branches])
-        self._slot = torch.full((), self._cache.slots, device=depths_S.device)
+        last_R = forest.on_device(forest.start[branches] + forest.shared[branches] - 1)
+        self._slot = torch.full((), self._cache.slots, device=last_R.device)
         # What each branch sees of its row: the trunk until it left it, and its own slots.
-        self._place(branches, depths_S < seen_R[:, None])
+        self._place(branches, forest.seen_by(forest.row[branches], last_R))
 
     def _place(self, branches: NDArray[np.int64], visible_RS: Tensor) -> None:
         """Give each of these branches a cell."""

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.branch import Branch
 from ..data.draws import check_count, check_temperature
-from ..data.encoding import Trunk
+from ..data.ends import model_ends
+from ..data.trunk import Trunk
 from ..models import check_fits, check_tree_support, evaluation_mode, lm_head, text_config
 from .decoding import make_truncations
 from .forest import Forest, Sampler
@@ -110,10 +110,11 @@ def inspect(
         check_count("max_batch_tokens", max_batch_tokens)
     check_temperature(temperature)
     truncations = make_truncations(top_k, top_p, min_p)
-    ends = end_tokens(model, eos_token_id)
+    ends = model_ends(model, eos_token_id)
     check_tree_support(model)
     for i, trunk in enumerate(trunks):
-        deepest = max(len(trunk.input_ids), int(trunk.action_spans[-1, 0]) + max_new_tokens)
+        starts = trunk.position_ids[trunk.action_spans[:, 0]]
+        deepest = max(int(trunk.position_ids.max()) + 1, int(starts.max()) + max_new_tokens)
         what = f"trunks[{i}] with max_new_tokens={max_new_tokens}"
         check_fits(model, what, trunk.input_ids, deepest)
     sampler = Sampler(lm_head(model), temperature, truncations, ends, seed)
@@ -155,20 +156,6 @@ def _bytes_per_token(model: PreTrainedModel) -> int:
     attention = (4 * heads + 2 * kv_heads) * head_dim
     numbers = cache + attention + 4 * hidden + 3 * intermediate
     return int(numbers * model.dtype.itemsize)
-
-
-def end_tokens(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """The ids that end an action; an error when neither the caller nor the model names one."""
-    if eos_token_id is None:
-        generation_config = getattr(model, "generation_config", None)
-        eos_token_id = getattr(generation_config, "eos_token_id", None)
-    ends = [] if eos_token_id is None else [int(token) for token in np.atleast_1d(eos_token_id)]
-    if not ends:
-        raise ValueError(
-            "no token ends an action: eos_token_id is not given and model.generation_config has "
-            "none; pass the id of the end-of-turn token"
-        )
-    return ends
 
 
 def _batches(trunks: Sequence[Trunk], per_step: int, budget: int) -> list[list[int]]:

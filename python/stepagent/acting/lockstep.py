@@ -258,6 +258,7 @@ class Lockstep:
                 continue
             if isinstance(self._policy, Dialogues) and episode.crashed is None:
                 episode.trunk, episode.logps = self._policy.record(place)
+                episode.chat_template_kwargs = dict(self._policy.chat_template_kwargs)
             self._close(row)
         if len(going) < len(self._active):
             self._active = [self._active[place] for place in going]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.draws import uniforms
-from ..data.encoding import Trunk
+from ..data.ends import model_ends
 from ..data.trajectory import Trajectory
+from ..data.trunk import Trunk
 from ..envs.pool import expert_actions
 from ..models import check_fits, check_tree_support, evaluation_mode, lm_head
 from ..ops import token_logprobs
 from .decoding import SlotCache, check_finite, finite_rows, sample_tokens
 from .dialogues import Dialogues
-from .inspection import end_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,14 +124,16 @@ class ModelPolicy(Dialogues):
         temperature: float = 0.0,
         eos_token_id: int | Sequence[int] | None = None,
         seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_tree_support(model)
         super().__init__(
             tokenizer,
-            end_tokens(model, eos_token_id),
+            model_ends(model, eos_token_id),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            chat_template_kwargs=chat_template_kwargs,
         )
         self.name = str(model.name_or_path) or type(model).__name__
         self._model = model
@@ -149,15 +151,20 @@ class ModelPolicy(Dialogues):
     ) -> None:
         """Each trajectory is encoded once, however many dialogues go on from it."""
         trunks, origin_B = self._resume(seeds, trajectories, steps)
-        lengths_B = np.array([dialogue.encoded for dialogue in self._dialogues])
-        width = int(lengths_B.max())
-        tokens_TQ = np.stack([np.resize(trunk.input_ids, width) for trunk in trunks])
+        width = 1 + max(dialogue.slots[-1] for dialogue in self._dialogues)
         with evaluation_mode(self._model):
             self._cache = SlotCache(self._model, len(trunks))
-            self._cache.prefill(self._on_device(tokens_TQ))
+            self._cache.read_trunks(trunks, width)
             self._cache.keep_rows(self._on_device(origin_B))
         # What follows in the row, of the trajectory or to fill it up, is never seen.
-        self._filled_BS = np.arange(width) < lengths_B[:, None]
+        self._filled_BS = np.zeros((len(self._dialogues), width), dtype=bool)
+        for row in range(len(self._dialogues)):
+            self._show_line(row)
+
+    def _show_line(self, row: int) -> None:
+        """Let the next tokens see those of their line and no others."""
+        self._filled_BS[row] = False
+        self._filled_BS[row, self._dialogues[row].slots] = True
 
     def _encode(self, trajectory: Trajectory) -> Trunk:
         trunk = super()._encode(trajectory)
@@ -176,13 +183,17 @@ class ModelPolicy(Dialogues):
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
         """Read each observation, decode each action, in lock-step."""
         with evaluation_mode(self._model):
-            for dialogue, observation in zip(self._dialogues, observations, strict=True):
+            for row, observation in enumerate(observations):
+                dialogue = self._dialogues[row]
+                rewinds = len(dialogue.rewinds)
                 self._observe(dialogue, observation)
+                if len(dialogue.rewinds) > rewinds:
+                    self._show_line(row)
             return self._decode()
 
     def _decode(self) -> list[str | None]:
         for dialogue in self._dialogues:
-            positions = len(dialogue.token_ids) + self._max_new_tokens
+            positions = len(dialogue.line) + self._max_new_tokens
             check_fits(self._model, dialogue.name, dialogue.token_ids, positions)
             self._open(dialogue)
         active = np.arange(len(self._dialogues))
@@ -197,7 +208,7 @@ class ModelPolicy(Dialogues):
             logps = token_logprobs(logits, drawn).float().tolist()
             tokens = drawn.cpu().numpy()
             for row, token, logp in zip(active, tokens, logps, strict=True):
-                self._dialogues[row].token_ids.append(int(token))
+                self._dialogues[row].append([int(token)])
                 self._dialogues[row].logps[-1].append(logp)
             active = active[~np.isin(tokens, self._ends)]
             if not len(active):
@@ -207,17 +218,18 @@ class ModelPolicy(Dialogues):
     def _encode_new(self, active: NDArray[np.int64]) -> Tensor:
         """Encode what the cache lacks of the active rows; the hidden row of the last token."""
         rows = len(self._dialogues)
-        new = [len(self._dialogues[row].token_ids) - self._dialogues[row].encoded for row in active]
+        new = [len(self._dialogues[row].line) - len(self._dialogues[row].slots) for row in active]
         width = max(new)
         tokens_BQ = np.zeros((rows, width), dtype=np.int64)
         depths_BQ = np.zeros((rows, width), dtype=np.int64)
         filled_BQ = np.zeros((rows, width), dtype=bool)
         for row, count in zip(active, new, strict=True):
             dialogue = self._dialogues[row]
-            tokens_BQ[row, :count] = dialogue.token_ids[dialogue.encoded :]
-            depths_BQ[row, :count] = np.arange(dialogue.encoded, dialogue.encoded + count)
+            done, slot = len(dialogue.slots), self._cache.slots
+            tokens_BQ[row, :count] = [dialogue.token_ids[place] for place in dialogue.line[done:]]
+            depths_BQ[row, :count] = np.arange(done, done + count)
             filled_BQ[row, :count] = True
-            dialogue.encoded += count
+            dialogue.slots += range(slot, slot + count)
         hidden_BQH = self._cache.extend(
             self._on_device(tokens_BQ), self._on_device(depths_BQ), self._visible(filled_BQ)
         )

@@ -15,8 +15,10 @@ import numpy as np
 from torch import nn
 
 from ..data.draws import check_count
-from ..data.encoding import Trunk, encode
+from ..data.encoding import encode
+from ..data.ends import given_ends
 from ..data.trajectory import Trajectory
+from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode
 from .lockstep import Expert, Options, Start, own_expert, roll_out
@@ -237,10 +239,9 @@ def queried_rollouts(
     policy: Policy
     if isinstance(model, nn.Module):
         policy = ModelPolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
-    elif eos_token_id is None:
-        raise ValueError("an engine needs eos_token_id: the ids of the tokens that end a turn")
     else:
-        policy = EnginePolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
+        ends = given_ends(eos_token_id, "an engine")
+        policy = EnginePolicy(model, tokenizer, eos_token_id=ends, **acting)
     return run_episodes(
         env,
         policy,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.draws import check_count, check_temperature
+from ..data.ends import given_ends
 from ..engines.base import Engine, EngineError, Prompt, Sampling, state_seed
 from ..engines.server import Server, excerpt
 from .dialogues import Dialogues
@@ -41,12 +42,16 @@ class EnginePolicy(Dialogues):
         temperature: float = 0.0,
         seed: int = 0,
         name: str = "engine",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        ends = [int(token) for token in np.atleast_1d(eos_token_id)]
-        if not ends:
-            raise ValueError("eos_token_id is empty: no token ends an action")
+        ends = given_ends(eos_token_id, "an engine")
         super().__init__(
-            tokenizer, ends, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            tokenizer,
+            ends,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat_template_kwargs=chat_template_kwargs,
         )
         self.name, self._engine = name, engine
         self._sampling = Sampling(1, max_new_tokens, float(temperature), tuple(ends))
@@ -58,12 +63,12 @@ class EnginePolicy(Dialogues):
             self._observe(dialogue, observation)
             turn = len(dialogue.action_spans)
             seed = state_seed(self._seed, dialogue.seed, turn)
-            ids = np.array(dialogue.token_ids, dtype=np.int32)
+            ids = np.array(dialogue.visible_ids, dtype=np.int32)
             prompts.append(Prompt(f"{dialogue.name} at step {turn}", ids, seed))
         drawn = self._engine.draw(prompts, self._sampling)
         for dialogue, (branch,) in zip(self._dialogues, drawn, strict=True):
             self._open(dialogue)
-            dialogue.token_ids += branch.token_ids.tolist()
+            dialogue.append(branch.token_ids.tolist())
             dialogue.logps[-1] = branch.logps.tolist()
         return [self._close(dialogue) for dialogue in self._dialogues]
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from .base import FILE, reports
-from .loading import end_tokens, load_tokenizer
+from .loading import load_tokenizer
 from .reading import Reading, on_error_option, read_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..data.encoding import Trunk
+    from ..data.trunk import Trunk
 
 _SHOWN = 600
 """Characters of a state or an action in a sample; what is in the middle of a longer one is not."""
@@ -52,6 +51,10 @@ def check(file: Path, model: str, show: int, on_error: str) -> tuple[dict[str, A
 
 
 def _counts(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    import numpy as np
+
+    from ..data.ends import ends_of
+
     scored = sum(int(np.diff(trunk.action_spans).sum()) for trunk in reading.trunks)
     tokens = sum(len(trunk.input_ids) for trunk in reading.trunks)
     assistants = sum(m["role"] == "assistant" for t in reading.trajectories for m in t.messages)
@@ -64,7 +67,7 @@ def _counts(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         "scored_tokens": scored,
         "state_tokens": tokens - scored,
         "longest": max((len(trunk.input_ids) for trunk in reading.trunks), default=0),
-        "end_tokens": [_decode(tokenizer, [id]) for id in end_tokens(reading.trunks)],
+        "end_tokens": [_decode(tokenizer, [id]) for id in ends_of(reading.trunks)],
         "recorded": sum("token_ids" in t.meta for t in reading.trajectories),
         "with_reward": sum(t.reward is not None for t in reading.trajectories),
         "with_tools": sum(t.tools is not None for t in reading.trajectories),

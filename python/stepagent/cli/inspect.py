@@ -12,7 +12,7 @@ import click
 
 from ..optional import require
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
-from .loading import device, end_tokens, load_model, load_tokenizer
+from .loading import device, load_model, load_tokenizer
 from .reading import on_error_option, read
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def inspect_command(
     import numpy as np
 
     from ..acting.inspection import inspect
+    from ..data.ends import ends_of
     from ..records.branches import BranchWriter, fingerprint
 
     output = shard.path(output)
@@ -109,7 +110,7 @@ def inspect_command(
     reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
     agent, tokenizer = _agent(engine, model, served_model)
     trajectories, trunks = reading.trajectories, reading.trunks
-    ends = end_tokens(trunks)
+    ends = ends_of(trunks)
     longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
     sampling |= {"max_new_tokens": max_new_tokens or longest, "eos_token_id": ends}
     if max_batch_tokens is not None:

@@ -1,17 +1,16 @@
-"""Models, tokenizers and what ends an action, as the commands load them."""
+"""Models and tokenizers, as the commands load them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..data.encoding import Trunk
 
 
 def load_model(
@@ -67,8 +66,3 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # that of accelerate launch and torchrun
-
-
-def end_tokens(trunks: Sequence[Trunk]) -> list[int]:
-    """The ids that end the actions of these trunks."""
-    return sorted({int(t.input_ids[stop - 1]) for t in trunks for _, stop in t.action_spans})

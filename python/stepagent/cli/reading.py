@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from tqdm.auto import tqdm
-
-from ..data.encoding import Trunk, encode
-from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..data.trajectory import Skipped, Trajectory
+    from ..data.trunk import Trunk
 
 on_error_option = click.option(
     "--on-error",
@@ -68,6 +67,11 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: str) -> Readi
 
 def read_all(path: Path, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """The same, with all bad rows in ``skipped``."""
+    from tqdm.auto import tqdm
+
+    from ..data.encoding import encode
+    from ..data.trajectory import Skipped, iterate_trajectories
+
     reading = Reading()
     for where, found in tqdm(iterate_trajectories(path), desc="encode"):
         if isinstance(found, Skipped):

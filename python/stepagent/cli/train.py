@@ -17,7 +17,7 @@ from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
 from .choices import TREE_ATTENTION
 from .fields import FieldOption, check_names, given, inherited_names, options, spread
-from .loading import end_tokens, load_model, load_tokenizer
+from .loading import load_model, load_tokenizer
 from .reading import on_error_option, read
 
 if TYPE_CHECKING:
@@ -104,13 +104,14 @@ def train(
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
     reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
     adapter = None if lora_rank is None else _lora(lora_rank)
+    from ..data.ends import ends_of
     from ..learning.precision import loading_dtype
 
     agent, tokenizer = load_model(
         model, attn_implementation=attn_implementation, dtype=loading_dtype(config, adapter)
     )
     # Whoever loads the trained model is told by it what ends an action.
-    agent.generation_config.eos_token_id = end_tokens(reading.trunks[:1])
+    agent.generation_config.eos_token_id = ends_of(reading.trunks)
     from ..learning.trainer import StepAgentTrainer
 
     trainer = StepAgentTrainer(

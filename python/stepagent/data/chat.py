@@ -237,10 +237,12 @@ def _compiled(source: str) -> jinja2.Template:
 
 @functools.lru_cache(maxsize=64)
 def _variables(source: str) -> frozenset[str]:
-    """The names that a template is given."""
-    from jinja2 import meta
+    """The names that a template is given, and the clock's, which has a value without that."""
+    from jinja2 import meta, nodes
 
-    return frozenset(meta.find_undeclared_variables(_compiled(source).environment.parse(source)))
+    tree = _compiled(source).environment.parse(source)
+    clock = {name.name for name in tree.find_all(nodes.Name) if name.name == CLOCK}
+    return frozenset(meta.find_undeclared_variables(tree) | clock)
 
 
 @functools.lru_cache(maxsize=64)
@@ -324,8 +326,6 @@ def _looks_ahead(node: Any) -> bool:
 def _aliased(messages: Messages) -> list[dict[str, Any]]:
     """Thoughts under both names that templates know, as transformers gives them."""
     return [
-        {"thinking": m["reasoning_content"], **m}
-        if "reasoning_content" in m
-        else m
+        {"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m
         for m in messages
     ]

@@ -76,7 +76,7 @@ class ControlTokens:
         return self._pattern.findall(text)
 
     def mark(self, value: Any) -> Any:
-        """The same value with all control tokens marked in its strings; itself where it has none."""
+        """The same value with all control tokens in its strings marked."""
         if isinstance(value, str):
             return self._pattern.sub(rf"{self._open}\g<0>{self._close}", value)
         if isinstance(value, dict):

@@ -20,6 +20,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def _recorded(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Tru
 
 @dataclass(frozen=True)
 class _Step:
-    """A scored message: of ``text``, the state is all before ``start``, the action ends at ``stop``."""
+    """A scored message: of ``text``, the state ends at ``start`` and the action at ``stop``."""
 
     index: int
     text: str
@@ -114,7 +115,7 @@ class _Conversation:
     def _step(self, index: int) -> _Step:
         text, stop = self._beginnings.of(index + 1, generation=False)
         state, start = self._beginnings.of(index, generation=True)
-        if not (state is text and start <= stop or text.startswith(state[:start])):
+        if not ((state is text and start <= stop) or text.startswith(state[:start])):
             raise self._not_prompted(index, state[:start], text[:stop])
         stop = len(text[:stop].rstrip())
         if stop <= start:
@@ -126,7 +127,20 @@ class _Conversation:
                 f"agent learns to end it: messages[{index}] ends in "
                 f"{self._control.plain(text[start:stop])[-40:]!r}"
             )
+        if (
+            self._ending(text, before := len(text[: stop - len(ending)].rstrip()))
+            and before > start
+        ):
+            stop = self._closed_before(index, text, before, stop)
         return _Step(index, text, start, stop)
+
+    def _closed_before(self, index: int, text: str, before: int, stop: int) -> int:
+        """Of two control tokens at the end, the second may close the conversation, as Phi 3's: it
+        is none of this message's, then, and not there where a prompt comes instead."""
+        going_on, end = self._beginnings.of(index + 1, generation=True)
+        closing = text[before:stop].strip()
+        kept = going_on.startswith(text[:before])
+        return before if kept and not going_on[before:end].lstrip().startswith(closing) else stop
 
     def _ending(self, text: str, stop: int) -> str:
         """The control token that a text ends with, or nothing."""
@@ -150,7 +164,7 @@ class _Conversation:
     def _lines(self, steps: list[_Step]) -> list[list[_Step]]:
         """Steps that go on from each other, together: each line is one text, that of its last."""
         lines = [[steps[0]]]
-        for before, step in zip(steps, steps[1:], strict=False):
+        for before, step in pairwise(steps):
             kept = before.text is step.text or step.text.startswith(before.text[: before.stop])
             if kept and before.stop <= step.start:
                 lines[-1].append(step)
@@ -181,8 +195,8 @@ class _Conversation:
         decoded = self._control.decode(ids)[len(self._control.decode(ids[:1])) :]
         if not self._reads_as(decoded, step.action):
             raise ValueError(
-                f"the tokens of {name} decode to {ascii(decoded)}, but its rendered text is "
-                f"{ascii(step.action)}; the tokenizer must give the text back"
+                f"the tokens of {name} decode to {decoded!a}, but its rendered text is "
+                f"{step.action!a}; the tokenizer must give the text back"
             )
 
     def _ends(self, trunk: Trunk) -> set[int]:
@@ -235,13 +249,11 @@ def _tokens(text: str, before: Tokens | None, control: ControlTokens) -> Tokens:
     place, token = before.last_anchor(_common_prefix(before.text, text))
     rest = control.tokenize(text[place:])
     kept = before.anchors[before.anchors[:, 0] < place]
-    anchors = np.concatenate([kept, rest.anchors + [place, token]])
+    anchors = np.concatenate([kept, rest.anchors + np.array([place, token])])
     return Tokens(text, before.ids[:token] + rest.ids, anchors)
 
 
-def _spans(
-    steps: Sequence[_Step], tokens: Tokens, control: ControlTokens
-) -> list[tuple[int, int]]:
+def _spans(steps: Sequence[_Step], tokens: Tokens, control: ControlTokens) -> list[tuple[int, int]]:
     """The tokens of each action: after those of its state, up to and including its end."""
     tails: dict[str, list[int]] = {}
     spans = []
@@ -270,9 +282,9 @@ def _seam(step: _Step, state: list[int], ids: list[int], control: ControlTokens)
     if not token.startswith(before):
         before = ""
     return ValueError(
-        f"the token {token!r} crosses the start of the action of messages[{step.index}]: {before!r} | "
-        f"{token[len(before) :]!r}; the template must separate contents so that no token holds "
-        "both sides"
+        f"the token {token!r} crosses the start of the action of messages[{step.index}]: "
+        f"{before!r} | {token[len(before) :]!r}; the template must separate contents so that no "
+        "token holds both sides"
     )
 
 

@@ -140,7 +140,7 @@ class _Fields:
             )
 
     def _check_observations(self) -> None:
-        """What is no assistant's shows in the text, or changes the state that it is the newest of."""
+        """What is no assistant's shows in the text, or changes the state that it ends."""
         text = _squeeze(self._whole)
         for index, message in enumerate(self._messages):
             if message["role"] == "assistant":

@@ -114,7 +114,7 @@ class Trunk:
         bounds = [0, *self.rewinds[:, 0].tolist(), len(self.input_ids)]
         starts, ends = self.action_spans.T
         found = []
-        for rows, first, last in zip(self._lines, bounds, bounds[1:], strict=True):
+        for rows, first, last in zip(self._lines, bounds[:-1], bounds[1:], strict=True):
             inside = self.action_spans[(starts >= first) & (ends <= last)]
             if len(inside):  # rows end with first … last − 1
                 found.append(Trunk(self.input_ids[rows], inside - first + len(rows) - last + first))

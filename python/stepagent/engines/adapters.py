@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 from .base import Engine, EngineError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data.branch import Branch
 from ..data.draws import check_count, check_temperature, uniforms
-from ..data.encoding import Trunk
+from ..data.ends import given_ends
+from ..data.trunk import Trunk
 from ..errors import EngineError as EngineError
 
 if TYPE_CHECKING:
@@ -103,20 +104,18 @@ class Engine(ABC):
         check_count("samples", samples)
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
-        ends = () if eos_token_id is None else tuple(map(int, np.atleast_1d(eos_token_id)))
-        if not ends:
-            raise ValueError("an engine needs eos_token_id: the ids of the tokens that end a turn")
+        ends = tuple(given_ends(eos_token_id, "an engine"))
         # The greedy action is one, however many are asked for; engines refuse to repeat it.
         drawn = samples if temperature > 0 else 1
         sampling = Sampling(drawn, max_new_tokens, float(temperature), ends)
         prompts = [
             Prompt(
                 f"trunks[{i}] at step {t}",
-                trunk.input_ids[:start],
+                trunk.state_ids(t),
                 state_seed(seed, place, t),
             )
             for i, (trunk, place) in enumerate(zip(trunks, places, strict=True))
-            for t, start in enumerate(trunk.action_spans[:, 0].tolist())
+            for t in range(trunk.num_steps)
         ]
         sampled = iter(
             branches * (samples // drawn) for branches in self.draw(prompts, sampling, progress)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..acting.inspection import inspect
 from ..data.branch import agreement
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

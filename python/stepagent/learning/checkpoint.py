@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig

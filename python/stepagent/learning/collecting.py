@@ -13,7 +13,8 @@ from torch import Tensor
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
 from ..data.branch import Branch
-from ..data.encoding import Trunk
+from ..data.ends import ends_of
+from ..data.trunk import Trunk
 from ..engines import CompletionsEngine, Engine
 from ..engines.adapters import PolicyOnEngine, first_state, logp_gap
 from ..envs.pool import EnvFactory
@@ -46,9 +47,7 @@ class Collector:
     ) -> None:
         self._trunks, self._tokenizer, self._args = trunks, tokenizer, args
         self._env, self._expert = env, expert
-        self._end_tokens = sorted(
-            {int(t.input_ids[stop - 1]) for t in trunks for _, stop in t.action_spans}
-        )
+        self._end_tokens = ends_of(trunks)
         longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
         self.max_new_tokens = args.max_new_tokens or longest
         self.per_cycle = args.rollouts or len(trunks)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 from ..trees.tree import TokenTree, pack_step_pairs
 from .averages import Counts
 
@@ -157,8 +157,10 @@ def naive_tokens(comparisons: Sequence[Comparison]) -> int:
     """Tokens that pairs encode without a tree: each pair, its prefix with either action."""
     total = 0
     for c in comparisons:
+        depths = c.trunk.position_ids
         for (start, stop), step in zip(c.trunk.action_spans, c.branches, strict=True):
-            total += sum(2 * int(start) + int(stop - start) + len(branch) for branch in step)
+            state, own = int(depths[start]), int(stop - start)
+            total += sum(2 * state + own + len(branch) for branch in step)
     return total
 
 
@@ -177,6 +179,8 @@ def save_comparisons(
         "trunk_lengths": _lengths(ids),
         "action_spans": np.concatenate([c.trunk.action_spans for c in comparisons]),
         "trunk_steps": np.array([c.trunk.num_steps for c in comparisons]),
+        "rewinds": np.concatenate([c.trunk.rewinds for c in comparisons]),
+        "trunk_rewinds": np.array([len(c.trunk.rewinds) for c in comparisons]),
         "branch_counts": _lengths(steps),
         "branch_ids": _flat(branches),
         "branch_lengths": _lengths(branches),
@@ -204,16 +208,18 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     spans = _split(arrays["action_spans"], arrays["trunk_steps"])
     branches = iter(_split(arrays["branch_ids"], arrays["branch_lengths"]))
     steps = iter([[next(branches) for _ in range(n)] for n in arrays["branch_counts"]])
+    rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"]) if "rewinds" in arrays else None
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
+        rewinds or [()] * len(spans),  # a file of before has none
         arrays["expert_trunk"],
         *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
         strict=True,
     )
     comparisons = [
-        Comparison(Trunk(ids, spans), [next(steps) for _ in spans], bool(expert), *scores)
-        for ids, spans, expert, *scores in columns
+        Comparison(Trunk(ids, spans, backs), [next(steps) for _ in spans], bool(expert), *scores)
+        for ids, spans, backs, expert, *scores in columns
     ]
     return comparisons, progress
 

@@ -9,8 +9,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..data.encoding import Trunk, encode
+from ..data.encoding import encode
 from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
+from ..data.trunk import Trunk
 from .precision import loading_dtype, say_precision
 
 if TYPE_CHECKING:

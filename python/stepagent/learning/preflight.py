@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 from ..models import check_fits, check_tree_support
 
 if TYPE_CHECKING:
@@ -73,5 +73,7 @@ def check_budget(
                 f"{what} has {length} tokens{actions}, more than max_tokens={args.max_tokens}; "
                 f"it must be at least {length + tried}"
             )
-        deepest = int(trunk.action_spans[-1, 0]) + new_tokens if inspects else 0
-        check_fits(model, what, trunk.input_ids, max(length, deepest))
+        starts = trunk.position_ids[trunk.action_spans[:, 0]]
+        deepest = int(starts.max()) + new_tokens if inspects else 0
+        line = int(trunk.position_ids.max()) + 1
+        check_fits(model, what, trunk.input_ids, max(line, deepest))

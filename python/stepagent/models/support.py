@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 from ..trees.layers import LAYER_TYPES
 from ..trees.tree import pack_step_pairs
 from .attention import TREE_ATTENTION, UNIFORM_WINDOW_MODELS, dense_attention
@@ -74,11 +74,11 @@ def check_fits(model: nn.Module, what: str, ids: ArrayLike, positions: int) -> N
     limit = position_limit(model)
     if limit is not None and positions > limit:
         raise ValueError(
-            f"{what} needs {positions} positions, the model has max_position_embeddings={limit}"
+            f"{what} must fit max_position_embeddings={limit}, got {positions} positions"
         )
     vocabulary, largest = text_config(model).vocab_size, int(np.max(ids))
     if largest >= vocabulary:
-        raise ValueError(f"{what} holds token {largest}, the model has vocab_size={vocabulary}")
+        raise ValueError(f"{what} must hold tokens below vocab_size={vocabulary}, got {largest}")
 
 
 def check_tree_support(model: nn.Module) -> None:
@@ -120,8 +120,8 @@ def _check_config(model: PreTrainedModel) -> None:
         raise _refusal(model, "it has recurrent layers")
     if config._attn_implementation not in TREE_ATTENTION:
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} takes no tree mask; "
-            f"load {type(model).__name__} with one of {list(TREE_ATTENTION)}"
+            f"attn_implementation of {type(model).__name__} must be one of {list(TREE_ATTENTION)}, "
+            f"which take a tree mask, got {config._attn_implementation!r}"
         )
     for name in _INNER_WINDOWS:
         if getattr(config, name, None):

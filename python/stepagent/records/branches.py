@@ -5,6 +5,7 @@ where it stopped: what is computed together is the same whether it was or not, a
 Parquet has its table of contents at the end; it is made of such a JSONL when that is complete.
 
     {"index": 7, "id": "a", "input_ids": [L], "action_spans": [[start, end], …T],
+     "rewinds": [[at, depth], …], where there are any,
      "steps": [{"expert": text, "samples": [{"text", "token_ids", "logps"}, …]}, …T], "run": {…}}
 
 ``index`` is the trajectory's place in the data; ``run`` says how its branches were drawn.
@@ -25,8 +26,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.branch import Branch
-from ..data.encoding import Trunk
 from ..data.trajectory import Trajectory
+from ..data.trunk import Trunk
 from ..files import atomic, destination
 from ..optional import require
 from .journal import check_run, json_records, open_journal, refuse_run
@@ -57,7 +58,7 @@ def iterate_branches(path: str | os.PathLike[str]) -> Iterator[tuple[Trunk, Step
     """The pairs of `load_branches` one at a time: a file may be larger than the memory."""
     for where, record in _records(Path(path)):
         try:
-            yield Trunk(record["input_ids"], record["action_spans"]), _steps(record)
+            yield _trunk(record), _steps(record)
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
 
@@ -161,12 +162,13 @@ class BranchWriter:
 
     def _record(self, place: int, steps: Steps) -> dict[str, Any]:
         trajectory, trunk = self.trajectories[place], self.trunks[place]
-        experts = [m["content"] for m in trajectory.messages if m["role"] == "assistant"]
+        experts = [trajectory.messages[index]["content"] for index in trajectory.step_indices]
         return {
             "index": place,
             "id": trajectory.id,
             "input_ids": trunk.input_ids.tolist(),
             "action_spans": trunk.action_spans.tolist(),
+            **({"rewinds": trunk.rewinds.tolist()} if len(trunk.rewinds) else {}),
             "steps": [
                 {"expert": expert, "samples": [self._sample(branch) for branch in tried]}
                 for expert, tried in zip(experts, steps, strict=True)
@@ -186,8 +188,7 @@ class BranchWriter:
                 refuse_run(where, f"trajectory {record.get('index')}")
             check_run(where, record["run"], self.run)
             trunk = self.trunks[places[count]]
-            same = np.array_equal(record.get("input_ids", []), trunk.input_ids)
-            if not same or not np.array_equal(record.get("action_spans", []), trunk.action_spans):
+            if not _same(record, trunk):
                 refuse_run(where, f"other data as trajectory {places[count]}")
             count += 1
         return count
@@ -226,6 +227,18 @@ def _checked(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str
         yield where, record
 
 
+def _trunk(record: dict[str, Any]) -> Trunk:
+    return Trunk(record["input_ids"], record["action_spans"], record.get("rewinds") or [])
+
+
+def _same(record: dict[str, Any], trunk: Trunk) -> bool:
+    names = ("input_ids", "action_spans", "rewinds")
+    return all(
+        np.array_equal(np.array(record.get(name) or []).ravel(), getattr(trunk, name).ravel())
+        for name in names
+    )
+
+
 def _steps(record: dict[str, Any]) -> Steps:
     return [
         [
@@ -251,6 +264,7 @@ def _schema() -> pa.Schema:
             "id": text,
             "input_ids": ids,
             "action_spans": pa.list_(ids),
+            "rewinds": pa.list_(ids),  # null where there are none
             "steps": pa.list_(step),
             "run": text,  # JSON
         }

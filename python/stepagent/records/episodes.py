@@ -6,7 +6,8 @@ What can be trained on is the trajectory itself; all that an evaluation knows be
     messages  user o_0, assistant a_0, user o_1, …, assistant a_T-1
     meta      last_observation: o_T
               rewards, progress, valid, invalid, expert_actions, step_rewards: T each
-              token_ids (L), action_spans (T, 2), logps (T, tokens of the action): a local model's
+              token_ids (L), action_spans (T, 2), rewinds (K, 2; where there are any),
+              logps (T, tokens of the action): a local model's
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.encoding import Trunk
 from ..data.trajectory import Trajectory, load_trajectories
+from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +59,7 @@ class Episode:
     success: bool = False
     trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
     logps: list[NDArray[np.float32]] = field(default_factory=list)  # with a trunk
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of a model's episode
     crashed: str | None = None  # what happened to its environment
     gave_up: bool = False  # the policy had no action, as an expert without an answer
 
@@ -83,6 +85,7 @@ class Episode:
             reward=sum(self.rewards) if self.crashed is None else None,
             id=self.id,
             meta=self._meta(),
+            chat_template_kwargs=dict(self.chat_template_kwargs),
         )
 
     def _meta(self) -> dict[str, Any]:
@@ -93,6 +96,8 @@ class Episode:
         if self.trunk is not None:
             meta["token_ids"] = self.trunk.input_ids.tolist()
             meta["action_spans"] = self.trunk.action_spans.tolist()
+            if len(self.trunk.rewinds):
+                meta["rewinds"] = self.trunk.rewinds.tolist()
             meta["logps"] = [logps.tolist() for logps in self.logps]
         return meta
 
@@ -118,11 +123,18 @@ class Episode:
                 raise ValueError(f"{name} has {T} steps, but its meta has {key!r}: {values!r}")
         contents = [message["content"] for message in trajectory.messages]
         labels = (*_REQUIRED, *_LABELS, "last_observation", "crashed", "gave_up")
-        trunk = Trunk(meta["token_ids"], meta["action_spans"]) if "token_ids" in meta else None
+        trunk = None
+        if "token_ids" in meta:
+            trunk = Trunk(meta["token_ids"], meta["action_spans"], meta.get("rewinds", []))
         told: dict[str, Any] = {key: meta[key] for key in labels if key in meta}
         told |= {key: list(values) for key, values in lists.items()}
         return cls(
-            observations=contents[::2], actions=contents[1::2], trunk=trunk, logps=logps, **told
+            observations=contents[::2],
+            actions=contents[1::2],
+            trunk=trunk,
+            logps=logps,
+            chat_template_kwargs=dict(trajectory.chat_template_kwargs),
+            **told,
         )
 
 

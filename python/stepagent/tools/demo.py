@@ -30,8 +30,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..acting.inspection import inspect
 from ..acting.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
 from ..acting.rollout import Episode, run_episodes
-from ..data.encoding import Trunk, encode
+from ..data.encoding import encode
 from ..data.trajectory import Trajectory, load_trajectories, save_trajectories
+from ..data.trunk import Trunk
 from ..evaluation import expert_agreement, paired_rate_interval, rate_interval, success_rate
 from ..files import write_text
 from ..learning.config import StepAgentConfig

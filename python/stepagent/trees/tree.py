@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .. import _core
 from ..checks import as_numpy
-from ..data.encoding import Trunk
+from ..data.trunk import Trunk
 from .layers import layer_windows
 
 Array: TypeAlias = Any  # a numpy array; a torch tensor after TokenTree.to
@@ -285,8 +285,8 @@ def pack_step_pairs(
 
     A branch equal to the trunk's own action, or to an earlier branch of its step, adds no token but
     stays a step; an empty branch is a step without labels. Steps are ordered by trunk, step,
-    branch. Trunks fill one tree after the other, in order; a trunk with its branches is never
-    split.
+    branch. Where a trunk rewinds, so does its tree. Trunks fill one tree after the other, in order;
+    a trunk with its branches is never split.
 
     Args:
         trunks: the trajectories.
@@ -312,6 +312,7 @@ def pack_step_pairs(
     packed = _core.pack_step_pairs(
         [trunk.input_ids for trunk in trunks],
         [np.ascontiguousarray(trunk.action_spans) for trunk in trunks],
+        [np.ascontiguousarray(trunk.rewinds) for trunk in trunks],
         branch_ids,
         np.array([len(actions) for actions in tried], np.int64),
         limit,
@@ -333,8 +334,10 @@ def pack_sequences(
     ordered by sequence and run. A token that sequences share stays scored once for each of them.
     Children follow each other in the order in which sequences first lead to them.
 
-    Sequences that begin with the same token are a block, which is never split; blocks fill one tree
-    after the other, in order of first appearance.
+    Sequences that begin with the same token are a block; blocks fill one tree after the other, in
+    order of first appearance. A block beyond ``max_tokens`` is cut into several, between sequences
+    in the order of the tree, so that the fewest tokens are repeated, then into the fewest: each
+    repeats what its first sequence shares with the one before.
 
     Args:
         sequences: each of at least one token id ≥ 0, as a list, a numpy or torch array (int32 or
@@ -347,8 +350,8 @@ def pack_sequences(
 
     Raises:
         ValueError: where lengths differ, a sequence is empty, an id lies outside [0, 2³¹), a mask
-            holds something else than 0 and 1 or scores a first token, a block exceeds max_tokens,
-            or a tree 2³¹ - 1.
+            holds something else than 0 and 1 or scores a first token, a sequence exceeds
+            max_tokens, or a tree 2³¹ - 1.
         TypeError: for other dtypes.
     """
     limit = _check_max_tokens(max_tokens)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.draws import check_count, check_temperature
 from ..data.encoding import Trunk, encode
+from .answers import Answer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +39,7 @@ class Dialogues:
     """One dialogue per running episode, in the chat format of a tokenizer.
 
     :param ends: the ids of the tokens that end an action, at least one.
+    :param system: the first message of each dialogue.
     """
 
     def __init__(
@@ -48,16 +50,21 @@ class Dialogues:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        system: str | None = None,
     ) -> None:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self.system = system
         self._dialogues: list[Dialogue] = []
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed."""
-        self._dialogues = [Dialogue(seed, f"the episode of seed {seed}") for seed in seeds]
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self._dialogues = [
+            Dialogue(seed, f"the episode of seed {seed}", messages=list(first)) for seed in seeds
+        ]
 
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
@@ -102,7 +109,8 @@ class Dialogues:
 
     def _taken(self, seed: int, trajectory: Trajectory, trunk: Trunk, step: int) -> Dialogue:
         """The dialogue after this many actions of a trajectory."""
-        messages = trajectory.messages[: 2 * step]
+        first = int(trajectory.messages[0]["role"] == "system")
+        messages = trajectory.messages[: first + 2 * step]
         spans = trunk.action_spans[:step].tolist()
         stop = spans[-1][1]
         return Dialogue(
@@ -141,6 +149,17 @@ class Dialogues:
         start = len(dialogue.token_ids)
         dialogue.action_spans.append((start, start))
         dialogue.logps.append([])
+
+    def _take_back(self, dialogue: Dialogue) -> None:
+        """Take back the observation that came last: the dialogue ends with its newest action."""
+        stop = dialogue.action_spans[-1][1] if dialogue.action_spans else 0
+        del dialogue.token_ids[stop:]
+        dialogue.messages.pop()
+
+    def _answer(self, dialogue: Dialogue) -> Answer:
+        """As :meth:`_close`, with whether the token limit cut it."""
+        truncated = dialogue.token_ids[-1] not in self._ends
+        return Answer(self._close(dialogue), truncated)
 
     def _glue(self, text: str, ended: bool) -> list[int]:
         """The tokens between an action and the next, less the turn's end if the model wrote it."""

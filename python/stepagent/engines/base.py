@@ -25,6 +25,19 @@ class EngineError(RuntimeError):
     """An engine cannot be reached, refuses, or answers what was not asked for."""
 
 
+class RequestRefused(EngineError):
+    """A server refused one request for what it holds; others may pass.
+
+    ``place`` is that of its state among those asked for; None where no states are.
+    """
+
+    place: int | None = None
+
+
+class ContextLimit(RequestRefused):
+    """The request is too long for the model."""
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """Where an action is asked for: all tokens before it, int32, and the seed of its samples."""

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.branch import Branch
-from .base import Engine, EngineError, Sampling, State
+from .base import Engine, EngineError, RequestRefused, Sampling, State
 from .server import Server, excerpt
 
 # A model's generation_config.json may set these on the server; the policy is the whole softmax.
@@ -56,6 +56,7 @@ class CompletionsEngine(Engine):
         timeout: float = 600.0,
         retries: int = 5,
         backoff: float = 0.5,
+        budget: float = 3600.0,
     ) -> None:
         self._server = Server(
             url,
@@ -65,6 +66,7 @@ class CompletionsEngine(Engine):
             timeout=timeout,
             retries=retries,
             backoff=backoff,
+            budget=budget,
         )
 
     def sample(
@@ -78,7 +80,11 @@ class CompletionsEngine(Engine):
                 bar.update()
                 return _branches(states[place], answer)
 
-            return self._server.post("/completions", requests, read)
+            def refused(place: int, refusal: RequestRefused) -> list[Branch]:
+                refusal.place = place
+                raise refusal
+
+            return self._server.post("/completions", requests, read, refused)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """As :meth:`Engine.load_adapter`; ``folder`` is read by the server, where that runs."""

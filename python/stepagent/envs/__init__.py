@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from stepagent.envs.actions import parse_action
+from stepagent.data.actions import ActionFormat, action_format, parse_action
 from stepagent.envs.base import ExpertUnavailable, TextEnv
 
 __all__ = ["ExpertUnavailable", "TextEnv", "factory", "make", "parse_action", "register"]

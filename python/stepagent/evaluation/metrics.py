@@ -73,9 +73,10 @@ def repetition(episode: Episode) -> float | None:
     """The share of the T actions that do the same again although it changed nothing to be seen.
 
     That is 1/T · |{t ≥ 1: a_t = a_{t-1} and o_t = o_{t-1}}|, where o_t is the observation to
-    which a_t is the answer. Texts are compared exactly.
+    which a_t is the answer. Texts are compared exactly; of an answer in an action format, what was
+    read in it, whatever the thought.
     """
-    turns = list(zip(episode.observations, episode.actions, strict=True))
+    turns = list(zip(episode.observations, episode.done, strict=True))
     if not turns:
         return None
     return sum(turn == before for before, turn in pairwise(turns)) / len(turns)
@@ -83,10 +84,10 @@ def repetition(episode: Episode) -> float | None:
 
 def agreement(episode: Episode) -> float | None:
     """Of the steps at which the expert was asked and had an answer: those at which it is the
-    action taken, word for word."""
+    action taken, word for word, whatever the thought before it."""
     answered = [
         action == answer
-        for action, answer in zip(episode.actions, episode.expert_actions, strict=False)
+        for action, answer in zip(episode.done, episode.expert_actions, strict=False)
         if answer is not None
     ]
     return float(np.mean(answered)) if answered else None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +51,36 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with cleaned_up_at_sigterm():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise Interrupted("nothing was written") from interrupt
         except _USER_ERRORS as error:
             message = " ".join(str(error).split()) or type(error).__name__
             raise click.ClickException(message) from error
+
+
+@contextmanager
+def cleaned_up_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process as ever, but not before what is open was closed: environments give
+    back what they hold, and leave nothing behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def unwind(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def reports(function: Callable[..., tuple[dict[str, Any], str] | None]) -> Callable[..., None]:

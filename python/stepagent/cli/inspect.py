@@ -13,13 +13,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..acting.inspection import inspect
+from ..data.actions import PLAIN, ActionFormat
 from ..data.branch import agreement
 from ..data.encoding import encode
 from ..data.trajectory import load_trajectories
 from ..optional import require
 from ..records.branches import Inspection, Shard, fingerprint, iterate_branches
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
-from .loading import device, end_tokens, load_model, load_tokenizer
+from .loading import device, end_tokens, load_model, load_tokenizer, parse_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,14 @@ def _launched_shard() -> str:
 )
 @click.option("--served-model", metavar="NAME", help="Of several on the server.")
 @click.option(
+    "--action-format",
+    metavar="NAME",
+    callback=parse_format,
+    default="plain",
+    show_default=True,
+    help="Of both: agreement is that of the actions it reads, with plain that of the tokens.",
+)
+@click.option(
     "--chunk",
     type=POSITIVE,
     default=32,
@@ -93,6 +102,7 @@ def inspect_command(
     output: Path,
     engine: str,
     served_model: str | None,
+    action_format: ActionFormat,
     chunk: int,
     shard: Shard,
     max_new_tokens: int | None,
@@ -121,6 +131,7 @@ def inspect_command(
             "fingerprint": fingerprint(model),
             "engine": where,
             "chunk": chunk,
+            **({} if action_format == PLAIN else {"action_format": action_format.name}),
             **sampling,
         },
     )
@@ -129,7 +140,11 @@ def inspect_command(
         inspection.write(output, chunks)
     except KeyboardInterrupt as interrupt:
         raise Interrupted("the same command goes on where it stopped") from interrupt
-    report = {"output": str(output), "samples": sampling["samples"], **_inspected(output)}
+    report = {
+        "output": str(output),
+        "samples": sampling["samples"],
+        **_inspected(output, action_format, tokenizer),
+    }
     text = f"Wrote {report['trajectories']} trajectories to {output}"
     if report["steps"]:
         actions = report["steps"] * report["samples"]
@@ -159,13 +174,16 @@ def _agent(
     return CompletionsEngine(engine, model=served_model), tokenizer
 
 
-def _inspected(output: Path) -> dict[str, Any]:
+def _inspected(
+    output: Path, form: ActionFormat, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """What the whole file holds; a part may hold nothing."""
     trajectories, steps, agreed = 0, 0, 0.0
     for trunk, branches in iterate_branches(output):
         trajectories += 1
         steps += trunk.num_steps
-        agreed += agreement([trunk], [branches]) * trunk.num_steps
+        same = agreement([trunk], [branches], form=form, tokenizer=tokenizer)
+        agreed += same * trunk.num_steps
     return {
         "trajectories": trajectories,
         "steps": steps,

@@ -16,7 +16,7 @@ from ..data.trajectory import load_trajectories
 from ..models.attention import TREE_ATTENTION
 from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
-from .loading import end_tokens, load_model
+from .loading import end_tokens, import_from_here, load_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -106,6 +106,7 @@ def train(
     config = _training_config(options)
     if env is not None and config.states != "agent":
         raise click.UsageError(f"--env is of no use with --states {config.states}")
+    import_from_here()  # an environment of one's own
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
     trajectories = load_trajectories(data)
     adapter = None if lora_rank is None else _lora(lora_rank)

@@ -196,7 +196,7 @@ def _called(name: str, arguments: dict[str, Any]) -> str:
 
 
 FORMATS = {
-    "plain": ActionFormat("plain", _plain),
+    "plain": ActionFormat("plain", _plain, instructions="Answer with one action and nothing else."),
     "react": ActionFormat(
         "react",
         _react,
@@ -216,7 +216,7 @@ FORMATS = {
         _tool_call,
         write=lambda action: call_text("act", {"action": action}),
         refusal="Invalid format. The answer must contain a tool call.",
-        instructions='Answer with one tool call, as\n' + call_text("act", {"action": "…"}),
+        instructions="Answer with one tool call, as\n" + call_text("act", {"action": "…"}),
     ),
 }
 

@@ -190,7 +190,9 @@ class Server:
                     response = await self._try(client, method, path, json)
         except PassingFailure as failure:
             times = f"failed {tries} times, the last time with" if tries > 1 else "failed with"
-            waited = f", and asked to wait {failure.retry_after:.0f} s" if failure.retry_after else ""
+            waited = (
+                f", and asked to wait {failure.retry_after:.0f} s" if failure.retry_after else ""
+            )
             raise EngineError(
                 f"{method} {self.name}{path} {times} {failure.problem}{waited}"
             ) from failure.__cause__

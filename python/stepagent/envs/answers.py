@@ -73,7 +73,9 @@ def _info(call: str, info: Any, *, required: bool) -> dict[str, Any]:
         raise BadAnswer(f"{call} must give a dict as info, got {repr(info)[:80]}")
     missing = [key for key in _REQUIRED if key not in info] if required else []
     if missing:
-        raise BadAnswer(f"{call} must give an info with {', '.join(missing)}, got {repr(info)[:80]}")
+        raise BadAnswer(
+            f"{call} must give an info with {', '.join(missing)}, got {repr(info)[:80]}"
+        )
     checked = dict(info)
     for key in ("valid", "success"):
         if key in info:

@@ -96,6 +96,14 @@ class StepAgentConfig(TrainingArguments):
         default=1, metadata={"help": "actions sampled at each of the expert's states"}
     )
     temperature: float = field(default=1.0, metadata={"help": "of the agent's sampled actions"})
+    action_format: str = field(
+        default="plain",
+        metadata={
+            "help": "how the agent writes an action: plain, react, json or tool_call; read in its "
+            "rollouts, and for the agreement",
+            "choices": tuple(FORMATS),
+        },
+    )
     max_new_tokens: int | None = field(
         default=None,
         metadata={"help": "cut of a sampled action; default: the longest expert action"},

@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
+from ..data.actions import FORMATS
 from ..data.branch import Branch, agreement
 from ..data.encoding import Trunk, encode
 from ..data.trajectory import Trajectory
@@ -213,7 +214,12 @@ class StepAgentTrainer(Trainer):
         self._cycle = cycle
         self._cycle_log = {
             "cycle": cycle,
-            "agreement": agreement([c.trunk for c in fresh], [c.branches for c in fresh]),
+            "agreement": agreement(
+                [c.trunk for c in fresh],
+                [c.branches for c in fresh],
+                form=FORMATS[self.args.action_format],
+                tokenizer=cast("PreTrainedTokenizerBase", self.processing_class),
+            ),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
             **published,
@@ -303,10 +309,12 @@ class StepAgentTrainer(Trainer):
                 seed=self._cycle_seed(cycle),
                 max_steps=self.args.max_steps_per_episode,
                 progress=not self.args.disable_tqdm,
+                action_format=self.args.action_format,
             )
 
         episodes = over_ranks(rolled_out, np.ones(self._per_epoch), alike=self._act_alike)
-        trunks, branches = trunks_and_answers(episodes, tokenizer)
+        form = FORMATS[self.args.action_format]
+        trunks, branches = trunks_and_answers(episodes, tokenizer, form)
         return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
 
     @property

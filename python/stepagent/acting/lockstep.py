@@ -59,9 +59,11 @@ class Start:
             return
         own, given = split_system(self.trajectory)[0], getattr(policy, "system", None)
         if own != given:
+            roles = [message["role"] for message in self.trajectory.messages]
             raise ValueError(
-                f"{self.name} ({self.trajectory.id!r}) must begin with the system message of the "
-                f"policy that goes on from it, {given!r}, got {own!r}"
+                f"{self.name} ({self.trajectory.id!r}) has roles {roles}, with the system message "
+                f"{own!r}; they must be user, assistant in turn, after the system message of the "
+                f"policy that goes on from them, {given!r}"
             )
 
 

@@ -23,7 +23,7 @@ from ..models import (
 from ..ops import token_logprobs
 from .answers import Decision, Stop
 from .decoding import SlotCache, check_finite, finite_rows, sample_tokens
-from .dialogues import Dialogues
+from .dialogues import Dialogue, Dialogues
 from .inspection import end_tokens
 
 if TYPE_CHECKING:

@@ -69,8 +69,8 @@ def run_episodes(
     :param split: the one that the environments are of, for the record.
     :param on_end: told of each episode as it ends or crashes, while others go on.
     :param action_format: how the policy writes an action: ``"plain"``, ``"react"``, ``"json"``,
-        ``"tool_call"``, or a function from its text to the action, with ValueError for none. Answers
-        without an action are refused in place of the environment, and count as invalid steps.
+        ``"tool_call"``, or a function from its text to the action, with ValueError for none.
+        Answers without an action are refused in place of the environment, as invalid steps.
     :raises ValueError: for a seed that the environment has no episode of, before any begins.
     :raises RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """

@@ -54,7 +54,10 @@ def _check_policy(ctx: click.Context, param: click.Parameter, value: str) -> str
 _policy = functools.partial(
     click.option, "--policy", metavar="expert|random|PATH|NAME|URL", callback=_check_policy
 )
-_POLICY_HELP = "Who acts; PATH is a model's folder, NAME its name on the Hub, URL an OpenAI-compatible server's."
+_POLICY_HELP = (
+    "Who acts; PATH is a model's folder, NAME its name on the Hub, URL an OpenAI-compatible "
+    "server's."
+)
 
 
 def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,6 +263,8 @@ def _text(report: dict[str, Any]) -> str:
     if report["invalid_actions"]:
         kinds = (f"{kind} {count}" for kind, count in report["invalid_actions"].items())
         lines.append(f"invalid actions     {', '.join(kinds)}")
+    if limited := report["terminate_reasons"].get("context_limit"):
+        lines.append(f"context limit       {limited} episodes ended there")
     for label in ("task", "difficulty"):
         for name, group in report[f"by_{label}"].items():
             means = [

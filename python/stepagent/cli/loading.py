@@ -31,7 +31,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def model_folder(name: str) -> Path:
-    """The folder itself, or that of a model of this name on the Hub, fetched where it is missing."""
+    """The folder itself, or that of the model of this name on the Hub, fetched if missing."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

@@ -16,8 +16,8 @@ from .. import envs
 from ..acting.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
 from ..acting.rollout import action_tokens, own_expert, run_episodes
 from ..data.actions import PLAIN, ActionFormat
-from ..envs.base import check_seeds
 from ..engines.address import TokenLimit, is_url, without_secrets
+from ..envs.base import check_seeds
 from ..records.branches import fingerprint
 from ..records.episode_file import open_episodes
 from ..records.episodes import Episode

@@ -33,9 +33,9 @@ _TOO_LONG = re.compile(
 class Server:
     """A running server.
 
-    :param url: as :class:`stepagent.engines.address.Address` reads it: with or without ``/v1``, with
-        another base path, or with an endpoint; a query string goes with every request, a user and
-        password as basic authentication.
+    :param url: as `stepagent.engines.address.Address` reads it: with or without ``/v1``, with
+        another base path, or with an endpoint; a query string goes with every request, a user and password
+        as basic authentication.
     :param model: the name under which the model is served; None: the only one there is.
     :param api_key: sent as a bearer token, where there is one.
     :param concurrency: requests under way at once.

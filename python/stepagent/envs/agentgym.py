@@ -44,8 +44,8 @@ class AgentGymTextEnv:
     The task is done where the episode ends with the score 1. Servers have no expert, and few say
     that a text was no action: ``valid`` is False where the observation is a refusal known to us.
 
-    :param address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100. A user
-        and password in it are sent, and are no part of the name.
+    :param address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100.
+        A user and password in it are sent, and are no part of the name.
     :param timeout: seconds to wait for an answer.
     :raises ValueError: for another address.
     :raises AgentGymError: where the server cannot be reached or fails, or gives an environment that
@@ -172,7 +172,7 @@ class AgentGymTextEnv:
         place = hashlib.sha256(f"{self._url} {number}".encode()).hexdigest()[:32]
         folder = Path(tempfile.gettempdir(), f"stepagent-agentgym-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = Path(folder, place).open("wb")
+        file = Path(folder, place).open("wb")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -53,8 +53,8 @@ You walk in a world of rooms on a grid and have to fulfil a mission. You see wha
 each object with the steps to it, ahead and to your left or right, and the steps to the walls.
 The actions are: {", ".join(ACTIONS)}.
 left and right turn you on the spot; forward is one step ahead; pickup takes the object right in \
-front of you; drop puts down what you carry; toggle opens and closes the door or box right in front \
-of you."""
+front of you; drop puts down what you carry; toggle opens and closes the door or box right in \
+front of you."""
 """Tells a model that was not trained on BabyAI what it may do."""
 
 _OBJECTS = ("ball", "box", "door", "key")

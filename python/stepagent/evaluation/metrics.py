@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,7 @@ class Summary:
     metrics: name → mean over episodes with its 95 % interval, for those that any episode tells.
     progress_curve: of :func:`mean_progress_curve`; empty where progress was not recorded.
     invalid_actions: kind → how often.
+    terminate_reasons: of all episodes, those that crashed too: why → how many.
     """
 
     episodes: int
@@ -130,6 +131,7 @@ class Summary:
     metrics: dict[str, Interval]
     progress_curve: list[float]
     invalid_actions: dict[str, int]
+    terminate_reasons: dict[str, int] = field(default_factory=dict)
 
 
 def summarize(episodes: Sequence[Episode]) -> Summary:
@@ -145,6 +147,9 @@ def summarize(episodes: Sequence[Episode]) -> Summary:
         metrics=_intervals({name: [m(e) for e in ended] for name, m in METRICS.items()}),
         progress_curve=mean_progress_curve(ended).tolist(),
         invalid_actions=invalid_actions(ended),
+        terminate_reasons=dict(
+            Counter(e.terminate_reason for e in episodes if e.terminate_reason is not None)
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from ..data.actions import FORMATS
 from ..data.draws import check_count
 from .critic import BODIES
 from .losses import KL_ESTIMATORS, RATIOS, REWARD_FORMS

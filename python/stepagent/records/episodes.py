@@ -78,7 +78,7 @@ class Episode:
     system: str | None = None
     taken: list[str | None] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
-    action_format: str | None = None  # its name; None where the record does not tell
+    action_format: str = "plain"  # its name
     terminate_reason: TerminateReason | None = None
 
     @property
@@ -108,8 +108,8 @@ class Episode:
     def _meta(self) -> dict[str, Any]:
         always = ("environment", "policy", "seed", "split", "task", "difficulty", "success")
         meta = {name: getattr(self, name) for name in (*always, *_PER_STEP, "last_observation")}
-        asked = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, *_TOLD)}
-        meta |= {name: value for name, value in asked.items() if value}
+        told = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, *_TOLD)}
+        meta |= {name: value for name, value in told.items() if value and value != "plain"}
         if self.trunk is not None:
             meta["token_ids"] = self.trunk.input_ids.tolist()
             meta["action_spans"] = self.trunk.action_spans.tolist()

@@ -209,7 +209,10 @@ class Handler(BaseHTTPRequestHandler):
             elif self.endpoint == "/chat/completions":
                 self.reply(server.change(server.answer_chat(request)))
             elif self.endpoint == "/completions":
-                self.reply(server.change(server.answer(request)))
+                try:
+                    self.reply(server.change(server.answer(request)))
+                except OverflowError as error:
+                    self.send(400, str(error).encode())
             else:
                 status, text = server.adapt(self.path, request) or (404, '{"detail":"Not Found"}')
                 self.send(status, text.encode())

@@ -220,7 +220,8 @@ def test_an_answer_that_is_none_of_an_environment_ends_its_episode(fault, worker
 def test_numbers_of_other_libraries_are_numbers():
     numeric = run_episodes(Numeric, ExpertPolicy(), SEEDS)
     same = run_episodes(LEVEL, ExpertPolicy(), SEEDS)
-    assert [e.rewards for e in numeric] == pytest.approx([e.rewards for e in same])
+    for one, other in zip(numeric, same, strict=True):
+        assert one.rewards == pytest.approx(other.rewards)
     json.dumps([e.trajectory().meta for e in numeric])
 
 

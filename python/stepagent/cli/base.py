@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import sys
 import threading
@@ -62,16 +61,13 @@ class Commands(click.Group):
 
 @contextmanager
 def cleaned_up_at_sigterm() -> Iterator[None]:
-    """SIGTERM ends the process as ever, but not before what is open was closed: environments give
-    back what they hold, and leave nothing behind."""
+    """SIGTERM ends the process as an exit does, so that what is open is closed: environments give
+    back what they hold, and leave nothing behind. The exit code is 143, that of a shell."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = False
 
     def unwind(*_: object) -> None:
-        nonlocal came
-        came = True
         raise SystemExit(128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, unwind)
@@ -79,8 +75,6 @@ def cleaned_up_at_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        if came:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def reports(function: Callable[..., tuple[dict[str, Any], str] | None]) -> Callable[..., None]:

@@ -52,17 +52,24 @@ def _text(call: str, observation: Any) -> str:
     return str(observation)
 
 
+def _scalar(value: Any) -> Any:
+    """What numpy, torch and others hold as an array of one element, as Python's own."""
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return value
+
+
 def _number(call: str, name: str, value: Any) -> float:
-    # numpy's and torch's scalars are Real, or have an item().
-    value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+    value = _scalar(value)
     if not isinstance(value, Real) or not math.isfinite(value):
         raise BadAnswer(f"{call} must give a finite number as {name}, got {value!r}")
     return float(value)
 
 
 def _flag(call: str, name: str, value: Any) -> bool:
-    value = value.item() if hasattr(value, "item") else value
-    if value not in (True, False):
+    value = _scalar(value)
+    if not isinstance(value, bool | int) or value not in (True, False):
         raise BadAnswer(f"{call} must give True or False as {name}, got {value!r}")
     return bool(value)
 

@@ -105,15 +105,13 @@ def roll_out(
     workers = min(options.workers, size, len(starts))
     episodes: list[Episode] = []
     ended: list[Episode] = []
-    with (
-        tqdm(total=len(starts), desc=progress, disable=progress is None) as bar,
-        open_pool(make, workers, options.timeout) as pool,
-    ):
-        if starts:
+    with open_pool(make, workers, options.timeout) as pool:
+        if starts:  # before anything begins, the bar included
             ask_about(pool.env(0), "check_seeds", [start.seed for start in starts])
-        for first in range(0, len(starts), size):
-            batch = Lockstep(pool, policy, starts[first : first + size], options, ended, bar)
-            episodes += batch.run()
+        with tqdm(total=len(starts), desc=progress, disable=progress is None) as bar:
+            for first in range(0, len(starts), size):
+                part = starts[first : first + size]
+                episodes += Lockstep(pool, policy, part, options, ended, bar).run()
     _warn_of_crashes(episodes)
     return episodes
 

@@ -34,8 +34,8 @@ class Server:
     """A running server.
 
     :param url: as `stepagent.engines.address.Address` reads it: with or without ``/v1``, with
-        another base path, or with an endpoint; a query string goes with every request, a user and password
-        as basic authentication.
+        another base path, or with an endpoint; a query string goes with every request, a user and
+        password as basic authentication.
     :param model: the name under which the model is served; None: the only one there is.
     :param api_key: sent as a bearer token, where there is one.
     :param concurrency: requests under way at once.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,8 +246,3 @@ def test_an_option_of_no_use_is_named(options, message):
     result = evaluate(*options)
     assert result.exit_code == 2
     assert message in result.stderr
-
-
-def test_text_and_token_ids_do_not_go_together(tmp_path: Path):
-    options = ("--policy", "http://x", "--tokenizer", tmp_path, "--system", "x")
-    assert "--system is of no use with --tokenizer" in evaluate(*options).stderr

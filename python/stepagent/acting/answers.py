@@ -15,7 +15,9 @@ class Answer(str):
         action: what it does, where that is not to be read in it.
     """
 
-    __slots__ = ("action", "problem", "truncated")
+    truncated: bool
+    problem: str | None
+    action: str | None
 
     def __new__(
         cls,

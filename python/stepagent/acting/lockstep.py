@@ -366,8 +366,8 @@ class Lockstep:
             if episode.crashed is None and not self._over[row]:
                 going.append(place)
                 continue
-            told = isinstance(self._policy, Dialogues) and episode.crashed is None
-            if told and episode.actions:
+            told = episode.crashed is None and bool(episode.actions)
+            if told and isinstance(self._policy, Dialogues):
                 episode.trunk, episode.logps = self._policy.record(place)
             self._close(row)
         if len(going) < len(self._active):

@@ -196,8 +196,8 @@ class ChatPolicy:
             said, calls = _content(message.get("content")), _calls(message)
             truncated = choices[0].get("finish_reason") == "length"
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            return Stop("failed", f"{problem} in the answer {excerpt(answer)}")
+            broken = f"{type(error).__name__}: {error}"
+            return Stop("failed", f"{broken} in the answer {excerpt(answer)}")
         text = "\n".join(part for part in (said.strip(), *calls) if part)
         sound = text.encode(errors="replace").decode()
         problem = "no text" if not text else None if sound == text else "broken Unicode"

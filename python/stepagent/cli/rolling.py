@@ -57,7 +57,7 @@ class Rollout:
     def __post_init__(self) -> None:
         of_servers = ("served_model", "tokenizer", "server_timeout", "token_limit")
         of_models = ("system", "temperature", "instructions")
-        useless = () if is_url(self.policy) else of_servers
+        useless: tuple[str, ...] = () if is_url(self.policy) else of_servers
         useless += of_models if self.policy in ("expert", "random") else ()
         for name in useless:
             if getattr(self, name) is not None:
@@ -202,7 +202,7 @@ class Rollout:
         from ..acting.server_policies import ChatPolicy, EnginePolicy
         from ..engines import CompletionsEngine, Server
 
-        patience = {} if self.server_timeout is None else {"timeout": self.server_timeout}
+        patience: Any = {} if self.server_timeout is None else {"timeout": self.server_timeout}
         options: Any = {"name": self.shown_policy, **self._speaking}
         if self.tokenizer is None:
             key = os.environ.get("OPENAI_API_KEY")

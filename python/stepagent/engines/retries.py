@@ -75,7 +75,7 @@ class Retries:
 
         failure = state.outcome.exception() if state.outcome is not None else None
         asked = failure.retry_after if isinstance(failure, PassingFailure) else None
-        jitter = wait_random(0, self.backoff)(state)
+        jitter = float(wait_random(0, self.backoff)(state))
         if asked is not None:
             return asked + jitter
         return float(wait_exponential(self.backoff, max=_LONGEST)(state)) + jitter

@@ -89,9 +89,8 @@ def known_action(env: TextEnv, text: str, parsed: str) -> str:
         text: as the agent wrote it; where it is an action to the letter, it is meant.
         parsed: what a format made of it; upper and lower case are one where that is unambiguous.
     """
-    list_now = getattr(env, "admissible_actions", None)
-    listed = list_now is not None and not getattr(env, "any_case", False)
-    known = env.actions or (list_now() if listed else ())
+    listed = hasattr(env, "admissible_actions") and not getattr(env, "any_case", False)
+    known = env.actions or (env.admissible_actions() if listed else ())  # type: ignore[attr-defined]
     for exact in (text.strip(), parsed):
         if exact in known:
             return exact

@@ -95,7 +95,7 @@ def game_folder() -> Path:
     cache = os.environ.get("STEPAGENT_CACHE") or Path(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "stepagent"
     )
-    return Path(cache).expanduser() / "textworld" / textworld.__version__
+    return Path(cache).expanduser() / "textworld" / str(textworld.__version__)
 
 
 def kept_game(size: dict[str, int], seed: int) -> str:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,16 +220,21 @@ def test_a_seed_that_textworld_does_not_take_is_refused_before_anything_begins(s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_leaves_nothing_half_made(workers: int, tmp_path: Path) -> None:
+def test_sigterm_leaves_nothing_half_made(workers: int) -> None:
     """A run that is ended while games are made, in its own process or in a worker."""
-    own = {"STEPAGENT_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")}
-    (tmp_path / "tmp").mkdir()
+    with tempfile.TemporaryDirectory() as folder:  # short: a socket's path has 108 bytes
+        _end_a_run(workers, Path(folder))
+
+
+def _end_a_run(workers: int, folder: Path) -> None:
+    own = {"STEPAGENT_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
+    (folder / "tmp").mkdir()
     command = [sys.executable, "-m", "stepagent", "evaluate", "--env", "textworld"]
     options = ["--policy", "expert", "--episodes", "40", "--workers", str(workers)]
     process = subprocess.Popen(
         [*command, *options], env=os.environ | own, stderr=subprocess.PIPE, text=True
     )
-    games = tmp_path / "cache" / "textworld"
+    games = folder / "cache" / "textworld"
     deadline = time.monotonic() + 120
     while not list(games.glob("*/*/[0-9]*")):
         assert process.poll() is None
@@ -238,4 +244,4 @@ def test_sigterm_leaves_nothing_half_made(workers: int, tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert list(games.glob("*/*/.*")) == []
-    assert [path.name for path in (tmp_path / "tmp").iterdir()] == []
+    assert [path.name for path in (folder / "tmp").iterdir()] == []

@@ -47,6 +47,8 @@ class CompletionsServer(ThreadingHTTPServer):
         self.chat: Callable[[list[dict[str, str]]], str | None] = lambda messages: None
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+        self.paths: set[str] = set()
+        self.base = "/v1"
         self.under_way = self.most_under_way = 0
         self.delay = 0.0
         self.lock = threading.Lock()
@@ -187,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
     server: CompletionsServer
 
     def do_GET(self) -> None:
-        assert self.path == "/v1/models"
+        assert self.endpoint == "/models"
         self.reply({"object": "list", "data": self.server.cards})
 
     def do_POST(self) -> None:
@@ -196,6 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append(request)
             server.keys.add(self.headers["Authorization"])
+            server.paths.add(self.path)
             fault = server.faults.pop(0) if server.faults else None
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
@@ -203,10 +206,13 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(server.delay)
             if fault is not None:
                 fault(self)
-            elif self.path == "/v1/completions":
-                self.reply(server.change(server.answer(request)))
-            elif self.path == "/v1/chat/completions":
+            elif self.endpoint == "/chat/completions":
                 self.reply(server.change(server.answer_chat(request)))
+            elif self.endpoint == "/completions":
+                try:
+                    self.reply(server.change(server.answer(request)))
+                except OverflowError as error:
+                    self.send(400, str(error).encode())
             else:
                 status, text = server.adapt(self.path, request) or (404, '{"detail":"Not Found"}')
                 self.send(status, text.encode())
@@ -214,11 +220,19 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.under_way -= 1
 
+    @property
+    def endpoint(self) -> str:
+        """Without the base path, which may be any, and the query."""
+        path = self.path.partition("?")[0]
+        return path.removeprefix(self.server.base)
+
     def reply(self, answer: Any) -> None:
         self.send(200, json.dumps(answer).encode())
 
-    def send(self, status: int, body: bytes) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -227,8 +241,10 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: stderr is the tests'."""
 
 
-def status(code: int) -> Fault:
-    return lambda handler: handler.send(code, b"the engine is tired")
+def status(
+    code: int, text: str = "the engine is tired", headers: dict[str, str] | None = None
+) -> Fault:
+    return lambda handler: handler.send(code, text.encode(), headers)
 
 
 def hang(handler: Handler) -> None:

@@ -174,3 +174,82 @@ class Mortal(BabyAITextEnv):
         if os.urandom(1)[0] < 256 // 16:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
+
+
+class Broken(BabyAITextEnv):
+    """Answers its second step of the episodes of seed 3 with what no environment does."""
+
+    def __init__(self, fault: str, call: str = "step") -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+        self._fault, self._call = fault, call
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self._broken, self._taken = seed == 3, 0
+        observation, info = super().reset(seed)
+        if self._broken and self._call == "reset":
+            return ANSWERS[self._fault](observation, 0.0, False, False, info)  # type: ignore[no-any-return]
+        return observation, info
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._taken += 1
+        answer = super().step(action)
+        if self._broken and self._taken == 2 and self._call == "step":
+            return ANSWERS[self._fault](*answer)  # type: ignore[no-any-return]
+        return answer
+
+
+def _without(info: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in info.items() if k != key}
+
+
+# What `Broken` makes of a good answer.
+ANSWERS: dict[str, Any] = {
+    "reward nan": lambda o, r, e, t, i: (o, float("nan"), e, t, i),
+    "reward inf": lambda o, r, e, t, i: (o, float("inf"), e, t, i),
+    "reward None": lambda o, r, e, t, i: (o, None, e, t, i),
+    "reward text": lambda o, r, e, t, i: (o, "1", e, t, i),
+    "no valid": lambda o, r, e, t, i: (o, r, e, t, _without(i, "valid")),
+    "no progress": lambda o, r, e, t, i: (o, r, e, t, _without(i, "progress")),
+    "no success": lambda o, r, e, t, i: (o, r, e, t, _without(i, "success")),
+    "progress 2": lambda o, r, e, t, i: (o, r, e, t, i | {"progress": 2.0}),
+    "progress nan": lambda o, r, e, t, i: (o, r, e, t, i | {"progress": float("nan")}),
+    "info None": lambda o, r, e, t, i: (o, r, e, t, None),
+    "invalid 3": lambda o, r, e, t, i: (o, r, e, t, i | {"invalid": 3}),
+    "observation None": lambda o, r, e, t, i: (None, r, e, t, i),
+    "observation dict": lambda o, r, e, t, i: ({"text": o}, r, e, t, i),
+    "observation surrogate": lambda o, r, e, t, i: ("\ud800", r, e, t, i),
+    "four values": lambda o, r, e, t, i: (o, r, e, i),
+    "one value": lambda o, r, e, t, i: o,
+    "None": lambda o, r, e, t, i: None,
+    "terminated text": lambda o, r, e, t, i: (o, r, "no", t, i),
+    "reset None": lambda o, r, e, t, i: (None, i),
+    "reset text": lambda o, r, e, t, i: o,
+    "reset info": lambda o, r, e, t, i: (o, None),
+    "reset task": lambda o, r, e, t, i: (o, i | {"task": 3}),
+}
+
+
+def broken(fault: str) -> Any:
+    """What makes them, as it can be sent to a worker."""
+    return partial(Broken, fault, "reset" if fault.startswith("reset") else "step")
+
+
+class Numeric(BabyAITextEnv):
+    """Answers in numpy's and torch's types, as environments do that compute with them."""
+
+    def __init__(self) -> None:
+        super().__init__(level_id("GoToLocalS6N2"))
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        import numpy as np
+        import torch
+
+        observation, reward, terminated, truncated, info = super().step(action)
+        numbers = {"valid": np.bool_(info["valid"]), "progress": np.float32(info["progress"])}
+        return (  # type: ignore[return-value]
+            observation,
+            torch.tensor(reward),
+            np.bool_(terminated),
+            np.array(truncated),
+            info | numbers,
+        )

@@ -21,13 +21,15 @@ from stepagent.envs import parse_action
         ("look around", "look around"),
         ("  look around\n", "look around"),
         ("Thought: My Action: line is next.\nAction: wait", "wait"),
-        ("Thought: first\nAction: open door\nThought: no\nAction: wait1", "wait1"),
+        ("Thought: first\nAction: open door\nThought: no\nAction: wait1", "open door"),
+        ("Action: left\nObservation: done\nThought: x\nAction: right", "left"),
+        ("left\nObservation: done", "left"),
         ("Thought: none\nAction:", ""),
         ("Reaction: none", "Reaction: none"),
         ("", ""),
     ],
 )
-def test_the_action_is_what_stands_after_the_last_action_line(text: str, action: str) -> None:
+def test_the_action_is_what_stands_after_the_first_action_line(text: str, action: str) -> None:
     assert parse_action(text) == action
 
 

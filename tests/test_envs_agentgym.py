@@ -10,6 +10,7 @@ import pytest
 from agentgym_server import AgentGymServer
 
 from stepagent import envs
+from stepagent.acting.rollout import run_episodes
 from stepagent.envs import ExpertUnavailable
 from stepagent.envs.agentgym import AgentGymError, AgentGymTextEnv, parse_address
 
@@ -29,9 +30,12 @@ def expert_walk(seed: int) -> list[tuple[str, str]]:
     return walk
 
 
-@pytest.mark.parametrize("dialect", ["id", "env_idx"])
-def test_an_episode_is_the_servers(dialect: str) -> None:
-    with AgentGymServer(dialect) as server:
+@pytest.mark.parametrize(
+    ("dialect", "named"),
+    [("id", True), ("env_idx", False), ("env_idx", True), ("task", False), ("task", True)],
+)
+def test_an_episode_is_the_servers(dialect: str, named: bool) -> None:
+    with AgentGymServer(dialect, named=named) as server:
         env = envs.make(f"agentgym:{server.url}")
         assert env.name == f"agentgym:{server.url}"
         first, info = env.reset(SEED)
@@ -50,7 +54,8 @@ def test_an_episode_is_the_servers(dialect: str) -> None:
             env.expert_action()
         env.close()
         env.close()
-        assert server.requests[-1] == ("/close", {dialect: 0})
+        handle = "id" if dialect == "id" else "env_idx"
+        assert server.requests[-1] == ("/close", {handle: 0})
 
 
 def test_two_clients_have_an_environment_each() -> None:
@@ -176,3 +181,66 @@ def test_addresses() -> None:
     for address in (*wrong, "http://a?speed=2", "http://a?scale="):
         with pytest.raises(ValueError, match="no AgentGym server"):
             parse_address(address)
+
+
+# ------------------------------------------------------------------ a handle that is held
+
+
+@pytest.mark.parametrize("dialect", ["id", "env_idx", "task"])
+def test_an_environment_that_another_episode_holds_is_refused(dialect: str) -> None:
+    with AgentGymServer(dialect) as server:
+        server.pool = 2
+        one, other = (envs.make(f"agentgym:{server.url}") for _ in range(2))
+        message = "/create gave environment 0, which another episode holds.*--batch-size"
+        with pytest.raises(AgentGymError, match=message):
+            envs.make(f"agentgym:{server.url}")
+        assert "/close" not in [path for path, _ in server.requests]  # it is the other's
+        one.close()
+        server.created = 2
+        again = envs.make(f"agentgym:{server.url}")  # given back, it may be had
+        other.close()
+        again.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_beyond_the_servers_pool_is_refused(workers: int) -> None:
+    with AgentGymServer("env_idx") as server:
+        server.pool = 2
+        name = f"agentgym:{server.url}"
+        with pytest.raises(AgentGymError, match=r"environment \d, which another episode holds"):
+            run_episodes(name, Left(), range(4), batch_size=4, workers=workers, max_steps=2)
+        server.created = 0
+        episodes = run_episodes(name, Left(), range(4), batch_size=2, workers=workers, max_steps=2)
+        first = [envs.make("babyai:GoToLocalS6N2").reset(seed)[0] for seed in range(4)]
+        assert [episode.observations[0] for episode in episodes] == first
+
+
+class Left:
+    """Turns left."""
+
+    name = "left"
+
+    def begin(self, seeds: Any) -> None: ...
+
+    def resume(self, seeds: Any, trajectories: Any, steps: Any) -> None: ...
+
+    def act(self, observations: Any, envs: Any) -> list[str]:
+        return ["left"] * len(observations)
+
+    def keep(self, rows: Any) -> None: ...
+
+
+def test_a_password_in_the_address_is_sent_and_recorded_nowhere() -> None:
+    with AgentGymServer("id") as server:
+        env = envs.make("agentgym:" + server.url.replace("//", "//me:secret@"))
+        assert env.name == f"agentgym:{server.url}"
+        env.reset(0)
+        server.faults["/step"] = FAULTS["status"][0]
+        with pytest.raises(AgentGymError) as raised:
+            env.step("left")
+        assert "secret" not in str(raised.value)
+        assert server.keys == {"Basic bWU6c2VjcmV0"}
+        env.close()
+    with pytest.raises(ValueError, match="no AgentGym server") as refused:
+        parse_address("ftp://me:secret@a")
+    assert "secret" not in str(refused.value)

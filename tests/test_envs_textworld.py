@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,22 @@ pytest.importorskip("textworld")
 
 from textworld import EnvInfos
 
-from stepagent.envs.textworld import make_game, parse_size, start_game
+from stepagent.acting.policies import ExpertPolicy
+from stepagent.acting.rollout import run_episodes
+from stepagent.envs.textworld import game_folder, kept_game, make_game, parse_size, start_game
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the games are kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPAGENT_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def env() -> Iterator[Any]:
-    """Its games stay made as long as it is open."""
+def env(cache: Path) -> Iterator[Any]:
     env = envs.make("textworld")
     yield env
     env.close()
@@ -109,11 +124,8 @@ def test_a_seed_is_a_game(env: Any) -> None:
     assert other.name == "textworld:rooms=3,objects=6,quest=4"
     assert other.reset(1)[0] == second
     assert env.reset(0)[0] == first
-    folder = other._folder
-    assert list(folder.iterdir())
     other.close()
     other.close()
-    assert not folder.exists()
 
 
 def test_steps_run_out(env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +155,93 @@ def test_without_the_package_an_error_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "stepagent.envs.textworld")
     with pytest.raises(ImportError, match=r"pip install 'stepagent\[textworld\]'"):
         envs.make("textworld")
+
+
+# ------------------------------------------------------------------ games that are kept
+
+
+def test_a_game_is_made_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: Any
+) -> None:
+    first = env.reset(3)[0]
+    monkeypatch.setenv("STEPAGENT_CACHE", str(tmp_path))
+    path = Path(kept_game(parse_size(""), 3))
+    assert path.is_relative_to(game_folder())
+    made = path.stat().st_mtime_ns
+    again: Any = envs.make("textworld")
+    assert again.reset(3)[0] == first
+    again.close()
+    assert path.stat().st_mtime_ns == made
+    assert [p.name for p in path.parent.parent.iterdir()] == ["3"]  # nothing half made is left
+
+
+def test_games_of_a_batch_are_made_side_by_side_and_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: Any
+) -> None:
+    one_by_one = [env.reset(seed)[0] for seed in (5, 6, 7)]
+    monkeypatch.setenv("STEPAGENT_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    other: Any = envs.make("textworld")
+    other.prepare([5, 6, 7])
+    kept = sorted(path.name for path in (game_folder() / "rooms3-objects6-quest4").iterdir())
+    assert kept == ["5", "6", "7"]
+    assert [other.reset(seed)[0] for seed in (5, 6, 7)] == one_by_one
+    other.close()
+
+
+def test_a_run_prepares_its_batch(env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[list[int]] = []
+
+    def make() -> Any:
+        own: Any = envs.make("textworld")
+        own.prepare = lambda seeds: prepared.append(list(seeds))
+        return own
+
+    run_episodes(make, ExpertPolicy(), [0, 1, 2], batch_size=2, max_steps=1)
+    assert prepared == [[0, 1]]
+
+
+def test_what_a_killed_process_began_to_make_is_removed(cache: Path) -> None:
+    folder = game_folder() / "rooms3-objects6-quest4"
+    old, new = folder / ".7-old", folder / ".8-new"
+    for making in (old, new):
+        making.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    envs.make("textworld").close()
+    assert (old.exists(), new.exists()) == (False, True)
+    new.rmdir()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_textworld_does_not_take_is_refused_before_anything_begins(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"textworld has no seed {seed}: it has 0 to 4294967295"):
+        run_episodes("textworld", ExpertPolicy(), [0, seed])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_leaves_nothing_half_made(workers: int) -> None:
+    """A run that is ended while games are made, in its own process or in a worker."""
+    with tempfile.TemporaryDirectory() as folder:  # short: a socket's path has 108 bytes
+        _end_a_run(workers, Path(folder))
+
+
+def _end_a_run(workers: int, folder: Path) -> None:
+    own = {"STEPAGENT_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
+    (folder / "tmp").mkdir()
+    command = [sys.executable, "-m", "stepagent", "evaluate", "--env", "textworld"]
+    options = ["--policy", "expert", "--episodes", "40", "--workers", str(workers)]
+    process = subprocess.Popen(
+        [*command, *options], env=os.environ | own, stderr=subprocess.PIPE, text=True
+    )
+    games = folder / "cache" / "textworld"
+    deadline = time.monotonic() + 120
+    while not list(games.glob("*/*/[0-9]*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert list(games.glob("*/*/.*")) == []
+    assert [path.name for path in (folder / "tmp").iterdir()] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 import stepagent as sa
 from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
 from stepagent.acting.rollout import run_episodes
-from stepagent.records.episodes import Episode, load_episodes
+from stepagent.records.episodes import Episode, TerminateReason, load_episodes
 
 SEEDS = [3, 1, 4]
 
@@ -82,6 +82,11 @@ def test_no_field_is_left_out(tmp_path):
         logps=[np.array([-0.1], np.float32), np.array([-1e-7], np.float32)],
         crashed="hung",
         gave_up=True,
+        system="Play.",
+        taken=["c", None],
+        truncated=[False, True],
+        action_format="react",
+        terminate_reason="crashed",
     )
     empty = Episode("chess", 7)
     default = [name for name, value in vars(empty).items() if vars(episode)[name] is value]
@@ -118,6 +123,11 @@ def any_episode(draw: st.DrawFn) -> Episode:
         success=draw(st.booleans()),
         crashed=draw(st.none() | st.just("hung")),
         gave_up=draw(st.booleans()),
+        system=draw(st.none() | texts),
+        taken=each(st.none() | texts, absent=True),
+        truncated=each(st.booleans(), absent=True),
+        action_format=draw(st.sampled_from(["plain", "react"])),
+        terminate_reason=draw(st.none() | st.sampled_from(get_args(TerminateReason))),
     )
 
 
@@ -138,6 +148,7 @@ def test_keys_are_written_only_where_there_is_something_to_say():
         "task": "go to",
         "difficulty": None,
         "success": True,
+        "terminate_reason": "terminated",
         "rewards": episode.rewards,
         "progress": [0.0] * (T - 1) + [1.0],
         "valid": [True] * T,
@@ -151,6 +162,7 @@ def test_keys_are_written_only_where_there_is_something_to_say():
         "token_ids",
         "action_spans",
         "logps",
+        "truncated",  # the model has not learnt to end
     }
 
 

@@ -247,12 +247,30 @@ def test_a_policys_options_are_checked(options, message):
         model_policy(**options)
 
 
-def test_an_episode_longer_than_the_model_is_named():
-    model = tiny_agent(max_position_embeddings=40)
-    with pytest.raises(
-        ValueError, match=r"the episode of seed 3 must fit .*=40, got \d+ positions"
-    ):
-        run_episodes(LEVEL, model_policy(model), SEEDS)
+def test_an_episode_longer_than_the_model_ends_and_the_others_go_on():
+    policy = model_policy(tiny_agent())
+    free = run_episodes(LEVEL, policy, SEEDS, max_steps=6)
+    lengths = [episode.trunk.action_spans[:, 0] + policy._max_new_tokens for episode in free]
+    limit = int(min(starts[-1] for starts in lengths))  # the longest of them do not fit
+    episodes = run_episodes(
+        LEVEL, model_policy(tiny_agent(max_position_embeddings=limit)), SEEDS, max_steps=6
+    )
+    reasons = [episode.terminate_reason for episode in episodes]
+    assert set(reasons) == {"context_limit", "max_steps"}
+    for one, whole, starts in zip(episodes, free, lengths, strict=True):
+        fitting = int((starts <= limit).sum())
+        assert one.actions == whole.actions[:fitting]
+        assert one.crashed is None
+        stop = whole.trunk.action_spans[fitting - 1, 1]
+        np.testing.assert_array_equal(one.trunk.input_ids, whole.trunk.input_ids[:stop])
+
+
+def test_an_episode_whose_first_prompt_does_not_fit_takes_no_step():
+    model = tiny_agent(max_position_embeddings=10)
+    episodes = run_episodes(LEVEL, model_policy(model), SEEDS)
+    assert {(e.terminate_reason, len(e.actions), e.trunk) for e in episodes} == {
+        ("context_limit", 0, None)
+    }
 
 
 def test_words_beyond_the_models_vocabulary_are_named():

@@ -20,6 +20,7 @@ from ..data.draws import check_count, check_temperature
 from ..data.encoding import encode
 from ..data.ends import ends_of, without_end
 from ..data.trunk import Trunk
+from .answers import Answer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,6 +72,7 @@ class Dialogues:
 
     Args:
         ends: the ids of the tokens that end an action, at least one.
+        system: the first message of each dialogue.
         chat_template_kwargs: for the chat template, as ``{"enable_thinking": False}``. Today's
             date, where a template writes it, is that of the run's start.
     """
@@ -84,6 +86,7 @@ class Dialogues:
         temperature: float,
         seed: int,
         chat_template_kwargs: dict[str, Any] | None = None,
+        system: str | None = None,
     ) -> None:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
@@ -91,6 +94,7 @@ class Dialogues:
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._template = ChatTemplate(tokenizer, None, chat_template_kwargs)
         self._control = ControlTokens(tokenizer)
+        self.system = system
         self._dialogues: list[Dialogue] = []
 
     @property
@@ -100,7 +104,10 @@ class Dialogues:
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed."""
-        self._dialogues = [Dialogue(seed, f"the episode of seed {seed}") for seed in seeds]
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self._dialogues = [
+            Dialogue(seed, f"the episode of seed {seed}", messages=list(first)) for seed in seeds
+        ]
 
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
@@ -145,7 +152,8 @@ class Dialogues:
 
     def _taken(self, seed: int, trajectory: Trajectory, trunk: Trunk, step: int) -> Dialogue:
         """The dialogue after this many actions of a trajectory."""
-        messages = trajectory.messages[: 2 * step]
+        first = int(trajectory.messages[0]["role"] == "system")
+        messages = trajectory.messages[: first + 2 * step]
         spans = trunk.action_spans[:step].tolist()
         stop = spans[-1][1]
         line = [*trunk.rows_before(stop - 1).tolist(), stop - 1]
@@ -196,6 +204,18 @@ class Dialogues:
         start = len(dialogue.token_ids)
         dialogue.action_spans.append((start, start))
         dialogue.logps.append([])
+
+    def _take_back(self, dialogue: Dialogue) -> None:
+        """Take back the observation that came last: the dialogue ends with its newest action."""
+        stop = dialogue.action_spans[-1][1] if dialogue.action_spans else 0
+        del dialogue.token_ids[stop:]
+        dialogue.rewinds = [(at, depth) for at, depth in dialogue.rewinds if at < stop]
+        dialogue.messages.pop()
+
+    def _answer(self, dialogue: Dialogue) -> Answer:
+        """As `_close`, with whether the token limit cut it."""
+        truncated = dialogue.token_ids[-1] not in self._ends
+        return Answer(self._close(dialogue), truncated)
 
     def _glue(self, text: str, ended: bool) -> list[int]:
         """The tokens between an action and the next, less the turn's end if the model wrote it."""

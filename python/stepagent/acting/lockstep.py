@@ -1,6 +1,8 @@
 """Episodes in lock-step: one batch of decisions and one round of environment calls a step.
 
-An environment that crashes ends its own episode, which says so and has no outcome.
+An environment that crashes ends its own episode, which says so and has no outcome; so does a policy
+that fails at one episode alone. An answer in which the run's action format finds no action does not
+reach the environment: the agent is told so, and the step counts as an invalid one.
 """
 
 from __future__ import annotations
@@ -10,20 +12,23 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from .. import envs as environments
+from ..data.actions import PLAIN, ActionFormat
 from ..data.draws import check_count
 from ..data.trajectory import Trajectory
 from ..envs.base import ExpertUnavailable, TextEnv
-from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, expert_actions, open_pool
-from ..records.episodes import Episode
+from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, ask_about, expert_actions, open_pool
+from ..records.episodes import Episode, TerminateReason, split_system
+from .answers import Answer, Decision, Stop
 from .dialogues import Dialogues
 from .policies import Policy
 
 Expert = Callable[[TextEnv], str]
+T = TypeVar("T")
 
 CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
 
@@ -43,10 +48,23 @@ class Start:
     steps: int = 0  # actions of the trajectory to be replayed
     name: str = ""
 
-    def content(self, message: int) -> str:
-        """Of a message of the trajectory."""
+    def content(self, turn: int) -> str:
+        """Of a turn of the trajectory, after the system message if it has one."""
         assert self.trajectory is not None
-        return str(self.trajectory.messages[message]["content"])
+        return str(split_system(self.trajectory)[1][turn]["content"])
+
+    def check_system(self, policy: Policy) -> None:
+        """ValueError where the policy is given another system message than the trajectory's."""
+        if self.trajectory is None:
+            return
+        own, given = split_system(self.trajectory)[0], getattr(policy, "system", None)
+        if own != given:
+            roles = [message["role"] for message in self.trajectory.messages]
+            raise ValueError(
+                f"{self.name} ({self.trajectory.id!r}) has roles {roles}, with the system message "
+                f"{own!r}; they must be user, assistant in turn, after the system message of the "
+                f"policy that goes on from them, {given!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class Options:
     timeout: float | None
     split: str | None = None
     on_end: Callable[[Episode], None] | None = None
+    action_format: ActionFormat = PLAIN
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
@@ -80,17 +99,19 @@ def roll_out(
 ) -> list[Episode]:
     """The episodes of these starts, in their order, batch by batch."""
     make = environments.factory(env) if isinstance(env, str) else env
+    for start in starts:
+        start.check_system(policy)
     size = options.batch_size
     workers = min(options.workers, size, len(starts))
     episodes: list[Episode] = []
     ended: list[Episode] = []
-    with (
-        tqdm(total=len(starts), desc=progress, disable=progress is None) as bar,
-        open_pool(make, workers, options.timeout) as pool,
-    ):
-        for first in range(0, len(starts), size):
-            batch = Lockstep(pool, policy, starts[first : first + size], options, ended, bar)
-            episodes += batch.run()
+    with open_pool(make, workers, options.timeout) as pool:
+        if starts:  # before anything begins, the bar included
+            ask_about(pool.env(0), "check_seeds", [start.seed for start in starts])
+        with tqdm(total=len(starts), desc=progress, disable=progress is None) as bar:
+            for first in range(0, len(starts), size):
+                part = starts[first : first + size]
+                episodes += Lockstep(pool, policy, part, options, ended, bar).run()
     _warn_of_crashes(episodes)
     return episodes
 
@@ -121,9 +142,14 @@ class Lockstep:
         self._pool, self._policy, self._options = pool, policy, options
         self._starts, self._ended, self._bar = starts, ended, bar
         name = pool.env(0).name
-        self._episodes = [Episode(name, start.seed, policy.name, options.split) for start in starts]
+        system, form = getattr(policy, "system", None), options.action_format.name
+        self._episodes = [
+            Episode(name, s.seed, policy.name, options.split, system=system, action_format=form)
+            for s in starts
+        ]
         self._observations = [""] * len(starts)
         self._over = [False] * len(starts)
+        self._told = [False] * len(starts)  # of an answer without an action, and so one step behind
         self._active = list(range(len(starts)))  # the policy's rows, in its order
 
     def run(self) -> list[Episode]:
@@ -133,11 +159,12 @@ class Lockstep:
         while self._active:
             if self._options.expert is not None:
                 self._query(self._options.expert)
-            actions = self._act()  # first: a crash of an expert that is asked changes what follows
-            decided = list(zip(self._active, actions, strict=True))
-            for row, action in decided:
-                self._give_up(row, action)
-            self._step((row, action) for row, action in decided if action is not None)
+            answers = self._act()  # first: a crash of an expert that is asked changes what follows
+            decided = list(zip(self._active, answers, strict=True))
+            for row, answer in decided:
+                if answer is None or isinstance(answer, Stop):
+                    self._stop(row, answer)
+            self._take((r, a) for r, a in decided if a is not None and not isinstance(a, Stop))
             self._settle()
         return self._episodes
 
@@ -171,7 +198,7 @@ class Lockstep:
         ]
         for row in going:
             self._check_replay(row, step)
-        self._step((row, self._starts[row].content(2 * step + 1)) for row in going)
+        self._take((row, Answer(self._starts[row].content(2 * step + 1))) for row in going)
 
     def _check_replay(self, row: int, step: int) -> None:
         """The environment shows what the trajectory says before its action at this step."""
@@ -186,14 +213,19 @@ class Lockstep:
                 f"the trajectory has {start.content(2 * step)!r}"
             )
 
-    def _give_up(self, row: int, action: str | None) -> None:
-        """Where the policy has no action, the episode is over as it stands."""
-        if action is None:
-            episode = self._episodes[row]
-            episode.gave_up = self._over[row] = True
-            del episode.expert_actions[len(episode.actions) :]
+    def _stop(self, row: int, stop: Stop | None) -> None:
+        """Where the policy has no answer, the episode is over as it stands."""
+        episode = self._episodes[row]
+        self._over[row] = True
+        del episode.expert_actions[len(episode.actions) :]
+        if stop is None:
+            episode.gave_up, episode.terminate_reason = True, "gave_up"
+        elif stop.kind == "context_limit":
+            episode.terminate_reason = "context_limit"
+        else:
+            self._mark(EnvCrash(row, f"the policy failed: {stop.reason}"))
 
-    def _act(self) -> list[str | None]:
+    def _act(self) -> Sequence[Decision]:
         return self._asked(
             lambda envs: self._policy.act([self._observations[row] for row in self._active], envs)
         )
@@ -204,7 +236,7 @@ class Lockstep:
         for row, answer in zip(self._active, answers, strict=True):
             self._episodes[row].expert_actions.append(answer)
 
-    def _asked(self, ask: Callable[[list[TextEnv]], list[str | None]]) -> list[str | None]:
+    def _asked(self, ask: Callable[[list[TextEnv]], Sequence[T]]) -> Sequence[T]:
         """What ``ask`` makes of the running environments; those that crash meanwhile are out."""
         while self._active:
             try:
@@ -214,22 +246,98 @@ class Lockstep:
                 self._settle()
         return []
 
-    def _step(self, actions: Iterable[tuple[int, str]]) -> None:
-        """Take these actions and record them."""
-        taken = dict(actions)
-        for row, (observation, reward, terminated, truncated, info) in self._call(
-            (row, "step", (action,)) for row, action in taken.items()
-        ):
-            episode = self._episodes[row]
-            episode.observations.append(self._observations[row])
-            episode.actions.append(taken[row])
-            episode.rewards.append(float(reward))
-            episode.valid.append(bool(info["valid"]))
-            episode.invalid.append(None if info["valid"] else info.get("invalid"))
-            episode.progress.append(float(info["progress"]))
-            episode.success = bool(info["success"])
-            episode.last_observation = self._observations[row] = observation
-            self._over[row] = terminated or truncated
+    def _take(self, answers: Iterable[tuple[int, str]]) -> None:
+        """Read these answers; take the actions in them, and refuse what has none."""
+        actions: dict[int, str] = {}
+        given: dict[int, Answer] = {}
+        for row, answer in answers:
+            given[row] = self._answer(answer)
+            try:
+                action, problem = self._read(row, given[row])
+            except EnvCrash as crash:
+                self._mark(crash)
+                continue
+            if action is None:
+                self._refuse(row, given[row], problem)
+            else:
+                actions[row] = action
+        for row, step in self._call((row, "step", (action,)) for row, action in actions.items()):
+            self._record(row, given[row], actions[row], step)
+
+    def _answer(self, answer: str) -> Answer:
+        if isinstance(answer, Answer):
+            return answer
+        if getattr(self._policy, "exact", False):  # an action, not a model's text
+            return Answer(self._options.action_format.write(answer), action=answer)
+        return Answer(answer)
+
+    def _read(self, row: int, answer: Answer) -> tuple[str | None, str | None]:
+        """The action of an answer, or None and the problem. EnvCrash where the environment that is
+        asked for its own words crashes."""
+        if answer.problem is not None or answer.action is not None:
+            return answer.action, answer.problem
+        form = self._options.action_format
+        parsed = form.parse(answer.text)
+        action = parsed.action
+        if action is None:
+            return None, parsed.problem
+        # In other letters, or in a wrapping that may be part of it: the environment knows.
+        doubtful = form == PLAIN and action != answer.text.strip()
+        if doubtful or action != action.lower():
+            action = ask_about(self._pool.env(row), "known_action", answer.text, action)
+        return action, None
+
+    def _record(
+        self, row: int, answer: Answer, action: str, step: tuple[str, float, bool, bool, Any]
+    ) -> None:
+        observation, reward, terminated, truncated, info = step
+        self._append(row, answer, action, observation)
+        episode = self._episodes[row]
+        episode.rewards.append(reward)
+        episode.valid.append(info["valid"])
+        episode.invalid.append(None if info["valid"] else info.get("invalid"))
+        episode.progress.append(info["progress"])
+        episode.success = info["success"]
+        if terminated or truncated:
+            self._end(row, "terminated" if terminated else "truncated")
+
+    def _refuse(self, row: int, answer: Answer, problem: str | None) -> None:
+        """A step that the environment does not see, which counts against its limit all the same."""
+        self._append(row, answer, None, self._options.action_format.refusal)
+        episode = self._episodes[row]
+        episode.rewards.append(0.0)
+        episode.valid.append(False)
+        episode.invalid.append(problem)
+        episode.progress.append(episode.progress[-1] if episode.progress else 0.0)
+        self._told[row] = True
+
+    def _append(self, row: int, answer: Answer, action: str | None, observation: str) -> None:
+        episode = self._episodes[row]
+        done = episode.done
+        episode.observations.append(self._observations[row])
+        episode.actions.append(answer.text)
+        # Both lists are empty until they tell something.
+        episode.taken = [*done, action] if episode.taken or action != answer.text else []
+        if answer.truncated or episode.truncated:
+            missing = [False] * (len(episode.actions) - 1 - len(episode.truncated))
+            episode.truncated += [*missing, answer.truncated]
+        episode.last_observation = self._observations[row] = observation
+
+    def _end(self, row: int, reason: TerminateReason) -> None:
+        self._over[row] = True
+        self._episodes[row].terminate_reason = reason
+
+    def _end_at_limit(self, row: int) -> None:
+        """Of an episode that may have taken the steps that it has."""
+        steps, limit = len(self._episodes[row].actions), self._options.max_steps
+        if limit is not None and steps >= limit:
+            self._end(row, "max_steps")
+        elif self._told[row]:
+            try:
+                if steps >= self._pool.env(row).max_steps:
+                    self._end(row, "truncated")
+            except EnvCrash as crash:
+                self._mark(crash)
 
     def _call(self, calls: Iterable[Call]) -> list[tuple[int, Any]]:
         """What the environments answered, by row; those that crashed are marked."""
@@ -245,6 +353,7 @@ class Lockstep:
     def _mark(self, crash: EnvCrash) -> None:
         episode = self._episodes[crash.place]
         episode.crashed, episode.success = crash.reason, False
+        episode.terminate_reason = "crashed"
         del episode.expert_actions[len(episode.actions) :]  # its step has no outcome
 
     def _settle(self) -> None:
@@ -252,11 +361,13 @@ class Lockstep:
         going = []
         for place, row in enumerate(self._active):
             episode = self._episodes[row]
-            long = len(episode.actions) >= (self._options.max_steps or float("inf"))
-            if episode.crashed is None and not self._over[row] and not long:
+            if episode.crashed is None and not self._over[row]:
+                self._end_at_limit(row)
+            if episode.crashed is None and not self._over[row]:
                 going.append(place)
                 continue
-            if isinstance(self._policy, Dialogues) and episode.crashed is None:
+            told = episode.crashed is None and bool(episode.actions)
+            if told and isinstance(self._policy, Dialogues):
                 episode.trunk, episode.logps = self._policy.record(place)
                 episode.chat_template_kwargs = dict(self._policy.chat_template_kwargs)
             self._close(row)

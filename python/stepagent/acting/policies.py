@@ -14,10 +14,17 @@ from ..data.ends import model_ends
 from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import expert_actions
-from ..models import check_fits, check_tree_support, evaluation_mode, lm_head
+from ..models import (
+    check_fits,
+    check_tree_support,
+    evaluation_mode,
+    lm_head,
+    position_limit,
+)
 from ..ops import token_logprobs
+from .answers import Decision, Stop
 from .decoding import SlotCache, check_finite, finite_rows, sample_tokens
-from .dialogues import Dialogues
+from .dialogues import Dialogue, Dialogues
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,8 +46,12 @@ class Policy(Protocol):
     ) -> None:
         """The same, after the first ``steps[k]`` ≥ 1 actions of ``trajectories[k]`` were taken."""
 
-    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
-        """One action per running episode, given its newest observation; None gives it up.
+    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> Sequence[Decision]:
+        """One answer per running episode, given its newest observation; None gives it up.
+
+        It is the text in which the run's action format finds the action, or a `Stop`. A policy that
+        has ``exact = True`` answers actions themselves. One that has a ``system`` begins each
+        episode with this message.
 
         Where an environment that is asked meanwhile crashes, `EnvCrash` passes through and the call
         is made again for the others: until then nothing may have been drawn or remembered.
@@ -54,6 +65,7 @@ class ExpertPolicy:
     """The environment's own expert."""
 
     name = "expert"
+    exact = True
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Nothing to remember."""
@@ -75,6 +87,7 @@ class RandomPolicy:
     """Uniform over the environment's actions: the floor. The same seed gives the same actions."""
 
     name = "random"
+    exact = True
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
@@ -113,6 +126,9 @@ class ModelPolicy(Dialogues):
 
     Token ids are kept as they were sampled and never re-tokenized, so that
     :meth:`record` holds exactly what the model saw and did. Its name is that of the model's folder.
+    An episode whose next answer might not fit the model's positions ends, and the others go on.
+
+    :param system: a first message to the model, such as what the actions are.
     """
 
     def __init__(
@@ -125,6 +141,7 @@ class ModelPolicy(Dialogues):
         eos_token_id: int | Sequence[int] | None = None,
         seed: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
+        system: str | None = None,
     ) -> None:
         check_tree_support(model)
         super().__init__(
@@ -134,10 +151,12 @@ class ModelPolicy(Dialogues):
             temperature=temperature,
             seed=seed,
             chat_template_kwargs=chat_template_kwargs,
+            system=system,
         )
         self.name = str(model.name_or_path) or type(model).__name__
         self._model = model
         self._head = lm_head(model)
+        self._limit = position_limit(model)
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed on an empty cache."""
@@ -180,7 +199,7 @@ class ModelPolicy(Dialogues):
             self._cache.keep_rows(self._on_device(np.array(rows)))
 
     @torch.no_grad()
-    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
+    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[Decision]:
         """Read each observation, decode each action, in lock-step."""
         with evaluation_mode(self._model):
             for row, observation in enumerate(observations):
@@ -191,12 +210,29 @@ class ModelPolicy(Dialogues):
                     self._show_line(row)
             return self._decode()
 
-    def _decode(self) -> list[str | None]:
-        for dialogue in self._dialogues:
-            positions = len(dialogue.line) + self._max_new_tokens
-            check_fits(self._model, dialogue.name, dialogue.token_ids, positions)
+    def _decode(self) -> list[Decision]:
+        stops = [self._overflow(dialogue) for dialogue in self._dialogues]
+        fitting = np.flatnonzero([stop is None for stop in stops])
+        for row in fitting:
+            dialogue = self._dialogues[row]
+            check_fits(self._model, dialogue.name, dialogue.token_ids, len(dialogue.line))
             self._open(dialogue)
-        active = np.arange(len(self._dialogues))
+        if len(fitting):
+            self._decode_rows(fitting)
+        return [stop or self._answer(d) for stop, d in zip(stops, self._dialogues, strict=True)]
+
+    def _overflow(self, dialogue: Dialogue) -> Stop | None:
+        """Where its next answer might not fit: then the dialogue ends after its newest answer."""
+        needed = len(dialogue.line) + self._max_new_tokens
+        if self._limit is None or needed <= self._limit:
+            return None
+        self._take_back(dialogue)
+        return Stop(
+            "context_limit",
+            f"{dialogue.name} needs {needed} positions, the model has {self._limit}",
+        )
+
+    def _decode_rows(self, active: NDArray[np.int64]) -> None:
         for position in range(self._max_new_tokens):
             logits = self._head.logits(self._encode_new(active))
             check_finite(bool(finite_rows(logits).all()))
@@ -213,7 +249,6 @@ class ModelPolicy(Dialogues):
             active = active[~np.isin(tokens, self._ends)]
             if not len(active):
                 break
-        return [self._close(dialogue) for dialogue in self._dialogues]
 
     def _encode_new(self, active: NDArray[np.int64]) -> Tensor:
         """Encode what the cache lacks of the active rows; the hidden row of the last token."""

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from ..data.actions import PLAIN, ActionFormat
+from ..data.actions import action_format as as_format
 from ..data.draws import check_count
 from ..data.encoding import encode
 from ..data.ends import given_ends
 from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
-from ..records.episodes import Episode
+from ..records.episodes import Episode, split_system
 from .lockstep import Expert, Options, Start, own_expert, roll_out
 from .policies import ModelPolicy, Policy
 from .server_policies import EnginePolicy
@@ -56,6 +58,7 @@ def run_episodes(
     progress: str | None = None,
     split: str | None = None,
     on_end: Callable[[Episode], None] | None = None,
+    action_format: str | ActionFormat | Callable[[str], str] = "plain",
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
 
@@ -69,11 +72,16 @@ def run_episodes(
         progress: the label of a progress bar on stderr; None: no bar.
         split: the one that the environments are of, for the record.
         on_end: called with each episode as it ends or crashes, while others continue.
+        action_format: how the policy writes an action: ``"plain"``, ``"react"``, ``"json"``,
+            ``"tool_call"``, or a function from its text to the action, with ValueError for none.
+            Answers without an action are refused in place of the environment, as invalid steps.
 
     Raises:
+        ValueError: for a seed that the environment has no episode of, before any begins.
         RuntimeError: where ``CRASHES_IN_A_ROW`` environments crash and no episode ends between.
     """
-    options = Options(expert, max_steps, batch_size, workers, timeout, split, on_end)
+    form = as_format(action_format)
+    options = Options(expert, max_steps, batch_size, workers, timeout, split, on_end, form)
     starts = [Start(seed, seed) for seed in seeds]
     return roll_out(env, policy, starts, options, progress)
 
@@ -118,6 +126,7 @@ def continue_rollouts(
     workers: int = 0,
     timeout: float | None = None,
     progress: bool = False,
+    action_format: str | ActionFormat | Callable[[str], str] = "plain",
 ) -> list[Continuations]:
     """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
 
@@ -142,7 +151,8 @@ def continue_rollouts(
         for t in range(trajectory.num_steps)
         for n in range(samples)
     ]
-    options = Options(None, max_steps, batch_size, workers, timeout)
+    form = as_format(action_format)
+    options = Options(None, max_steps, batch_size, workers, timeout, action_format=form)
     rolled = iter(roll_out(env, policy, starts, options, "continue" if progress else None))
     return [
         Continuations([[next(rolled) for _ in range(samples)] for _ in range(one.num_steps)])
@@ -152,7 +162,7 @@ def continue_rollouts(
 
 def _env_seed(index: int, trajectory: Trajectory) -> int:
     name = f"trajectories[{index}] ({trajectory.id!r})"
-    roles = [message["role"] for message in trajectory.messages]
+    roles = [message["role"] for message in split_system(trajectory)[1]]
     if roles != ["user", "assistant"] * trajectory.num_steps:
         raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
     seed = trajectory.meta.get("seed")
@@ -182,6 +192,7 @@ def rollout_and_query(
     workers: int = 0,
     timeout: float | None = None,
     progress: bool = False,
+    action_format: str | ActionFormat | Callable[[str], str] = "plain",
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 
@@ -212,8 +223,9 @@ def rollout_and_query(
         workers=workers,
         timeout=timeout,
         progress=progress,
+        action_format=action_format,
     )
-    return trunks_and_answers(episodes, tokenizer)
+    return trunks_and_answers(episodes, tokenizer, as_format(action_format))
 
 
 def queried_rollouts(
@@ -253,22 +265,24 @@ def queried_rollouts(
 
 
 def trunks_and_answers(
-    episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase
+    episodes: Sequence[Episode],
+    tokenizer: PreTrainedTokenizerBase,
+    form: ActionFormat = PLAIN,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
-    """What `rollout_and_query` gives, of its episodes."""
-    ended = [episode for episode in episodes if episode.crashed is None]
+    """What `rollout_and_query` gives, of its episodes: of those that took a step."""
+    ended = [(e, e.trunk) for e in episodes if e.crashed is None and e.trunk is not None]
     if episodes and not ended:
-        raise RuntimeError(f"all {len(episodes)} rollouts crashed: {episodes[0].crashed}")
+        why = episodes[0].crashed or f"none took a step ({episodes[0].terminate_reason})"
+        raise RuntimeError(f"all {len(episodes)} rollouts crashed: {why}")
     tokens = {
-        action: action_tokens(action, tokenizer)
-        for action in sorted({a for e in ended for a in e.expert_actions if a is not None})
+        action: action_tokens(form.written(action), tokenizer)
+        for action in sorted({a for e, _ in ended for a in e.expert_actions if a is not None})
     }
-    trunks = [episode.trunk for episode in ended if episode.trunk is not None]
     branches = [
         [[] if action is None else [tokens[action]] for action in episode.expert_actions]
-        for episode in ended
+        for episode, _ in ended
     ]
-    return trunks, branches
+    return [trunk for _, trunk in ended], branches
 
 
 def action_tokens(action: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:

@@ -1,24 +1,31 @@
 """Policies whose model is elsewhere: behind an engine as token ids, behind a server as text.
 
-All running episodes are asked for at once, and the server batches them.
+All running episodes are asked for at once, and the server batches them. What a server refuses or
+answers wrongly for one episode ends that episode; where it cannot be reached at all, the run ends.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from ..address import TokenLimit
+from ..data.actions import call_text
 from ..data.draws import check_count, check_temperature
 from ..data.ends import given_ends
-from ..engines.base import Engine, EngineError, Prompt, Sampling, state_seed
+from ..engines.base import Engine, Prompt, Sampling, state_seed
 from ..engines.server import Server, excerpt
+from ..errors import ContextLimit, RequestRefused
+from .answers import Answer, Decision, Stop
 from .dialogues import Dialogues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.branch import Branch
     from ..data.trajectory import Trajectory
     from ..envs.base import TextEnv
 
@@ -30,6 +37,7 @@ class EnginePolicy(Dialogues):
 
     :param eos_token_id: the tokens that end an action.
     :param name: in the records of its episodes.
+    :param system: a first message to the model, such as what the actions are.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class EnginePolicy(Dialogues):
         seed: int = 0,
         name: str = "engine",
         chat_template_kwargs: dict[str, Any] | None = None,
+        system: str | None = None,
     ) -> None:
         ends = given_ends(eos_token_id, "an engine")
         super().__init__(
@@ -52,11 +61,12 @@ class EnginePolicy(Dialogues):
             temperature=temperature,
             seed=seed,
             chat_template_kwargs=chat_template_kwargs,
+            system=system,
         )
         self.name, self._engine = name, engine
         self._sampling = Sampling(1, max_new_tokens, float(temperature), tuple(ends))
 
-    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
+    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[Decision]:
         """Read each observation, draw each action; EngineError where the engine fails."""
         prompts = []
         for dialogue, observation in zip(self._dialogues, observations, strict=True):
@@ -65,21 +75,51 @@ class EnginePolicy(Dialogues):
             seed = state_seed(self._seed, dialogue.seed, turn)
             ids = np.array(dialogue.visible_ids, dtype=np.int32)
             prompts.append(Prompt(f"{dialogue.name} at step {turn}", ids, seed))
-        drawn = self._engine.draw(prompts, self._sampling)
-        for dialogue, (branch,) in zip(self._dialogues, drawn, strict=True):
+        decisions: list[Decision] = []
+        for dialogue, answer in zip(self._dialogues, self._draw(prompts), strict=True):
+            if isinstance(answer, Stop):
+                self._take_back(dialogue)
+                decisions.append(answer)
+                continue
             self._open(dialogue)
-            dialogue.append(branch.token_ids.tolist())
-            dialogue.logps[-1] = branch.logps.tolist()
-        return [self._close(dialogue) for dialogue in self._dialogues]
+            dialogue.append(answer.token_ids.tolist())
+            dialogue.logps[-1] = answer.logps.tolist()
+            decisions.append(self._answer(dialogue))
+        return decisions
+
+    def _draw(self, prompts: Sequence[Prompt]) -> list[Branch | Stop]:
+        """An action at each prompt. Where one is refused, the others are asked for again: their
+        seeds are their own, so that they are what they would have been."""
+        stops: dict[int, Stop] = {}
+        while True:
+            left = [place for place in range(len(prompts)) if place not in stops]
+            try:
+                drawn = self._engine.draw([prompts[place] for place in left], self._sampling)
+            except RequestRefused as refusal:
+                if refusal.place is None:
+                    raise
+                stops[left[refusal.place]] = _stop(refusal)
+                continue
+            branches = {place: branch for place, (branch,) in zip(left, drawn, strict=True)}
+            return [stops.get(place) or branches[place] for place in range(len(prompts))]
+
+
+def _stop(refusal: RequestRefused) -> Stop:
+    return Stop(
+        "context_limit" if isinstance(refusal, ContextLimit) else "failed",
+        str(refusal),
+    )
 
 
 class ChatPolicy:
     """A model behind ``/v1/chat/completions``: any OpenAI-compatible server, text both ways.
 
-    An action is the whole answer, without the white space around it. Episodes have no token ids.
+    Its answer is the text without the white space around it; parts of text are joined, and tool
+    calls are written after it as ``<tool_call>`` texts. Episodes have no token ids.
 
     :param system: a first message to the model, such as what the actions are.
     :param name: in the records of its episodes.
+    :param token_limit: the field of a request that has ``max_new_tokens``.
     """
 
     def __init__(
@@ -91,17 +131,22 @@ class ChatPolicy:
         seed: int = 0,
         system: str | None = None,
         name: str = "server",
+        token_limit: TokenLimit = "max_tokens",
     ) -> None:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
+        if token_limit not in get_args(TokenLimit):
+            choices = " or ".join(get_args(TokenLimit))
+            raise ValueError(f"token_limit must be {choices}, got {token_limit!r}")
         self.name, self._server, self._seed = name, server, seed
         self._max_new_tokens, self._temperature = max_new_tokens, float(temperature)
-        self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._token_limit, self.system = token_limit, system
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one conversation per seed."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
         self._seeds = list(seeds)
-        self._messages: list[list[dict[str, Any]]] = [list(self._first) for _ in seeds]
+        self._messages: list[list[dict[str, Any]]] = [list(first) for _ in seeds]
 
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
@@ -109,17 +154,19 @@ class ChatPolicy:
         """The same, after the first ``steps[k]`` actions of ``trajectories[k]``."""
         self.begin(seeds)
         for messages, trajectory, step in zip(self._messages, trajectories, steps, strict=True):
-            messages += trajectory.messages[: 2 * step]
+            turns = [m for m in trajectory.messages if m["role"] != "system"]
+            messages += turns[: 2 * step]
 
-    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
+    def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[Decision]:
         """Send each conversation with its observation; EngineError where the server fails."""
         for messages, observation in zip(self._messages, observations, strict=True):
             messages.append({"role": "user", "content": observation})
         requests = [self._request(row) for row in range(len(self._seeds))]
-        actions = self._server.post("/chat/completions", requests, self._action)
-        for messages, action in zip(self._messages, actions, strict=True):
-            messages.append({"role": "assistant", "content": action})
-        return list(actions)
+        answers = self._server.post("/chat/completions", requests, self._read, self._refused)
+        for messages, answer in zip(self._messages, answers, strict=True):
+            if isinstance(answer, str):
+                messages.append({"role": "assistant", "content": str.__str__(answer)})
+        return answers
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the conversations that ended."""
@@ -130,22 +177,59 @@ class ChatPolicy:
         messages = self._messages[row]
         request = {
             "messages": messages,
-            "max_tokens": self._max_new_tokens,
+            self._token_limit: self._max_new_tokens,
             "temperature": self._temperature,
         }
         # Not every server knows the word, and what is greedy needs none.
         seed = {"seed": state_seed(self._seed, self._seeds[row], len(messages))}
         return request | (seed if self._temperature > 0 else {})
 
-    def _action(self, row: int, answer: Any) -> str:
-        name = f"the episode of seed {self._seeds[row]}"
+    def _refused(self, row: int, refusal: RequestRefused) -> Decision:
+        return _stop(refusal)
+
+    def _read(self, row: int, answer: Any) -> Decision:
+        """The text of an answer; a `Stop` where it is none of a chat."""
         try:
-            (choice,) = answer["choices"]
-            content = choice["message"]["content"]
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise EngineError(f"{name}: {problem} in the answer {excerpt(answer)}") from error
-        if not isinstance(content, str):
-            why = f"finish_reason {choice.get('finish_reason')!r}"
-            raise EngineError(f"{name}: no text came ({why}) in the answer {excerpt(answer)}")
-        return content.strip()
+            choices = answer["choices"]
+            if not choices:
+                return Answer("", problem="no text")
+            message = choices[0]["message"]
+            said, calls = _content(message.get("content")), _calls(message)
+            truncated = choices[0].get("finish_reason") == "length"
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            broken = f"{type(error).__name__}: {error}"
+            return Stop("failed", f"{broken} in the answer {excerpt(answer)}")
+        text = "\n".join(part for part in (said.strip(), *calls) if part)
+        sound = text.encode(errors="replace").decode()
+        problem = "no text" if not text else None if sound == text else "broken Unicode"
+        return Answer(sound, truncated, problem)
+
+
+def _content(content: Any) -> str:
+    """The text of a message's content: a text, parts of which some are texts, or nothing."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(
+        part if isinstance(part, str) else part["text"]
+        for part in content
+        if isinstance(part, str) or part["type"] in ("text", "output_text")
+    )
+
+
+def _calls(message: dict[str, Any]) -> list[str]:
+    """A message's tool calls, and the one call of older servers, as texts."""
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    functions += [message["function_call"]] if message.get("function_call") else []
+    return [call_text(f["name"], _arguments(f.get("arguments"))) for f in functions]
+
+
+def _arguments(arguments: Any) -> Any:
+    """Servers send an object as JSON text; what is none stays as it came, and is read as none."""
+    if not isinstance(arguments, str):
+        return arguments or {}
+    try:
+        return json.loads(arguments or "{}")
+    except ValueError:
+        return arguments

@@ -6,12 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from ..address import Address, TokenLimit, is_url, scheme_hint, without_secrets
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, make_parent, reports
-from .rolling import Rollout, is_url
+from .loading import import_from_here, is_hub_name, parse_format
+from .rolling import Rollout
 
 if TYPE_CHECKING:
     from ..records.episodes import Episode
@@ -35,17 +37,26 @@ def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 
 def _check_policy(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value not in ("expert", "random") and not is_url(value) and not Path(value).is_dir():
+    if is_url(value):
+        try:
+            Address.parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+    elif value not in ("expert", "random") and not Path(value).is_dir() and not is_hub_name(value):
         raise click.BadParameter(
-            f"{value!r} is neither 'expert' nor 'random' nor a model's folder nor a server's URL"
+            f"{without_secrets(value)!r} is neither 'expert' nor 'random' nor a model's folder nor "
+            f"its name on the Hub (owner/name) nor a server's URL{scheme_hint(value)}"
         )
     return value
 
 
 _policy = functools.partial(
-    click.option, "--policy", metavar="expert|random|PATH|URL", callback=_check_policy
+    click.option, "--policy", metavar="expert|random|PATH|NAME|URL", callback=_check_policy
 )
-_POLICY_HELP = "Who acts; PATH is a model's folder, URL an OpenAI-compatible server's."
+_POLICY_HELP = (
+    "Who acts; PATH is a model's folder, NAME its name on the Hub, URL an OpenAI-compatible "
+    "server's."
+)
 
 
 def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +71,7 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
         seed_start: int | None,
         **options: Any,
     ) -> Any:
+        import_from_here()
         if seeds is not None and (episodes is not None or seed_start is not None):
             raise click.UsageError("--seeds says which episodes; --episodes and --seed-start too")
         if seeds is None:
@@ -73,7 +85,11 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in reversed(
         (
-            click.option("--env", required=True, help="For example babyai:GoToLocalS6N2."),
+            click.option(
+                "--env",
+                required=True,
+                help="For example babyai:GoToLocalS6N2, or your own module:Class.",
+            ),
             click.option("--split", metavar="NAME", help="Where it has some, for example test."),
             click.option("--episodes", type=POSITIVE, help="How many.  [default: 100]"),
             click.option(
@@ -127,7 +143,38 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=FOLDER,
                 help="Of the server's model: token ids both ways in place of text.",
             ),
-            click.option("--system", metavar="TEXT", help="First message to a server's model."),
+            click.option("--system", metavar="TEXT", help="First message to a model."),
+            click.option(
+                "--instructions/--no-instructions",
+                default=None,
+                help="Tell a model the task and its actions in the first message.  [default: by "
+                "name, where it is one of the Hub or a server's that is asked in text]",
+            ),
+            click.option(
+                "--action-format",
+                metavar="NAME",
+                callback=parse_format,
+                default="plain",
+                show_default=True,
+                help="How a model writes an action: plain, react, json, tool_call, or your own "
+                "module:function.",
+            ),
+            click.option(
+                "--temperature",
+                type=click.FloatRange(min=0),
+                help="Of a model's answers.  [default: 0, the likeliest]",
+            ),
+            click.option(
+                "--server-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="SECONDS",
+                help="To wait for a server's answer before another try.  [default: 600]",
+            ),
+            click.option(
+                "--token-limit",
+                type=click.Choice(get_args(TokenLimit)),
+                help="Field of a server's requests that limits the answer.  [default: max_tokens]",
+            ),
         )
     ):
         command = option(command)
@@ -156,16 +203,18 @@ def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
     rate = success_rate(episodes)
     kept = [episode for episode in episodes if keep(episode)]
     if not kept:
-        raise ValueError(f"none of {len(episodes)} expert episodes in {rollout.env} succeeded")
+        raise ValueError(
+            f"none of {len(episodes)} expert episodes in {rollout.shown_env} succeeded"
+        )
     report = {
         "path": str(rollout.output),
-        "environment": rollout.env,
-        "policy": rollout.policy,
+        "environment": rollout.shown_env,
+        "policy": rollout.shown_policy,
         "episodes": len(episodes),
         "kept": len(kept),
         "success_rate": rate,
     }
-    text = f"{rollout.policy} in {rollout.env}: success rate {rate:.1%}"
+    text = f"{rollout.shown_policy} in {rollout.shown_env}: success rate {rate:.1%}"
     if dropped := len(episodes) - len(kept):
         text += f"; dropped {dropped} of {len(episodes)} episodes, which failed or crashed"
     return report, f"{text}\nWrote {len(kept)} trajectories to {rollout.output}"
@@ -191,8 +240,8 @@ def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], st
     episodes = rollout.run()
     summary = summarize(episodes)
     report = {
-        "environment": rollout.env,
-        "policy": rollout.policy,
+        "environment": rollout.shown_env,
+        "policy": rollout.shown_policy,
         "seeds": describe_seeds(rollout.seeds),
         "success_rate": summary.metrics["success"].mean,
         **asdict(summary),
@@ -230,6 +279,8 @@ def _text(report: dict[str, Any]) -> str:
     if report["invalid_actions"]:
         kinds = (f"{kind} {count}" for kind, count in report["invalid_actions"].items())
         lines.append(f"invalid actions     {', '.join(kinds)}")
+    if limited := report["terminate_reasons"].get("context_limit"):
+        lines.append(f"context limit       {limited} episodes ended there")
     for label in ("task", "difficulty"):
         for name, group in report[f"by_{label}"].items():
             means = [

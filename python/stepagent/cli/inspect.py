@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..data.actions import PLAIN, ActionFormat
 from ..optional import require
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
-from .loading import device, load_model, load_tokenizer
+from .loading import device, load_model, load_tokenizer, parse_format
 from .reading import on_error_option, read
 
 if TYPE_CHECKING:
@@ -70,6 +71,14 @@ def _launched_shard() -> str:
 )
 @click.option("--served-model", metavar="NAME", help="Of several on the server.")
 @click.option(
+    "--action-format",
+    metavar="NAME",
+    callback=parse_format,
+    default="plain",
+    show_default=True,
+    help="Of both: agreement is that of the actions it reads, with plain that of the tokens.",
+)
+@click.option(
     "--chunk",
     type=POSITIVE,
     default=32,
@@ -91,6 +100,7 @@ def inspect_command(
     output: Path,
     engine: str,
     served_model: str | None,
+    action_format: ActionFormat,
     chunk: int,
     shard: Shard,
     on_error: str,
@@ -126,6 +136,7 @@ def inspect_command(
             "fingerprint": fingerprint(model),
             "engine": where,
             "chunk": chunk,
+            **({} if action_format == PLAIN else {"action_format": action_format.name}),
             **sampling,
         },
     )
@@ -134,7 +145,11 @@ def inspect_command(
         writer.write(output, chunks)
     except KeyboardInterrupt as interrupt:
         raise Interrupted("the same command goes on where it stopped") from interrupt
-    report = {"output": str(output), "samples": sampling["samples"], **_inspected(output)}
+    report = {
+        "output": str(output),
+        "samples": sampling["samples"],
+        **_inspected(output, action_format, tokenizer),
+    }
     if on_error == "skip":
         report["skipped"] = reading.records()
     text = f"Wrote {report['trajectories']} trajectories to {output}"
@@ -166,7 +181,9 @@ def _agent(
     return CompletionsEngine(engine, model=served_model), tokenizer
 
 
-def _inspected(output: Path) -> dict[str, Any]:
+def _inspected(
+    output: Path, form: ActionFormat, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """What the whole file holds; a part may hold nothing."""
     from ..data.branch import agreement
     from ..records.branches import iterate_branches
@@ -175,7 +192,8 @@ def _inspected(output: Path) -> dict[str, Any]:
     for trunk, branches in iterate_branches(output):
         trajectories += 1
         steps += trunk.num_steps
-        agreed += agreement([trunk], [branches]) * trunk.num_steps
+        same = agreement([trunk], [branches], form=form, tokenizer=tokenizer)
+        agreed += same * trunk.num_steps
     return {
         "trajectories": trajectories,
         "steps": steps,

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import click
+
+from ..data.actions import FORMATS, ActionFormat, action_format
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Of a model on the Hub; what else its folder has is not needed.
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of a model's name on the Hub, ``owner/name``."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+
+
+def model_folder(name: str) -> Path:
+    """The folder itself, or that of the model of this name on the Hub, fetched if missing."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with _loading(name):
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
+
+
+def import_from_here() -> None:
+    """Let ``module:Class`` be found in the folder where the command runs, behind all else."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def parse_format(ctx: click.Context, param: click.Parameter, value: str) -> ActionFormat:
+    """The action format of a name, or of a user's ``module:function``."""
+    module, colon, function = value.partition(":")
+    try:
+        if not colon:
+            return action_format(value)
+        import_from_here()
+        return action_format(getattr(importlib.import_module(module), function))
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise click.BadParameter(
+            f"{value!r} is neither {', '.join(FORMATS)} nor your own module:function: {error}"
+        ) from error
 
 
 def load_model(

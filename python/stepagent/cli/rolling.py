@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Container
 from contextlib import closing, nullcontext
@@ -12,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import envs
+from ..address import TokenLimit, is_url, without_secrets
+from ..data.actions import PLAIN, ActionFormat
 from .base import Interrupted
-from .loading import device, load_model, load_tokenizer
+from .loading import device, is_hub_name, load_model, load_tokenizer, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..acting.policies import Policy
     from ..records.episodes import Episode
-
-
-def is_url(policy: str) -> bool:
-    """Whether a policy is that of a server."""
-    return policy.startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,33 @@ class Rollout:
     served_model: str | None
     tokenizer: Path | None
     system: str | None
+    instructions: bool | None = None  # None: where the policy is not one that was trained here
+    action_format: ActionFormat = PLAIN
+    temperature: float | None = None
+    server_timeout: float | None = None
+    token_limit: TokenLimit | None = None
 
     def __post_init__(self) -> None:
-        for name in ("served_model", "tokenizer", "system"):
-            if getattr(self, name) is not None and not is_url(self.policy):
+        of_servers = ("served_model", "tokenizer", "server_timeout", "token_limit")
+        of_models = ("system", "temperature", "instructions")
+        useless: tuple[str, ...] = () if is_url(self.policy) else of_servers
+        useless += of_models if self.policy in ("expert", "random") else ()
+        for name in useless:
+            if getattr(self, name) is not None:
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} is of no use with --policy {self.policy}")
-        if self.system is not None and self.tokenizer is not None:
-            raise click.UsageError("--system is of no use with --tokenizer")
+        if self.token_limit is not None and self.tokenizer is not None:
+            raise click.UsageError("--token-limit is of no use with --tokenizer")
+
+    @property
+    def shown_env(self) -> str:
+        """For records and people, which are shown no password."""
+        return envs.shown_name(self.env)
+
+    @property
+    def shown_policy(self) -> str:
+        """For records and people, which are shown no password."""
+        return without_secrets(self.policy) if is_url(self.policy) else self.policy
 
     def run(self, keep: Callable[[Episode], bool] = lambda _: True) -> list[Episode]:
         """The episodes, in the order of seeds; those of the file, where it has them.
@@ -101,6 +118,7 @@ class Rollout:
             split=self.split,
             progress=self.command,
             on_end=on_end,
+            action_format=self.action_format,
         )
 
     def _progress(self, ended: int) -> str:
@@ -123,22 +141,52 @@ class Rollout:
 
         run: dict[str, Any] = {
             "command": self.command,
-            "env": self.env,
-            "policy": self.policy,
+            "env": self.shown_env,
+            "policy": self.shown_policy,
             "max_steps": self.max_steps,
             "query_expert": self.query_expert,
         }
         if self.split is not None:
             run["split"] = self.split
         if self._is_model:
-            run |= {"fingerprint": fingerprint(Path(self.policy)), "batch_size": self.batch_size}
+            folder = model_folder(self.policy)
+            run |= {"fingerprint": fingerprint(folder), "batch_size": self.batch_size}
         if self.tokenizer is not None:
             run["tokenizer"] = fingerprint(self.tokenizer)
         if is_url(self.policy):
-            run |= {"served_model": self.served_model, "system": self.system}
+            run |= {"served_model": self.served_model, "system": self._system}
         if self._is_model or is_url(self.policy):
             run["max_new_tokens"] = self.max_new_tokens
+        # Named only where they are not as they always were, so that older files go on.
+        if self._is_model and self._system is not None:
+            run["system"] = self._system
+        if self.temperature:
+            run["temperature"] = self.temperature
+        if self.action_format != PLAIN:
+            run["action_format"] = self.action_format.name
         return run
+
+    @functools.cached_property
+    def _system(self) -> str | None:
+        """The first message to the model: ``--system``, and the environment's instructions."""
+        wanted = self.instructions
+        if wanted is None:
+            unknown = is_hub_name(self.policy) and not Path(self.policy).is_dir()
+            asked_in_text = is_url(self.policy) and self.tokenizer is None
+            wanted = self.system is None and (unknown or asked_in_text)
+        parts = [self.system, *(self._instructions() if wanted else ())]
+        return "\n\n".join(part for part in parts if part) or None
+
+    def _instructions(self) -> list[str]:
+        own = ""
+        if not self.env.startswith("agentgym:"):  # whose servers have few, and no instructions
+            with closing(envs.factory(self.env, self.split)()) as env:
+                own = getattr(env, "instructions", "")
+        if self.instructions and not own:
+            raise click.UsageError(
+                f"--instructions: {self.shown_env} has none; say them by --system"
+            )
+        return [own, self.action_format.instructions] if own else []
 
     def _actor(self) -> Policy:
         from ..acting.policies import ExpertPolicy, RandomPolicy
@@ -153,29 +201,45 @@ class Rollout:
         action = self._some_action()  # first: a wrong name need not wait for a model
         from ..acting.policies import ModelPolicy
 
-        model, tokenizer = load_model(self.policy, device())
+        model, tokenizer = load_model(model_folder(self.policy), device())
         end = _end_of_turn(action, tokenizer)
-        limit = self.max_new_tokens
-        return ModelPolicy(model, tokenizer, max_new_tokens=limit, eos_token_id=end)
+        policy = ModelPolicy(model, tokenizer, eos_token_id=end, **self._speaking)
+        policy.name = self.policy
+        return policy
 
     def _server(self) -> Policy:
         from ..acting.server_policies import ChatPolicy, EnginePolicy
         from ..engines import CompletionsEngine, Server
 
-        options: Any = {"max_new_tokens": self.max_new_tokens, "name": self.policy}
+        patience: Any = {} if self.server_timeout is None else {"timeout": self.server_timeout}
+        options: Any = {"name": self.shown_policy, **self._speaking}
         if self.tokenizer is None:
             key = os.environ.get("OPENAI_API_KEY")
-            server = Server(self.policy, model=self.served_model, api_key=key)
-            return ChatPolicy(server, system=self.system, **options)
+            server = Server(self.policy, model=self.served_model, api_key=key, **patience)
+            return ChatPolicy(server, token_limit=self.token_limit or "max_tokens", **options)
         tokenizer = load_tokenizer(self.tokenizer)
-        engine = CompletionsEngine(self.policy, model=self.served_model)
+        engine = CompletionsEngine(self.policy, model=self.served_model, **patience)
         end = _end_of_turn(self._some_action(), tokenizer)
         return EnginePolicy(engine, tokenizer, eos_token_id=end, **options)
 
+    @property
+    def _speaking(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature or 0.0,
+            "system": self._system,
+        }
+
     def _some_action(self) -> str:
+        from ..envs.base import check_seeds
+
         with closing(envs.factory(self.env, self.split)()) as env:
+            check_seeds(env, self.seeds)
             env.reset(seed=self.seeds[0])
-            return env.actions[0] if env.actions else env.expert_action()
+            try:
+                return env.actions[0] if env.actions else env.expert_action()
+            except envs.ExpertUnavailable:
+                return "look"
 
 
 def _end_of_turn(action: str, tokenizer: PreTrainedTokenizerBase) -> int:

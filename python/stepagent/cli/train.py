@@ -17,7 +17,7 @@ from ..optional import require
 from .base import FILE, POSITIVE, Interrupted, reports
 from .choices import TREE_ATTENTION
 from .fields import FieldOption, check_names, given, inherited_names, options, spread
-from .loading import load_model, load_tokenizer
+from .loading import import_from_here, load_model, load_tokenizer
 from .reading import on_error_option, read
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def train(
     config = _training_config(inherited, given(own))
     if env is not None and config.states != "agent":
         raise click.UsageError(f"--env is of no use with --states {config.states}")
+    import_from_here()  # an environment of one's own
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
     reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
     adapter = None if lora_rank is None else _lora(lora_rank)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .actions import PLAIN, ActionFormat
 from .encoding import Trunk
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +33,53 @@ class Branch:
 def agreement(
     trunks: Sequence[Trunk],
     branches: Sequence[Sequence[Sequence[Branch | NDArray[np.int32]]]],
+    *,
+    form: ActionFormat = PLAIN,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> float:
-    """The share of actions tried that equal the trunk's own, token for token; nan if none."""
+    """The share of actions tried that equal the trunk's own; nan if none.
+
+    Args:
+        trunks: of which each step has an action of its own.
+        branches: ``[i][t]``: the actions tried at step t of ``trunks[i]``.
+        form: plain compares token for token; in another format the actions that it reads in the
+            texts are compared, whatever the thoughts. A text without an action equals none.
+        tokenizer: which made the tokens; needed by a format that is not plain.
+
+    Raises:
+        ValueError: a format that is not plain, and no tokenizer.
+    """
+    if form == PLAIN:
+        equal: Callable[[NDArray[np.int32], NDArray[np.int32]], bool] = np.array_equal
+    elif tokenizer is None:
+        raise ValueError(f"action format {form.name!r} must have a tokenizer, to read the texts")
+    else:
+        ends = {
+            int(trunk.input_ids[stop - 1]) for trunk in trunks for _, stop in trunk.action_spans
+        }
+        equal = _same_action(form, tokenizer, ends)
     same = [
-        np.array_equal(_ids(action), trunk.input_ids[start:stop])
+        equal(_ids(action), trunk.input_ids[start:stop])
         for trunk, steps in zip(trunks, branches, strict=True)
         for (start, stop), tried in zip(trunk.action_spans, steps, strict=True)
         for action in tried
     ]
     return float(np.mean(same)) if same else float("nan")
+
+
+def _same_action(
+    form: ActionFormat, tokenizer: PreTrainedTokenizerBase, ends: Container[int]
+) -> Callable[[NDArray[np.int32], NDArray[np.int32]], bool]:
+    def read(ids: NDArray[np.int32]) -> str | None:
+        kept = ids[:-1] if int(ids[-1]) in ends else ids
+        text = tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)
+        return form.parse(str(text).strip()).action
+
+    def equal(tried: NDArray[np.int32], own: NDArray[np.int32]) -> bool:
+        action = read(tried)
+        return action is not None and action == read(own)
+
+    return equal
 
 
 def _ids(action: Branch | NDArray[np.int32]) -> NDArray[np.int32]:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.branch import Branch
-from .base import Engine, EngineError, Prompt, Sampling
+from .base import Engine, EngineError, Prompt, RequestRefused, Sampling
 from .server import Server, excerpt
 
 # A model's generation_config.json may set these on the server; the policy is the whole softmax.
@@ -57,6 +57,7 @@ class CompletionsEngine(Engine):
         timeout: float = 600.0,
         retries: int = 5,
         backoff: float = 0.5,
+        budget: float = 3600.0,
     ) -> None:
         self._server = Server(
             url,
@@ -66,6 +67,7 @@ class CompletionsEngine(Engine):
             timeout=timeout,
             retries=retries,
             backoff=backoff,
+            budget=budget,
         )
 
     def sample(
@@ -79,7 +81,11 @@ class CompletionsEngine(Engine):
                 bar.update()
                 return _branches(prompts[place], answer)
 
-            return self._server.post("/completions", requests, read)
+            def refused(place: int, refusal: RequestRefused) -> list[Branch]:
+                refusal.place = place
+                raise refusal
+
+            return self._server.post("/completions", requests, read, refused)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """As `Engine.load_adapter`; ``folder`` is read by the server, where that runs."""

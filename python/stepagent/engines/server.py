@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..address import Address
 from ..data.draws import check_count
-from .base import EngineError
+from .base import ContextLimit, EngineError, RequestRefused
+from .retries import BUSY, PassingFailure, Retries, retry_after
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient, Response
 
 T = TypeVar("T")
 
-_BUSY = (408, 429)  # with 5xx: worth another try
 _EXCERPT = 300
+# Of the request alone, and not of the server: what it holds is refused.
+_REFUSED = (400, 413, 422)
+# How servers say that a prompt is too long: OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic.
+_TOO_LONG = re.compile(
+    r"context.{0,3}(length|size|window|limit)|maximum (context|model|sequence) length|max_model_len"
+    r"|(prompt|input|request)\b.{0,40}\b(is )?too (long|large)|longer than the (maximum )?model"
+    r"|inputs?`? tokens \+ `?max_new_tokens|exceed_context",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class Server:
     """A running server.
 
-    :param url: with or without ``/v1``.
+    :param url: as `stepagent.address.Address` reads it: with or without ``/v1``, with
+        another base path, or with an endpoint; a query string goes with every request, a user and
+        password as basic authentication.
     :param model: the name under which the model is served; None: the only one there is.
     :param api_key: sent as a bearer token, where there is one.
     :param concurrency: requests under way at once.
     :param timeout: seconds to wait for a connection, and for an answer, before another try.
-    :param retries: further tries after a lost connection, a timeout, or status 408, 429 or 5xx,
-        the first after ``backoff`` seconds, each after twice the time of the one before it.
+    :param retries: further tries after a lost connection, a timeout, or status 408, 409, 425, 429
+        or 5xx, the first after ``backoff`` seconds, each after twice the time of the one before it
+        with a random part on top; or after the seconds, or at the date, of ``Retry-After``.
+    :param budget: seconds after which no further try of a request begins.
     """
 
     def __init__(
@@ -41,25 +56,32 @@ class Server:
         timeout: float = 600.0,
         retries: int = 5,
         backoff: float = 0.5,
+        budget: float = 3600.0,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https://, got {url!r}")
         check_count("concurrency", concurrency)
-        if retries < 0:
-            raise ValueError(f"retries must be >= 0, got {retries}")
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        if not timeout > 0:
+            raise ValueError(f"timeout must be > 0 seconds, got {timeout}")
+        self._address = Address.parse(url)
         self._model, self._api_key = model, api_key
         self._concurrency, self._timeout = concurrency, timeout
-        self._retries, self._backoff = retries, backoff
+        self._retries = Retries(retries, backoff, budget)
+
+    @property
+    def name(self) -> str:
+        """The address for records: without user, password and query."""
+        return self._address.shown
 
     def post(
         self,
         path: str,
         requests: Sequence[dict[str, Any]],
         read: Callable[[int, Any], T],
+        refused: Callable[[int, RequestRefused], T] | None = None,
     ) -> list[T]:
         """What ``read`` makes of each answer, told the request's place; the first failure ends all.
 
+        :param refused: what comes of a request that the server refuses for what it holds, as one
+            that is too long (status 400, 413, 422); None: it ends all too.
         :raises EngineError: where the server cannot be reached or refuses.
         """
 
@@ -69,9 +91,14 @@ class Server:
             free = asyncio.Semaphore(self._concurrency)
 
             async def ask(place: int, request: dict[str, Any]) -> T:
-                async with free:
-                    json = {"model": self._model, **request}
-                    answer = await self._call(client, "POST", path, json)
+                json = {"model": self._model, **request}
+                try:
+                    async with free:
+                        answer = await self._call(client, "POST", path, json)
+                except RequestRefused as refusal:
+                    if refused is None:
+                        raise
+                    return refused(place, refusal)
                 return read(place, answer)
 
             return await _gather([ask(*numbered) for numbered in enumerate(requests)])
@@ -96,7 +123,7 @@ class Server:
         """EngineError unless the server can be reached and serves the model that was named."""
         served = self.models()
         if self._model is not None and self._model not in served:
-            raise EngineError(f"{self._url} serves {list(served)}, and no {self._model!r}")
+            raise EngineError(f"{self.name} serves {list(served)}, and no {self._model!r}")
 
     def _connected(self, work: Callable[[AsyncClient], Awaitable[T]]) -> T:
         from anyio.from_thread import start_blocking_portal
@@ -123,7 +150,7 @@ class Server:
         served = await self._models(client)
         names = [name for name, parent in served.items() if parent is None]
         if len(names) != 1:
-            raise EngineError(f"{self._url} serves {len(names)} models, name one: {names}")
+            raise EngineError(f"{self.name} serves {len(names)} models, name one: {names}")
         return names[0]
 
     async def _models(self, client: AsyncClient) -> dict[str, str | None]:
@@ -131,7 +158,7 @@ class Server:
         try:
             return {str(model["id"]): model.get("parent") for model in answer["data"]}
         except (AttributeError, KeyError, TypeError) as error:
-            raise EngineError(f"{self._url}/models lists no models: {excerpt(answer)}") from error
+            raise EngineError(f"{self.name}/models lists no models: {excerpt(answer)}") from error
 
     async def _call(self, client: AsyncClient, method: str, path: str, json: Any = None) -> Any:
         response = await self._answered(client, method, path, json)
@@ -139,35 +166,49 @@ class Server:
             return response.json()
         except ValueError as error:
             what = f"what is not JSON: {excerpt(response.text)}"
-            raise EngineError(f"{method} {response.url} was answered with {what}") from error
+            raise EngineError(f"{method} {self.name}{path} was answered with {what}") from error
 
     async def _answered(
         self, client: AsyncClient, method: str, path: str, json: Any = None
     ) -> Response:
-        response = await self._response(client, method, self._url + path, json)
-        if response.status_code != 200:
-            what = f"status {response.status_code}: {excerpt(response.text)}"
-            raise EngineError(f"{method} {response.url} was answered with {what}")
+        response = await self._response(client, method, path, json)
+        status, text = response.status_code, response.text
+        if status == 200:
+            return response
+        message = f"{method} {self.name}{path} was answered with status {status}: {excerpt(text)}"
+        if status in _REFUSED:
+            raise (ContextLimit if _TOO_LONG.search(text) else RequestRefused)(message)
+        raise EngineError(message)
+
+    async def _response(self, client: AsyncClient, method: str, path: str, json: Any) -> Response:
+        """The first answer that is not a passing failure."""
+        tries = 0
+        try:
+            async for attempt in self._retries.attempts():
+                with attempt:
+                    tries += 1
+                    response = await self._try(client, method, path, json)
+        except PassingFailure as failure:
+            times = f"failed {tries} times, the last time with" if tries > 1 else "failed with"
+            waited = (
+                f", and asked to wait {failure.retry_after:.0f} s" if failure.retry_after else ""
+            )
+            raise EngineError(
+                f"{method} {self.name}{path} {times} {failure.problem}{waited}"
+            ) from failure.__cause__
         return response
 
-    async def _response(self, client: AsyncClient, method: str, url: str, json: Any) -> Response:
-        """The first answer that is not a passing failure."""
+    async def _try(self, client: AsyncClient, method: str, path: str, json: Any) -> Response:
         from httpx2 import RequestError
 
-        for attempt in range(self._retries + 1):
-            if attempt:
-                await asyncio.sleep(self._backoff * 2 ** (attempt - 1))
-            failure: RequestError | None = None
-            try:
-                response = await client.request(method, url, json=json)
-            except RequestError as error:
-                failure, problem = error, f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code < 500 and response.status_code not in _BUSY:
-                return response
-            problem = f"status {response.status_code}: {excerpt(response.text)}"
-        tries = f"{method} {url} failed {self._retries + 1} times"
-        raise EngineError(f"{tries}, the last time with {problem}") from failure
+        try:
+            response = await client.request(method, self._address.endpoint(path), json=json)
+        except RequestError as error:
+            raise PassingFailure(f"{type(error).__name__}: {error}") from error
+        if response.status_code < 500 and response.status_code not in BUSY:
+            return response
+        problem = f"status {response.status_code}: {excerpt(response.text)}"
+        raise PassingFailure(problem, retry_after(response))
 
 
 async def _gather(coroutines: Sequence[Any]) -> list[Any]:

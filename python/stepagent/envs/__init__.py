@@ -1,14 +1,28 @@
-"""Text environments by name: ``make("babyai:GoToLocalS6N2")``."""
+"""Text environments by name: ``make("babyai:GoToLocalS6N2")``, or your own ``"module:Class"``."""
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from stepagent.envs.actions import parse_action
+from stepagent.data.actions import ActionFormat, parse_action
 from stepagent.envs.base import ExpertUnavailable, TextEnv
 
-__all__ = ["ExpertUnavailable", "TextEnv", "factory", "make", "parse_action", "register"]
+__all__ = [
+    "ActionFormat",
+    "ExpertUnavailable",
+    "TextEnv",
+    "factory",
+    "make",
+    "parse_action",
+    "register",
+    "shown_name",
+]
+
+_OWN = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<maker>[A-Za-z_]\w*)(:(?P<task>.*))?")
+_NEEDED = ("name", "actions", "max_steps", "reset", "step", "expert_action", "close")
 
 
 _factories: dict[str, Callable[..., TextEnv]] = {}
@@ -33,7 +47,7 @@ def register(prefix: str, factory: Callable[..., TextEnv], *, splits: Sequence[s
 
 
 def make(name: str, split: str | None = None) -> TextEnv:
-    """The environment of this name, ``prefix:task``.
+    """The environment of this name, ``prefix:task``, or ``module:Class`` or ``module:Class:task``.
 
     Raises ValueError for a prefix that is not registered, a task its factory does not know or a
     split it does not have, and ImportError where the environment's own package is not installed.
@@ -47,14 +61,62 @@ def factory(name: str, split: str | None = None) -> Callable[[], TextEnv]:
     it does not have."""
     prefix, _, task = name.partition(":")
     if prefix not in _factories:
-        registered = ", ".join(sorted(_factories))
-        raise ValueError(f"unknown environment {name!r}: the registered ones are {registered}")
+        return _own_factory(name, split)
     splits = _splits.get(prefix, ())
     if split is not None and split not in splits:
         has = f"it has {', '.join(splits)}" if splits else "it has none"
         raise ValueError(f"environment {prefix!r} has no split {split!r}: {has}")
     chosen = [split or splits[0]] if splits else []
     return partial(_factories[prefix], task, *chosen)
+
+
+def shown_name(name: str) -> str:
+    """The name for records and messages: without a user and password in a server's address."""
+    return re.sub(r"//[^/?]*@", "//", name)
+
+
+def _own_factory(name: str, split: str | None) -> Callable[[], TextEnv]:
+    """Of ``module:Class``, which is imported here so that a wrong name is told at once."""
+    own = _OWN.fullmatch(name)
+    if own is None:
+        registered = ", ".join(sorted(_factories))
+        raise ValueError(
+            f"unknown environment {shown_name(name)!r}: the registered ones are {registered}, and "
+            "your own is module:Class"
+        )
+    _maker(own["module"], own["maker"])
+    if split is not None:
+        raise ValueError(f"environment {name!r} has no split {split!r}: register() gives it some")
+    return partial(_make_own, own["module"], own["maker"], own["task"])
+
+
+def _maker(module: str, maker: str) -> Callable[..., TextEnv]:
+    """The class, or function, of a module."""
+    try:
+        found = getattr(importlib.import_module(module), maker)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        registered = ", ".join(sorted(_factories))
+        raise ValueError(
+            f"unknown environment {f'{module}:{maker}'!r}: there is no module {module!r} here, and "
+            f"the registered ones are {registered}"
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"module {module!r} has no {maker!r} to make an environment") from error
+    if not callable(found):
+        raise TypeError(f"{module}:{maker} must be a class or a function, got {found!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _make_own(module: str, maker: str, task: str | None) -> TextEnv:
+    env = _maker(module, maker)(*([] if task is None else [task]))
+    if lacking := [attribute for attribute in _NEEDED if not hasattr(env, attribute)]:
+        raise TypeError(
+            f"{module}:{maker} must make a stepagent.envs.TextEnv, what it made lacks "
+            f"{', '.join(lacking)}"
+        )
+    return env
 
 
 # Each imports its environment when it is made: what it needs is in an optional extra.

@@ -4,13 +4,24 @@ The servers speak one of two dialects, told apart by the answer to ``POST /creat
 
 * ``{"id": 0}`` (BabyAI, ScienceWorld, ALFWorld, TextCraft, …): ``POST /reset`` and ``/step`` name
   the environment by ``id`` and answer ``{"observation", "reward", "score", "done", …}``;
-* ``0`` (WebShop, SQLGym, …): they name it by ``env_idx``, ``/step`` answers ``{"state", "reward",
-  "done"}``, and the first observation is asked for by ``GET /observation``.
+* ``0`` or ``{"env_idx": 0}`` (WebShop, SQLGym, and academia, movie, sheet, todo, weather, SearchQA,
+  whose ``/create`` and ``/reset`` want a task as ``id``): they name it by ``env_idx``, ``/step``
+  answers ``{"state" or "observation", "reward", "done"}``, and the first observation is asked for
+  by ``GET /observation``.
+
+Some servers hand out the same environment again once their pool is full; two episodes would then
+act in one. So each is held by one client: see `_hold`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 from httpx2 import Client, HTTPError, Response, TimeoutException
@@ -34,21 +45,26 @@ class AgentGymTextEnv:
     that a text was no action: ``valid`` is False where the observation is a refusal known to us.
 
     :param address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100.
+        A user and password in it are sent, and are no part of the name.
     :param timeout: seconds to wait for an answer.
     :raises ValueError: for another address.
-    :raises AgentGymError: where the server cannot be reached or fails; so do the methods.
+    :raises AgentGymError: where the server cannot be reached or fails, or gives an environment that
+        another client on this machine holds; so do the methods.
     """
 
     actions: tuple[str, ...] = ()  # servers do not list them
     max_steps = 100
 
     def __init__(self, address: str, timeout: float = 60.0) -> None:
-        self.name = f"agentgym:{address}"
-        self._url, self._scale = parse_address(address)
+        url, self._scale = parse_address(address)
+        self.name = f"agentgym:{without_user(address)}"
+        self._url = without_user(url)
         self._over = True
-        self._client = Client(base_url=self._url, timeout=timeout)
+        self._client = Client(base_url=url, timeout=timeout)
         try:
-            self._handle = self._handle_of(self._ask("POST", "/create"))
+            # Those that take a body want a task here already; the others read none.
+            self._handle = self._handle_of(self._ask("POST", "/create", {"id": 0}))
+            self._held = self._hold()
         except BaseException:
             self._client.close()
             raise
@@ -56,8 +72,15 @@ class AgentGymTextEnv:
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Start the server's task of this number."""
         # A server reads the field it knows and leaves the others.
-        fields = {"data_idx": seed, "session_id": seed, "item_id": seed, "game": seed}
-        answer = self._ask("POST", "/reset", {**self._handle, **fields, "world_type": "Text"})
+        fields: dict[str, Any] = {
+            "data_idx": seed,
+            "session_id": seed,
+            "item_id": seed,
+            "game": seed,
+        }
+        if "id" not in self._handle:
+            fields["id"] = seed
+        answer = self._ask("POST", "/reset", {**fields, **self._handle, "world_type": "Text"})
         if "id" in self._handle:
             told = self._text(answer, "observation")
             task = answer.get("task_description")
@@ -73,7 +96,8 @@ class AgentGymTextEnv:
         """Send any text."""
         self._require_running("step")
         answer = self._ask("POST", "/step", {**self._handle, "action": action})
-        observation = self._text(answer, "observation" if "id" in self._handle else "state")
+        named = isinstance(answer, dict) and "state" in answer and "id" not in self._handle
+        observation = self._text(answer, "state" if named else "observation")
         score, done = self._new_score(answer), answer.get("done")
         if not isinstance(done, bool):
             raise self._error(f"/step answered done = {done!r}; it must be true or false")
@@ -95,6 +119,7 @@ class AgentGymTextEnv:
         """Give the environment back, where the server knows how to take it."""
         self._over = True
         if not self._client.is_closed:
+            self._held.close()  # first: once it is given back, another may be handed it
             try:
                 self._client.post("/close", json=self._handle)
             except HTTPError:
@@ -128,10 +153,36 @@ class AgentGymTextEnv:
 
     def _handle_of(self, answer: Any) -> dict[str, int]:
         """The field that names our environment in requests."""
-        number = answer.get("id") if isinstance(answer, dict) else answer
+        field, number = "env_idx", answer
+        if isinstance(answer, dict):
+            field = "id" if "id" in answer else "env_idx"
+            number = answer.get(field)
         if not isinstance(number, int) or isinstance(number, bool):
-            raise self._error(f"/create answered {answer!r}; it must be a number, or one as id")
-        return {"id" if isinstance(answer, dict) else "env_idx": number}
+            raise self._error(
+                f"/create answered {answer!r}; it must be a number, or one as id or env_idx"
+            )
+        return {field: number}
+
+    def _hold(self) -> BinaryIO:
+        """The environment for this client alone, until the file that is returned is closed.
+
+        The file is locked, so that the workers of a run and other runs on this machine see it too.
+        """
+        (number,) = self._handle.values()
+        place = hashlib.sha256(f"{self._url} {number}".encode()).hexdigest()[:32]
+        folder = Path(tempfile.gettempdir(), f"stepagent-agentgym-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        file = Path(folder, place).open("wb")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise self._error(
+                f"/create gave environment {number}, which another episode holds: the server's "
+                "pool is smaller than the number of episodes side by side; lower --batch-size "
+                "(batch_size), or start the server with more environments"
+            ) from error
+        return file
 
     def _text(self, answer: Any, field: str) -> str:
         text = answer.get(field) if isinstance(answer, dict) else None
@@ -176,7 +227,12 @@ def parse_address(address: str) -> tuple[str, float]:
         scale = 0.0
     if parts.scheme not in ("http", "https") or not parts.hostname or query or not scale > 0:
         raise ValueError(
-            f"{address!r} is no AgentGym server: it is http://host:port, "
+            f"{without_user(address)!r} is no AgentGym server: it is http://host:port, "
             "and ?scale=100 where its full score is 100"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}", scale
+
+
+def without_user(address: str) -> str:
+    """The address without a user and password in it."""
+    return re.sub(r"(^|//)[^/?]*@", r"\1", address)

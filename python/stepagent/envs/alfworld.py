@@ -47,6 +47,13 @@ class ALFWorldTextEnv:
 
     actions: tuple[str, ...] = ()
     max_steps = 40  # ETO's
+    instructions = (
+        "You are in a household and have to do a task.\n"
+        "The actions are, with the names of things and places as you see them: go to PLACE, "
+        "take OBJ from PLACE, move OBJ to PLACE, open PLACE, close PLACE, toggle OBJ, use OBJ, "
+        "clean OBJ with PLACE, heat OBJ with PLACE, cool OBJ with PLACE, slice OBJ with OBJ, "
+        "examine OBJ, inventory, look."
+    )
 
     def __init__(self, task: str = "", split: str = "train") -> None:
         self._games = game_files(task, split)
@@ -63,8 +70,7 @@ class ALFWorldTextEnv:
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Start the split's game of this number: the room, and the task."""
-        if not 0 <= seed < len(self._games):
-            raise ValueError(f"{self.name} has no seed {seed}: it has {len(self._games)}, from 0")
+        self.check_seed(seed)
         self.close()
         import textworld
 
@@ -74,6 +80,11 @@ class ALFWorldTextEnv:
         self._task = path.parts[-3].partition("-")[0]
         self._over, self._steps = False, 0
         return str(self._state.feedback).strip(), self._info(valid=True)
+
+    def check_seed(self, seed: int) -> None:
+        """ValueError for a seed beyond the split."""
+        if not 0 <= seed < len(self._games):
+            raise ValueError(f"{self.name} has no seed {seed}: it has {len(self._games)}, from 0")
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by an admissible command; ``info["invalid"]`` is "inadmissible action"."""

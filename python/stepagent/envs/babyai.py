@@ -48,6 +48,15 @@ from stepagent.envs.base import ExpertUnavailable
 # minigrid's seventh action, done, changes nothing and solves nothing.
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle")
 
+INSTRUCTIONS = f"""\
+You walk in a world of rooms on a grid and have to fulfil a mission. You see what lies before you: \
+each object with the steps to it, ahead and to your left or right, and the steps to the walls.
+The actions are: {", ".join(ACTIONS)}.
+left and right turn you on the spot; forward is one step ahead; pickup takes the object right in \
+front of you; drop puts down what you carry; toggle opens and closes the door or box right in \
+front of you."""
+"""Tells a model that was not trained on BabyAI what it may do."""
+
 _OBJECTS = ("ball", "box", "door", "key")
 _VIEW = 7
 _STATES = {index: state for state, index in STATE_TO_IDX.items()}
@@ -77,6 +86,8 @@ _quiet = threading.Lock()  # redirecting stdout is process-wide
 def level_id(level: str) -> str:
     """The gymnasium id of a BabyAI level: ``GoToObjS6`` is ``BabyAI-GoToObjS6-v1``."""
     ids = {id.split("-")[1]: id for id in gymnasium.registry if id.startswith("BabyAI-")}
+    if not level:
+        raise ValueError(f"BabyAI needs a level, as babyai:GoToLocal; there are {', '.join(ids)}")
     if level not in ids:
         near = ", ".join(difflib.get_close_matches(level, ids, n=5, cutoff=0.3)) or "GoToLocal"
         raise ValueError(f"unknown BabyAI level {level!r}: there is, for example, {near}")
@@ -142,6 +153,7 @@ class BabyAITextEnv:
     """
 
     actions = ACTIONS
+    instructions = INSTRUCTIONS
 
     def __init__(self, env_id: str) -> None:
         self.name = f"babyai:{env_id.split('-')[1]}"

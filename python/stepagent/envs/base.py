@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -25,6 +26,14 @@ class TextEnv(Protocol):
     * ``difficulty``: ``"easy"`` or ``"hard"``.
     * ``invalid: str``, only where ``valid`` is False: why, in a short text of a few kinds, as
       ``unknown action``.
+
+    An environment may have three things more, which are used where they are:
+
+    * ``instructions: str``: what the task is and which actions there are, for a model that was not
+      trained here.
+    * ``check_seed(seed)``: ValueError for a seed that it has no episode of, so that a run of many
+      is refused before it begins.
+    * ``prepare(seeds)``: makes what these episodes need, so that it can be made side by side.
     """
 
     @property
@@ -61,3 +70,29 @@ class TextEnv(Protocol):
     def close(self) -> None:
         """Free what the environment holds."""
         ...
+
+
+def check_seeds(env: TextEnv, seeds: Sequence[int]) -> None:
+    """ValueError for the first of ``seeds`` that the environment knows it has no episode of."""
+    check = getattr(env, "check_seed", None)
+    if check is None:
+        return
+    for seed in seeds:
+        check(seed)
+
+
+def known_action(env: TextEnv, text: str, parsed: str) -> str:
+    """The environment's own action that is meant; ``parsed`` where it knows none such.
+
+    Args:
+        env: with its finite ``actions``, or else ``admissible_actions()`` at this state.
+        text: as the agent wrote it; where it is an action to the letter, it is meant.
+        parsed: what a format made of it; upper and lower case are one where that is unambiguous.
+    """
+    listed = hasattr(env, "admissible_actions") and not getattr(env, "any_case", False)
+    known = env.actions or (env.admissible_actions() if listed else ())  # type: ignore[attr-defined]
+    for exact in (text.strip(), parsed):
+        if exact in known:
+            return exact
+    same = [action for action in known if action.casefold() == parsed.casefold()]
+    return same[0] if len(same) == 1 else parsed

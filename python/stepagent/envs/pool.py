@@ -31,12 +31,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from .base import ExpertUnavailable, TextEnv
+from .answers import BadAnswer, checked_reset, checked_step
+from .base import ExpertUnavailable, TextEnv, check_seeds, known_action
 
 EnvFactory = Callable[[], TextEnv]
 Call = tuple[int, str, tuple[Any, ...]]  # the environment's place, a method, its arguments
 
-_STEPS = ("reset", "step")  # an exception in one of these is the environment's, a crash
+# An exception in one of these is the environment's, a crash, and so is an answer that is none.
+_STEPS: dict[str, Callable[[Any], Any]] = {"reset": checked_reset, "step": checked_step}
+# What is asked about an environment, where it is.
+_ABOUT: dict[str, Callable[..., Any]] = {"check_seeds": check_seeds, "known_action": known_action}
 # What every worker would import again; what is not installed is passed over.
 _PRELOADED = ["__main__", __name__, "stepagent.envs.babyai"]
 WORKER_TIMEOUT = 60.0  # seconds
@@ -99,6 +103,16 @@ def expert_actions(envs: Sequence[TextEnv]) -> list[str | None]:
     return [_ask(env) for env in envs]
 
 
+def ask_about(env: TextEnv, question: str, *arguments: Any) -> Any:
+    """``check_seeds`` or ``known_action`` of `stepagent.envs.base`, asked where the environment is.
+
+    Raises `EnvCrash` where it crashes meanwhile.
+    """
+    if isinstance(env, _RemoteEnv):
+        return env.ask(question, *arguments)
+    return _ABOUT[question](env, *arguments)
+
+
 def _ask(env: TextEnv) -> str | None:
     try:
         return env.expert_action()
@@ -148,15 +162,21 @@ class LocalPool:
 
     def call(self, calls: Sequence[Call]) -> list[Any]:
         """One after the other."""
+        seeds = [arguments[0] for _, method, arguments in calls if method == "reset"]
+        if len(seeds) > 1 and (prepare := getattr(self.env(calls[0][0]), "prepare", None)):
+            prepare(seeds)
         return [self._answer(*call) for call in calls]
 
     def _answer(self, place: int, method: str, arguments: tuple[Any, ...]) -> Any:
         env = self.env(place)
         try:
             with _time_limit(self._timeout):
-                return getattr(env, method)(*arguments)
+                answer = getattr(env, method)(*arguments)
+            return _STEPS[method](answer)
         except _Late:
             reason = f"{method} took more than {self._timeout:g} s"
+        except BadAnswer as error:
+            reason = str(error)
         except Exception as error:
             reason = f"{method} raised {type(error).__name__}: {error}"
         with suppress(Exception, _Late), _time_limit(_GRACE):  # it is broken already
@@ -318,29 +338,30 @@ class _RemoteEnv:
 
     @property
     def name(self) -> str:
-        return str(self._ask("name"))
+        return str(self.ask("name"))
 
     @property
     def actions(self) -> tuple[str, ...]:
-        return tuple(self._ask("actions"))
+        return tuple(self.ask("actions"))
 
     @property
     def max_steps(self) -> int:
-        return int(self._ask("max_steps"))
+        return int(self.ask("max_steps"))
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
-        return self._ask("reset", seed)  # type: ignore[no-any-return]
+        return self.ask("reset", seed)  # type: ignore[no-any-return]
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        return self._ask("step", action)  # type: ignore[no-any-return]
+        return self.ask("step", action)  # type: ignore[no-any-return]
 
     def expert_action(self) -> str:
-        return self._ask("expert_action")  # type: ignore[no-any-return]
+        return self.ask("expert_action")  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Its pool closes it."""
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """A method's answer, or an attribute."""
         (answer,) = self.pool.call([(self.place, method, arguments)])
         if isinstance(answer, EnvCrash):
             raise answer
@@ -454,6 +475,8 @@ def _answer(pool: LocalPool, call: Call) -> Any:
     try:
         if method in _STEPS:
             return pool.call([call])[0]
+        if method in _ABOUT:
+            return _ABOUT[method](pool.env(place), *arguments)
         attribute = getattr(pool.env(place), method)
         return attribute(*arguments) if callable(attribute) else attribute
     except Exception as error:

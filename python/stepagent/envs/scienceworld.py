@@ -43,6 +43,17 @@ _INVALID = {
 }
 
 
+INSTRUCTIONS = """\
+You are in a house with a laboratory and have to do a task of elementary science.
+The actions are, with OBJ for the name of a thing in sight: look around, look at OBJ, look in OBJ, \
+inventory, open OBJ, close OBJ, activate OBJ, deactivate OBJ, pick up OBJ, put down OBJ, \
+move OBJ to OBJ, pour OBJ into OBJ, dunk OBJ into OBJ, mix OBJ, eat OBJ, flush OBJ, read OBJ, \
+use OBJ on OBJ, connect OBJ to OBJ, disconnect OBJ, go to LOCATION, teleport to LOCATION, \
+focus on OBJ, wait, wait1, task.
+Where an action is ambiguous you are asked which one you mean: answer with its number."""
+"""Tells a model that was not trained on ScienceWorld what it may do."""
+
+
 class ScienceWorldTextEnv:
     """ScienceWorld's tasks as a `stepagent.envs.TextEnv`.
 
@@ -56,6 +67,8 @@ class ScienceWorldTextEnv:
     """
 
     actions: tuple[str, ...] = ()  # they depend on the objects in sight
+    any_case = True  # the simulator reads upper and lower case alike
+    instructions = INSTRUCTIONS
     max_steps = 500  # the longest gold path of a first test variation has 192 actions
 
     def __init__(self, task: str = "", split: str = "train") -> None:
@@ -72,22 +85,29 @@ class ScienceWorldTextEnv:
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Start the episode of this seed: the task's description, and the room."""
-        java = self._open_java()
-        rank, place = divmod(seed, len(self._tasks))
-        self._task = self._tasks[place]
-        variations = java.variations(self._task, self._split)
-        if not 0 <= rank < len(variations):
-            raise ValueError(
-                f"{self.name} has no seed {seed}: it is variation {rank} of {self._task}, of which "
-                f"the {self._split} split has {len(variations)}, from 0"
-            )
-        self._variation = variations[rank]
+        self._task, self._variation = self._episode(seed)
         engine = self._simulator.engine
         engine.load(self._task, self._variation, "", False)
         self._over, self._score, self._progress = False, 0.0, 0.0
         self._taken: list[tuple[str, str | None]] = []  # each action with its invalid kind
         first = f"{engine.getTaskDescription()}\n{engine.freeActionLook()}"
         return first, self._info(None)
+
+    def check_seed(self, seed: int) -> None:
+        """ValueError for a seed beyond the split."""
+        self._episode(seed)
+
+    def _episode(self, seed: int) -> tuple[str, int]:
+        """The task and the variation of a seed."""
+        rank, place = divmod(seed, len(self._tasks))
+        task = self._tasks[place]
+        variations = self._open_java().variations(task, self._split)
+        if not 0 <= rank < len(variations):
+            raise ValueError(
+                f"{self.name} has no seed {seed}: it is variation {rank} of {task}, of which "
+                f"the {self._split} split has {len(variations)}, from 0"
+            )
+        return task, variations[rank]
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by any text; ``info["invalid"]`` is "unknown action" or "ambiguous action"."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import shutil
 import tempfile
+import time
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,18 @@ SIZES = {
 }
 """The named sizes. ``quest`` is the number of actions that the quest takes."""
 
+INSTRUCTIONS = """\
+You play a text game: you walk through rooms and have to reach the goal that is told first.
+The actions are, with the names of things as you see them: look, inventory, examine OBJ, \
+go north, go south, go east, go west, take OBJ, take OBJ from OBJ, drop OBJ, put OBJ on OBJ, \
+insert OBJ into OBJ, open OBJ, close OBJ, unlock OBJ with OBJ, lock OBJ with OBJ, eat OBJ."""
+"""Tells a model that was not trained on TextWorld what it may do."""
+
+_SEEDS = 2**32  # numpy's
+_PARALLEL = 8  # games made at once, at most
+_ABANDONED = (
+    3600.0  # seconds after which a game that is being made was given up; it takes about one
+)
 _HARD_QUEST = 6  # a quest of this many actions or more is called hard; our own line
 _INFOS = EnvInfos(
     feedback=True,
@@ -70,6 +87,49 @@ def make_game(path: Path, size: dict[str, int], seed: int) -> str:
     return str(path)
 
 
+def game_folder() -> Path:
+    """Where games are kept: ``$STEPAGENT_CACHE/textworld``, or else in the user's cache folder.
+
+    A game depends on TextWorld's version, its size and its seed, by which it is named.
+    """
+    cache = os.environ.get("STEPAGENT_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "stepagent"
+    )
+    return Path(cache).expanduser() / "textworld" / str(textworld.__version__)
+
+
+def kept_game(size: dict[str, int], seed: int) -> str:
+    """The game's file, made where it is not kept; in one step, so that it is whole or not there."""
+    kept = _kept(size, seed)
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{seed}-", dir=kept.parent))
+        try:
+            make_game(making / "game.z8", size, seed)
+            making.rename(kept)
+        except OSError:
+            if not kept.exists():  # by another process, meanwhile
+                raise
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return str(kept / "game.z8")
+
+
+def _kept(size: dict[str, int], seed: int) -> Path:
+    name = "-".join(f"{key}{number}" for key, number in size.items())
+    return game_folder() / name / str(seed)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What processes that were killed had begun to make."""
+    for making in folder.glob("*/.*"):
+        try:
+            if time.time() - making.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(making, ignore_errors=True)
+        except FileNotFoundError:
+            pass  # it was finished, or removed by another
+
+
 def start_game(path: str, infos: EnvInfos) -> Any:
     """The game of this file, in TextWorld's own interpreter with a fixed seed."""
     with warnings.catch_warnings():
@@ -90,11 +150,12 @@ class TextWorldTextEnv:
 
     actions: tuple[str, ...] = ()  # they depend on the state
     max_steps = 100
+    instructions = INSTRUCTIONS
 
     def __init__(self, task: str = "") -> None:
         self._size = parse_size(task)
         self.name = f"textworld:{task}" if task else "textworld"
-        self._folder = Path(tempfile.mkdtemp(prefix="stepagent-textworld-"))
+        _remove_abandoned(game_folder())
         self._game: Any = None
         self._over = True
 
@@ -102,12 +163,28 @@ class TextWorldTextEnv:
         """Start the game of this seed: its objective, and the first room."""
         if self._game is not None:
             self._game.close()
-        self._game = start_game(self._file(seed), _INFOS)
+        self.check_seed(seed)
+        self._game = start_game(kept_game(self._size, seed), _INFOS)
         self._state = self._game.reset()
         self._over, self._steps, self._score, self._progress = False, 0, 0.0, 0.0
         self._policy_length = len(self._state.policy_commands)
         first = f"{self._state.objective}\n\n{_clean(self._state.description)}"
         return first, self._info(valid=True)
+
+    def check_seed(self, seed: int) -> None:
+        """ValueError for a seed that TextWorld does not take."""
+        if not 0 <= seed < _SEEDS:
+            raise ValueError(f"{self.name} has no seed {seed}: it has 0 to {_SEEDS - 1}")
+
+    def prepare(self, seeds: Sequence[int]) -> None:
+        """Make the games of these seeds that are not kept, some at once."""
+        missing = [seed for seed in seeds if not Path(_kept(self._size, seed)).exists()]
+        at_once = min(len(missing), os.cpu_count() or 1, _PARALLEL)
+        if at_once < 2 or multiprocessing.current_process().daemon:
+            return  # each is made when its episode begins
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(at_once, mp_context=context) as makers:
+            list(makers.map(kept_game, [self._size] * len(missing), missing))
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by an admissible command; ``info["invalid"]`` is "inadmissible action"."""
@@ -139,16 +216,11 @@ class TextWorldTextEnv:
         return list(self._state.admissible_commands)
 
     def close(self) -> None:
-        """Close the game, and delete the files it was made of."""
+        """Close the game. Its files are kept for the next run."""
         self._over = True
         if self._game is not None:
             self._game.close()
             self._game = None
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _file(self, seed: int) -> str:
-        path = self._folder / f"{seed}.z8"
-        return str(path) if path.exists() else make_game(path, self._size, seed)
 
     def _info(self, *, valid: bool) -> dict[str, Any]:
         won = bool(self._state.won)

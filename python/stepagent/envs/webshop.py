@@ -41,6 +41,11 @@ class WebShopTextEnv:
     actions: tuple[str, ...] = ()
     max_steps = 10  # ETO's
     name = "webshop"
+    instructions = (
+        "You shop on a web site and have to buy what the instruction asks for.\n"
+        "The actions are: search[WORDS] where there is a search bar, and click[TEXT] of a button "
+        "or a link on the page."
+    )
 
     def __init__(self, task: str = "", split: str = "train") -> None:
         if task:
@@ -58,11 +63,15 @@ class WebShopTextEnv:
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Start with the split's goal of this number: the instruction, and the search page."""
-        if not 0 <= seed < len(self._goals):
-            raise ValueError(f"webshop has no seed {seed}: it has {len(self._goals)}, from 0")
+        self.check_seed(seed)
         observation, _ = self._shop.reset(session=self._goals[seed])
         self._over, self._steps, self._reward = False, 0, 0.0
         return str(observation), self._info(None)
+
+    def check_seed(self, seed: int) -> None:
+        """ValueError for a seed beyond the split."""
+        if not 0 <= seed < len(self._goals):
+            raise ValueError(f"webshop has no seed {seed}: it has {len(self._goals)}, from 0")
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by ``search[words]`` or ``click[what is on the page]``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from typing import TYPE_CHECKING
 
@@ -76,9 +76,10 @@ def repetition(episode: Episode) -> float | None:
     """The share of the T actions that do the same again although it changed nothing to be seen.
 
     That is 1/T · |{t ≥ 1: a_t = a_{t-1} and o_t = o_{t-1}}|, where o_t is the observation to
-    which a_t is the answer. Texts are compared exactly.
+    which a_t is the answer. Texts are compared exactly; of an answer in an action format, what was
+    read in it, whatever the thought.
     """
-    turns = list(zip(episode.observations, episode.actions, strict=True))
+    turns = list(zip(episode.observations, episode.done, strict=True))
     if not turns:
         return None
     return sum(turn == before for before, turn in pairwise(turns)) / len(turns)
@@ -86,10 +87,10 @@ def repetition(episode: Episode) -> float | None:
 
 def agreement(episode: Episode) -> float | None:
     """Of the steps at which the expert was asked and had an answer: those at which it is the
-    action taken, word for word."""
+    action taken, word for word, whatever the thought before it."""
     answered = [
         action == answer
-        for action, answer in zip(episode.actions, episode.expert_actions, strict=False)
+        for action, answer in zip(episode.done, episode.expert_actions, strict=False)
         if answer is not None
     ]
     return float(np.mean(answered)) if answered else None
@@ -130,6 +131,7 @@ class Summary:
     metrics: name → mean over episodes with its 95 % interval, for those that any episode has.
     progress_curve: of `mean_progress_curve`; empty where progress was not recorded.
     invalid_actions: kind → how often.
+    terminate_reasons: of all episodes, those that crashed too: why → how many.
     """
 
     episodes: int
@@ -137,6 +139,7 @@ class Summary:
     metrics: dict[str, Interval]
     progress_curve: list[float]
     invalid_actions: dict[str, int]
+    terminate_reasons: dict[str, int] = field(default_factory=dict)
 
 
 def summarize(episodes: Sequence[Episode]) -> Summary:
@@ -152,6 +155,9 @@ def summarize(episodes: Sequence[Episode]) -> Summary:
         metrics=_intervals({name: [m(e) for e in ended] for name, m in METRICS.items()}, BOUNDS),
         progress_curve=mean_progress_curve(ended).tolist(),
         invalid_actions=invalid_actions(ended),
+        terminate_reasons=dict(
+            Counter(e.terminate_reason for e in episodes if e.terminate_reason is not None)
+        ),
     )
 
 

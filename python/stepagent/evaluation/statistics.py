@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..acting.inspection import inspect
+from ..data.actions import ActionFormat
+from ..data.actions import action_format as as_format
 from ..data.branch import agreement
 from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..records.episodes import Episode
 
@@ -187,9 +189,13 @@ def expert_agreement(
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
+    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> float:
     """The share of the expert's steps at which the greedy agent acts exactly as the expert.
 
+    :param action_format: plain compares the tokens, others the actions that they read in the texts,
+        for which they need the ``tokenizer``.
     :raises ValueError: for no trunks, and as :func:`stepagent.inspect`.
     """
     if not trunks:
@@ -197,4 +203,5 @@ def expert_agreement(
     branches = inspect(
         model, trunks, max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=eos_token_id
     )
-    return agreement(trunks, branches)
+    form = as_format(action_format)
+    return agreement(trunks, branches, form=form, tokenizer=tokenizer)

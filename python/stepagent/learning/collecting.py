@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
+from ..data.actions import FORMATS
 from ..data.branch import Branch
 from ..data.ends import ends_of
 from ..data.trunk import Trunk
@@ -162,10 +163,12 @@ class Collector:
                 seed=self._seed(cycle),
                 max_steps=self._args.max_steps_per_episode,
                 progress=not self._args.disable_tqdm,
+                action_format=self._args.action_format,
             )
 
         episodes = over_ranks(rolled_out, np.ones(self.per_cycle), alike=alike)
-        trunks, branches = trunks_and_answers(episodes, self._tokenizer)
+        form = FORMATS[self._args.action_format]
+        trunks, branches = trunks_and_answers(episodes, self._tokenizer, form)
         return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
 
     def _seed(self, cycle: int) -> int:

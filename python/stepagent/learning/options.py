@@ -13,6 +13,7 @@ STATES = ("expert", "agent")
 BASELINES = ("value", "leave_one_out", "group")
 AGGREGATES = ("pessimistic", "mean", "optimistic")
 KL_PLACES = ("loss", "reward")
+FORMATS = ("plain", "react", "json", "tool_call")
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "checkpoint")
 BODIES = ("own", "adapter", "frozen")
 REWARD_FORMS = ("agent", "expert", "difference")
@@ -79,6 +80,14 @@ class StepAgentOptions:
         metadata={
             "help": "tokens that are inspected together, the max_batch_tokens of inspect; default: "
             "8192 on the CPU, on CUDA up to 131072 as memory allows"
+        },
+    )
+    action_format: str = field(
+        default="plain",
+        metadata={
+            "help": "how the agent writes an action: plain, react, json or tool_call; read in its "
+            "rollouts, and for the agreement",
+            "choices": FORMATS,
         },
     )
     rollouts: int | None = field(

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from ..acting.rollout import Expert
+from ..data.actions import FORMATS
 from ..data.branch import agreement
 from ..data.trajectory import Trajectory
 from ..engines import Engine
@@ -214,7 +215,12 @@ class StepAgentTrainer(Trainer):
         self._cycle = cycle
         self._cycle_log = {
             "cycle": cycle,
-            "agreement": agreement([c.trunk for c in fresh], [c.branches for c in fresh]),
+            "agreement": agreement(
+                [c.trunk for c in fresh],
+                [c.branches for c in fresh],
+                form=FORMATS[self.args.action_format],
+                tokenizer=cast("PreTrainedTokenizerBase", self.processing_class),
+            ),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
             **published,

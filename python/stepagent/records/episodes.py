@@ -3,9 +3,10 @@
 What can be trained on is the trajectory itself; all that an evaluation knows beside it is in its
 ``meta``, per step a list of T. What a record does not tell is absent there, and empty or None here.
 
-    messages  user o_0, assistant a_0, user o_1, …, assistant a_T-1
+    messages  (system,) user o_0, assistant a_0, user o_1, …, assistant a_T-1
     meta      last_observation: o_T
               rewards, progress, valid, invalid, expert_actions, step_rewards: T each
+              action_format; taken, truncated: T each, where an answer is more than its action
               token_ids (L), action_spans (T, 2), rewinds (K, 2; where there are any),
               logps (T, tokens of the action): a local model's
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,14 +28,28 @@ if TYPE_CHECKING:
 _REQUIRED = ("environment", "seed", "success")
 _LABELS = ("policy", "split", "task", "difficulty")  # str or None, always written
 _PER_STEP = ("rewards", "progress", "valid", "invalid")
-_PER_STEP_ASKED = ("expert_actions", "step_rewards")  # written only where there are any
+# Written only where there are any, or where they tell something.
+_PER_STEP_ASKED = ("expert_actions", "step_rewards", "taken", "truncated")
+_TOLD = ("crashed", "gave_up", "terminate_reason", "action_format")
+
+TerminateReason = Literal[
+    "terminated", "truncated", "max_steps", "context_limit", "gave_up", "crashed"
+]
+"""Why an episode ended: the environment ended it, or its own step limit did; the run's
+``max_steps``; the next prompt does not fit the model; the policy had no action; it crashed."""
 
 
 @dataclass
 class Episode:
     """What happened in one episode, step by step; of one that crashed, the steps before.
 
-    invalid: what was wrong with an action that is not valid, where the environment says so.
+    system: the first message to the model, where there was one.
+    actions: the agent's answers, as it wrote them. taken: what their action format read in them,
+    which went to the environment; None for an answer without an action, which did not. Empty where
+    each answer is its action.
+    truncated: the answer was cut at the token limit.
+    invalid: what was wrong with an action that is not valid, where the environment says so; for an
+    answer without an action, why it has none.
     expert_actions: what the expert would have done; None where it had no answer.
     step_rewards: of a method, for the actions taken; None where there is none.
     logps: per action the policy's log-prob of each of its tokens (fp32, at temperature 1); empty
@@ -60,8 +75,13 @@ class Episode:
     trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
     logps: list[NDArray[np.float32]] = field(default_factory=list)  # with a trunk
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of a model's episode
-    crashed: str | None = None  # what happened to its environment
+    crashed: str | None = None  # what happened to its environment, or to its policy
     gave_up: bool = False  # the policy had no action, as an expert without an answer
+    system: str | None = None
+    taken: list[str | None] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    action_format: str = "plain"  # its name
+    terminate_reason: TerminateReason | None = None
 
     @property
     def id(self) -> str:
@@ -74,11 +94,11 @@ class Episode:
         One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
         where it took no step.
         """
-        messages = []
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for observation, action in zip(self.observations, self.actions, strict=True):
             messages.append({"role": "user", "content": observation})
             messages.append({"role": "assistant", "content": action})
-        if not messages:
+        if not self.actions:
             raise ValueError(f"episode {self.id} took no step, which a trajectory cannot hold")
         return Trajectory(
             messages=messages,
@@ -91,8 +111,8 @@ class Episode:
     def _meta(self) -> dict[str, Any]:
         always = ("environment", "policy", "seed", "split", "task", "difficulty", "success")
         meta = {name: getattr(self, name) for name in (*always, *_PER_STEP, "last_observation")}
-        asked = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, "crashed", "gave_up")}
-        meta |= {name: value for name, value in asked.items() if value}
+        told = {name: getattr(self, name) for name in (*_PER_STEP_ASKED, *_TOLD)}
+        meta |= {name: value for name, value in told.items() if value and value != "plain"}
         if self.trunk is not None:
             meta["token_ids"] = self.trunk.input_ids.tolist()
             meta["action_spans"] = self.trunk.action_spans.tolist()
@@ -100,6 +120,11 @@ class Episode:
                 meta["rewinds"] = self.trunk.rewinds.tolist()
             meta["logps"] = [logps.tolist() for logps in self.logps]
         return meta
+
+    @property
+    def done(self) -> list[str | None]:
+        """What was done at each step: `taken`, or the answers where each is its action."""
+        return list(self.taken) if self.taken else list(self.actions)
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
@@ -110,7 +135,8 @@ class Episode:
         does not tell its environment, seed and success, or a list has another length than T.
         """
         name, meta, T = f"trajectory {trajectory.id!r}", trajectory.meta, trajectory.num_steps
-        roles = [message["role"] for message in trajectory.messages]
+        system, turns = split_system(trajectory)
+        roles = [message["role"] for message in turns]
         if roles != ["user", "assistant"] * T:
             raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
         for key in _REQUIRED:
@@ -121,8 +147,8 @@ class Episode:
         for key, values in {**lists, "logps": logps}.items():
             if not isinstance(values, list) or len(values) not in (0, T):
                 raise ValueError(f"{name} has {T} steps, but its meta has {key!r}: {values!r}")
-        contents = [message["content"] for message in trajectory.messages]
-        labels = (*_REQUIRED, *_LABELS, "last_observation", "crashed", "gave_up")
+        contents = [message["content"] for message in turns]
+        labels = (*_REQUIRED, *_LABELS, "last_observation", *_TOLD)
         trunk = None
         if "token_ids" in meta:
             trunk = Trunk(meta["token_ids"], meta["action_spans"], meta.get("rewinds", []))
@@ -134,8 +160,17 @@ class Episode:
             trunk=trunk,
             logps=logps,
             chat_template_kwargs=dict(trajectory.chat_template_kwargs),
+            system=system,
             **told,
         )
+
+
+def split_system(trajectory: Trajectory) -> tuple[str | None, list[dict[str, Any]]]:
+    """The system message that a trajectory begins with, or None, and its turns."""
+    first, *rest = trajectory.messages
+    if first["role"] == "system":
+        return str(first["content"]), rest
+    return None, list(trajectory.messages)
 
 
 def load_episodes(path: str | os.PathLike[str]) -> list[Episode]:

@@ -54,7 +54,7 @@ TOOLS = [
 def tokenizer_of(name: str) -> Any:
     """A byte-level tokenizer with a model's chat template and its control tokens."""
     source = TEMPLATES[name]
-    tokenizer = tiny_tokenizers.byte_level_bpe(source)
+    tokenizer = tiny_tokenizers.byte_level_bpe(source, trim_offsets=False)
     tokens = sorted(set(_CONTROL.findall(source)) | {"<tool_call>", "</tool_call>"})
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     return tokenizer

@@ -1,4 +1,4 @@
-"""Encoding against transformers' own prompts and assistant masks, under the templates of real models.
+"""Encoding against transformers' prompts and assistant masks, under the templates of real models.
 
 `python tests/test_encoding_oracles.py 20000` runs as many conversations and writes the table of
 docs/encoding.md, which the test here keeps.
@@ -34,7 +34,7 @@ def check(name: str, fields: dict) -> str:
         written = ids(tokenizer, trajectory, index + 1)
         assert written[: len(state) + len(action)] == state + action, name
         rest = tokenizer.decode(written[len(state) + len(action) :])
-        assert not rest.strip() or rest.strip() in tokenizer.all_special_tokens, (name, rest)
+        assert rest.strip() in ("", *tokenizer.all_special_tokens), (name, rest)
         if name in TRAINING:
             assert_mask(name, tokenizer, trajectory, index, state, action)
     return "exact"
@@ -64,11 +64,16 @@ def assert_mask(name, tokenizer, trajectory, index, state, action):
         return_assistant_tokens_mask=True,
     )
     pairs = list(zip(marked["input_ids"], marked["assistant_masks"], strict=True))[len(state) :]
-    theirs = tokenizer.decode([token for token, scored in pairs if scored]).rstrip()
-    ours = tokenizer.decode(action).rstrip()
-    if ours == theirs:
+    theirs = [token for token, scored in pairs if scored]
+    if tokenizer.decode(theirs).rstrip() == tokenizer.decode(action).rstrip():
         return
+    broken = set(tokenizer("🏠").input_ids)  # transformers' marks lack a character's further bytes
+    theirs, ours = (
+        tokenizer.decode([token for token in tokens if token not in broken]).rstrip()
+        for tokens in (theirs, action)
+    )
     explained = {
+        ours: "has the first byte of a character alone",
         ours + "\n" + tokenizer.eos_token: "closes the conversation",
         ours.removeprefix("<|turn>model\n"): "begins after a header",
         ours.removesuffix("<|tool_response>"): "leaves out the stop before an answer",
@@ -112,7 +117,8 @@ def table() -> str:
 
 def test_the_table_of_the_docs_is_what_the_templates_do():
     written = re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", DOCS.read_text(), re.DOTALL)
-    assert written and written[1].strip() == table().strip()
+    assert written is not None
+    assert written[1].strip() == table().strip()
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -181,7 +181,7 @@ def test_options_are_checked(server):
         chat(server, max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature must be finite and >= 0, got -1"):
         engine(server, temperature=-1)
-    with pytest.raises(ValueError, match="eos_token_id is empty: no token ends an action"):
+    with pytest.raises(ValueError, match="an engine needs eos_token_id"):
         engine(server, eos_token_id=[])
 
 

@@ -100,14 +100,16 @@ class ControlTokens:
             ValueError: Where it cannot be told which control tokens the template wrote.
         """
         if not self._has_marks(text):
-            ids = self._ids(text)
+            ids = self.ids(text)
             places = [found.start() for found in self._pattern.finditer(text)]
             return Tokens(text, ids, self._anchors(text, places, ids))
         return self._tokenize_marked(text)
 
     def _anchors(self, text: str, places: list[int], ids: list[int]) -> NDArray[np.int64]:
         array = np.array(ids, np.int64)
-        found = np.flatnonzero(np.isin(array, list(self.contents)))
+        special = np.zeros(1 + max([*self.contents, array.max(initial=0)]), bool)
+        special[list(self.contents)] = True
+        found = np.flatnonzero(special[array])
         unknown = self.tokenizer.unk_token_id
         if len(found) != len(places) and unknown is not None:  # unknown words have its id, too
             found = found[array[found] != unknown]
@@ -146,6 +148,10 @@ class ControlTokens:
             done, strip = found.end(), token.rstrip
         ids += self._as_text(text[done:].lstrip() if strip else text[done:])
         return Tokens(text, ids, np.array(anchors, np.int64).reshape(-1, 2))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens alone."""
+        return self._ids(text) if not self._has_marks(text) else self._tokenize_marked(text).ids
 
     def _as_text(self, piece: str) -> list[int]:
         return self._ids(self.plain(piece), split_special_tokens=True) if piece else []

@@ -205,6 +205,8 @@ class _Conversation:
         return self._known_ends
 
     def _reads_as(self, decoded: str, action: str) -> bool:
+        if decoded == action:
+            return True
         # Canonically equal texts, as 'é' in one and in two characters, are one text to Unicode.
         decoded, action = (unicodedata.normalize("NFC", text) for text in (decoded, action))
         if self._control.lossless:
@@ -261,7 +263,7 @@ def _spans(steps: Sequence[_Step], tokens: Tokens, control: ControlTokens) -> li
         place, token = tokens.last_anchor(step.start)
         tail = tokens.text[place : step.start]
         if tail not in tails:
-            tails[tail] = control.tokenize(tail).ids
+            tails[tail] = control.ids(tail)
         start = token + len(tails[tail])
         if not start:
             raise ValueError(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from completions_server import CompletionsServer, hang, status
 
-from stepagent.engines import EngineError, Server
 from stepagent.address import Address, scheme_hint, without_secrets
+from stepagent.engines import EngineError, Server
 
 
 @pytest.fixture

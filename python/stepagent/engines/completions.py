@@ -16,7 +16,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.branch import Branch
-from .base import Engine, EngineError, Prompt, RequestRefused, Sampling
+from ..errors import EngineError, RequestRefused
+from .base import Engine, Prompt, Sampling
 from .server import Server, excerpt
 
 # A model's generation_config.json may set these on the server; the policy is the whole softmax.

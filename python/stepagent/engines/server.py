@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..address import Address
 from ..data.draws import check_count
-from .base import ContextLimit, EngineError, RequestRefused
+from ..errors import ContextLimit, EngineError, RequestRefused
 from .retries import BUSY, PassingFailure, Retries, retry_after
 
 if TYPE_CHECKING:

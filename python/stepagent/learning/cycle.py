@@ -208,11 +208,13 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     spans = _split(arrays["action_spans"], arrays["trunk_steps"])
     branches = iter(_split(arrays["branch_ids"], arrays["branch_lengths"]))
     steps = iter([[next(branches) for _ in range(n)] for n in arrays["branch_counts"]])
-    rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"]) if "rewinds" in arrays else None
+    rewinds: Sequence[Any] = [()] * len(spans)  # a file of before has none
+    if "rewinds" in arrays:
+        rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"])
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
-        rewinds or [()] * len(spans),  # a file of before has none
+        rewinds,
         arrays["expert_trunk"],
         *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
         strict=True,

@@ -57,7 +57,7 @@ class ChatTemplate:
                 f"{type(tokenizer).__name__} has no chat template; set its chat_template"
             )
         self.tokenizer, self.tools, self.arguments = tokenizer, tools, dict(arguments or {})
-        self.source = str(tokenizer.get_chat_template(None, tools))  # type: ignore[arg-type]
+        self.source = str(tokenizer.get_chat_template(None, tools))
         self._compiled = _compiled(self.source)
         self._context = {
             **tokenizer.special_tokens_map,
@@ -259,7 +259,8 @@ def _ends_alike(source: str) -> bool:
     assert isinstance(loop, nodes.For)
     used = {name.name for node in after for name in _all(node, nodes.Name)}
     written = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    written |= {node.name for node in tree.find_all((nodes.Macro, nodes.NSRef))}
+    written |= {macro.name for macro in tree.find_all(nodes.Macro)}
+    written |= {attribute.name for attribute in tree.find_all(nodes.NSRef)}
     early = {name.name for node in (*before, loop) for name in _all(node, nodes.Name)}
     return (
         _is_messages(loop.iter, tree)
@@ -299,7 +300,7 @@ def _is_messages(node: Any, tree: Any, seen: frozenset[str] = frozenset()) -> bo
     return known and all(_is_messages(value, tree, seen | {node.name}) for value in values)
 
 
-def _blocks(tree: Any) -> Iterator[Any]:
+def _blocks(tree: Any) -> Iterator[jinja2.nodes.Node]:
     """What else names are set by: blocks of text, loops and macros."""
     from jinja2 import nodes
 

@@ -102,7 +102,8 @@ py::list to_list(std::vector<stepagent::TokenTree>&& trees) {
 }
 
 py::list pack_step_pairs(const py::list& trunks, const py::list& action_spans,
-                         const py::list& rewinds, const py::list& branches, const Array<std::int64_t>& branch_counts,
+                         const py::list& rewinds, const py::list& branches,
+                         const Array<std::int64_t>& branch_counts,
                          std::optional<std::int64_t> max_tokens, std::size_t threads) {
     const auto trunk_ids = all_ids(trunks), branch_ids = all_ids(branches);
     const auto spans = views<std::int32_t>(action_spans), backs = views<std::int32_t>(rewinds);

@@ -224,10 +224,10 @@ class Block {
     std::size_t root_ = 0, size_ = 0;
 };
 
-// Cuts sequences that follow each other in a prefix tree into parts of at most `limit` tokens: where
-// each part begins, and one more. A part repeats what its first sequence has in common with the one
-// before. The fewest tokens repeated, then the fewest parts, then the latest last cut. Every
-// sequence alone fits.
+// Cuts sequences that follow each other in a prefix tree into parts of at most `limit` tokens:
+// where each part begins, and one more. A part repeats what its first sequence has in common with
+// the one before. The fewest tokens repeated, then the fewest parts, then the latest last cut.
+// Every sequence alone fits.
 std::vector<std::size_t> cuts(const TokenRows& tokens, std::span<const std::size_t> ordered,
                               std::size_t limit) {
     struct Best {
@@ -330,10 +330,10 @@ class PrefixPacker {
     void check_lengths(std::size_t limit) const {
         for (std::size_t i = 0; i < tokens_.size(); ++i) {
             if (tokens_[i].size() <= limit) continue;
-            throw std::invalid_argument(
-                place("sequences", i) + " takes " + std::to_string(tokens_[i].size()) +
-                " tokens, but max_tokens=" + std::to_string(limit) +
-                " and a sequence is never split");
+            throw std::invalid_argument(place("sequences", i) + " takes " +
+                                        std::to_string(tokens_[i].size()) +
+                                        " tokens, but max_tokens=" + std::to_string(limit) +
+                                        " and a sequence is never split");
         }
     }
 
@@ -358,8 +358,7 @@ class PrefixPacker {
                 std::sort(members.begin(), members.end());
             }
         }
-        parallel_for(made.size(), threads,
-                     [&](std::size_t i) { blocks_[made[i]].build(tokens_); });
+        parallel_for(made.size(), threads, [&](std::size_t i) { blocks_[made[i]].build(tokens_); });
     }
 
     void group() {

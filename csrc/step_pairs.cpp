@@ -76,8 +76,8 @@ class Spine {
         while (depth_ > depth) {
             const auto run = path_.back();
             const auto kept = std::max(depth, run.depth);
-            const auto first = tree_.subtree_end.begin() +
-                               static_cast<std::ptrdiff_t>(run.row + kept - run.depth);
+            const auto first =
+                tree_.subtree_end.begin() + static_cast<std::ptrdiff_t>(run.row + kept - run.depth);
             std::fill_n(first, depth_ - kept, end);
             depth_ = kept;
             if (kept == run.depth) path_.pop_back();

@@ -6,19 +6,18 @@ tokens, pairs, states or episodes, however they were shared.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, speed_metrics
 
 from ..acting.policies import ModelPolicy
 from ..acting.rollout import run_episodes
@@ -34,13 +33,10 @@ from .cycle import (
     SCORES,
     Comparison,
     StepTable,
-    load_comparisons,
     pack_with_steps,
-    save_comparisons,
 )
-from .loading import encode_all
+from .held_out import HeldOut, best_metric, held_out, key_of, load_pairs, metric_names, save_pairs
 from .objectives import batch_loss, reward_figures, sides
-from .preflight import check_budget
 from .scoring import Scorer
 
 if TYPE_CHECKING:
@@ -49,130 +45,9 @@ if TYPE_CHECKING:
     from .config import StepAgentConfig
     from .inverse import InverseReflection
 
-EVAL_FILE = "eval_cycle.safetensors"
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, Any]]
 
-_SIDES = ("expert_logp", "agent_logp", "expert_length", "agent_length", "identical_pairs")
-_REWARDS = ("expert_reward", "agent_reward", "reward_margin", "reward_accuracy")
-_FIGURES = {
-    "sft": ("loss",),
-    "implicit": ("loss", "kl", *_REWARDS, *_SIDES),
-    "inverse": (*_REWARDS, *_SIDES),
-}
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class HeldOut:
-    """Held-out trajectories of one name, "" where there is one set alone.
-
-    first: the place of its first one, behind those in training: for the random numbers.
-    comparisons: what the policy did at their states where the cycle began, with its scores.
-    """
-
-    trunks: list[Trunk]
-    first: int = 0
-    comparisons: list[Comparison] = field(default_factory=list)
-
-
-def held_out(
-    dataset: Any,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: StepAgentConfig,
-    collector: Collector,
-) -> dict[str, HeldOut]:
-    """The sets of an ``eval_dataset`` by name: of one, of a dict of them, or none.
-
-    Raises:
-        ValueError: naming the row that is no trajectory, cannot be encoded or does not fit.
-    """
-    if dataset is None:
-        return {}
-    parts = dataset if _is_several(dataset) else {"": dataset}
-    first, sets = collector.count, {}
-    for key, part in parts.items():
-        name = f"eval_dataset[{key!r}]" if key else "eval_dataset"
-        trunks = encode_all(part, tokenizer, progress=not args.disable_tqdm, name=name)
-        longest = args.max_new_tokens or max(collector.max_new_tokens, longest_action(trunks))
-        inspects = args.method != "sft"
-        check_budget(policy, trunks, args, longest, inspects=inspects, name=name)
-        sets[str(key)] = HeldOut(trunks, first)
-        first += len(trunks)
-    return sets
-
-
-def _is_several(dataset: Any) -> bool:
-    return isinstance(dataset, Mapping) and not {"messages", "conversations"} & dataset.keys()
-
-
-def check_evaluation(
-    args: StepAgentConfig,
-    env: str | EnvFactory | None,
-    sets: Mapping[str, HeldOut],
-    per_cycle: int,
-    *,
-    fixed_reference: bool,
-    own_metrics: bool,
-) -> None:
-    """Refuse, before training, what an evaluation could not be made or compared by.
-
-    Raises:
-        ValueError: naming the option and what to do.
-    """
-    if args.eval_episodes and env is None:
-        raise ValueError(f"eval_episodes={args.eval_episodes} needs env: a name or factory")
-    if args.eval_episodes and args.states == "agent":
-        last = args.rollout_seed_start + args.cycles * per_cycle
-        if args.eval_seed_start < last and (
-            args.eval_seed_start + args.eval_episodes > args.rollout_seed_start
-        ):
-            raise ValueError(
-                f"eval_seed_start must leave out the seeds {args.rollout_seed_start} to {last - 1} "
-                f"of the rollouts in training, got {args.eval_seed_start}"
-            )
-    if args.batch_eval_metrics:
-        raise ValueError(
-            "batch_eval_metrics must be False: compute_metrics is given all of a set at once"
-        )
-    metric = _best_metric(args)
-    if metric is None or args.eval_strategy == "no":
-        return
-    known = _names(args, sets)
-    if metric not in known and not own_metrics:
-        raise ValueError(
-            f"metric_for_best_model must be one of {[n.removeprefix('eval_') for n in known]}, got "
-            f"{args.metric_for_best_model!r}"
-        )
-    moving = args.method == "inverse" or (args.method == "implicit" and not fixed_reference)
-    figure = known.get(metric)
-    if moving and args.cycles > 1 and figure in ("loss", "kl", *_REWARDS):
-        raise ValueError(
-            f"metric_for_best_model must be one that cycles can be compared by, such as 'nll', "
-            f"'agreement' or 'success_rate', got {args.metric_for_best_model!r}: each cycle's is "
-            "by another reference or discriminator"
-        )
-
-
-def _names(args: StepAgentConfig, sets: Mapping[str, HeldOut]) -> dict[str, str]:
-    """The metrics of an evaluation, each with the figure that it is."""
-    of_acting = () if args.prediction_loss_only else ("agreement",)
-    figures = ("nll", *of_acting, *_FIGURES[args.method])
-    names = {f"{_key('eval', name)}_{figure}": figure for name in sets for figure in figures}
-    if args.eval_episodes:
-        names |= {f"eval_{figure}": figure for figure in ("success_rate", "crashed")}
-    return names
-
-
-def _key(prefix: str, name: str) -> str:
-    return f"{prefix}_{name}" if name else prefix
-
-
-def _best_metric(args: StepAgentConfig) -> str | None:
-    metric = args.metric_for_best_model
-    if metric is None or metric.startswith("eval_"):
-        return metric
-    return f"eval_{metric}"
 
 
 class Evaluator:
@@ -208,8 +83,6 @@ class Evaluator:
             return
         for held in self._sets.values():
             samples, temperature = self._args.samples, self._args.temperature
-            if self._args.states == "agent":
-                samples = 1
             branches = self._acts(policy, held, samples, temperature, cycle)
             tried = [[[b.token_ids for b in step] for step in steps] for steps in branches]
             pairs = zip(held.trunks, tried, strict=True)
@@ -231,7 +104,7 @@ class Evaluator:
         sets = self._chosen(policy, dataset)
         metrics: dict[str, float] = {}
         for name, held in sets.items():
-            metrics |= self._of(policy, held, _key(prefix, name), inverse)[0]
+            metrics |= self._of(policy, held, key_of(prefix, name), inverse)[0]
         count = sum(len(held.trunks) for held in sets.values())
         if self._args.eval_episodes and dataset is None and not self._args.prediction_loss_only:
             found = self._success(policy)
@@ -244,7 +117,10 @@ class Evaluator:
     ) -> tuple[dict[str, float], EvalPrediction]:
         """Metrics of other trajectories, and the texts of what policy and expert do there."""
         started = time.time()
-        (held,) = held_out(dataset, policy, self._tokenizer, self._args, self._collector).values()
+        sets = self._read(policy, dataset, "test_dataset")
+        if list(sets) != [""]:
+            raise TypeError(f"test_dataset must be one dataset, got {list(sets) or None}")
+        held = sets[""]
         metrics, prediction = self._of(policy, held, prefix, None, predicts=True)
         assert prediction is not None
         return metrics | speed_metrics(prefix, started, num_samples=len(held.trunks)), prediction
@@ -256,7 +132,7 @@ class Evaluator:
         else:
             sets = self._sets
         if dataset is not None:
-            return held_out(dataset, policy, self._tokenizer, self._args, self._collector)
+            return self._read(policy, dataset, "eval_dataset")
         if not sets and not self._args.eval_episodes:
             raise ValueError(
                 "evaluate needs an eval_dataset, or eval_episodes and env, got neither"
@@ -264,6 +140,9 @@ class Evaluator:
         if self._cycle is None:  # before training: as the first cycle would
             self.begin_cycle(policy, 0)
         return sets
+
+    def _read(self, policy: PreTrainedModel, dataset: Any, name: str) -> dict[str, HeldOut]:
+        return held_out(dataset, policy, self._tokenizer, self._args, self._collector, name)
 
     # -- held-out trajectories -------------------------------------------------------------------
 
@@ -386,10 +265,9 @@ class Evaluator:
     def _success(self, policy: PreTrainedModel) -> dict[str, float]:
         """The share of the greedy policy's episodes that succeeded, of those that did not crash."""
         args, env = self._args, self._env
-        assert env is not None and args.eval_episodes is not None  # `check_evaluation` has seen it
+        assert env is not None  # `check_evaluation` has seen to it
 
         def rolled_out(places: list[int]) -> list[Episode]:
-            assert env is not None
             greedy = ModelPolicy(
                 policy,
                 self._tokenizer,
@@ -405,7 +283,7 @@ class Evaluator:
                 action_format=args.action_format,
             )
 
-        episodes = over_ranks(rolled_out, np.ones(args.eval_episodes), alike=self._sharded)
+        episodes = over_ranks(rolled_out, np.ones(args.eval_episodes or 0), alike=self._sharded)
         ended = [episode.success for episode in episodes if episode.crashed is None]
         found = {"success_rate": float(np.mean(ended))} if ended else {}
         return found | {"crashed": float(len(episodes) - len(ended))}
@@ -417,10 +295,10 @@ class Evaluator:
 
         False of nan, infinity, and of a figure that this evaluation left undefined.
         """
-        metric = _best_metric(self._args)
+        metric = best_metric(self._args)
         if metric is None:
             return True
-        if metric not in metrics and metric not in _names(self._args, self._sets):
+        if metric not in metrics and metric not in metric_names(self._args, self._sets):
             return True  # a wrong name, which transformers refuses
         value = metrics.get(metric, math.nan)
         if not math.isfinite(value):
@@ -431,39 +309,61 @@ class Evaluator:
 
     def save(self, folder: Path) -> None:
         """Write the cycle's pairs, where there are any."""
-        every = [c for held in self._sets.values() for c in held.comparisons]
-        if every:
-            sizes = {name: len(held.comparisons) for name, held in self._sets.items()}
-            save_comparisons(folder / EVAL_FILE, every, {"cycle": self._cycle, "sizes": sizes})
+        save_pairs(folder, self._sets, self._cycle)
 
-    def load(self, folder: Path, cycle: int | None) -> None:
-        """Read what `save` wrote; without it, the rewards of this cycle are left out.
-
-        Raises:
-            ValueError: where ``eval_dataset`` is not that of the run.
-        """
+    def load(self, folder: Path, cycle: int) -> None:
+        """Read what `save` wrote."""
         self.restart()
+        if self._sets and self._args.method != "sft":
+            load_pairs(folder, self._sets)
         self._cycle = cycle
-        if not self._sets or self._args.method == "sft":
-            return
-        if not (folder / EVAL_FILE).exists():
-            _logger.warning(
-                "%s has no %s: until the next cycle, evaluations are without rewards",
-                *(folder, EVAL_FILE),
-            )
-            return
-        every, progress = load_comparisons(folder / EVAL_FILE)
-        sizes = {name: len(held.trunks) for name, held in self._sets.items()}
-        trunks = [trunk for held in self._sets.values() for trunk in held.trunks]
-        if progress["sizes"] != sizes or not all(
-            np.array_equal(c.trunk.input_ids, trunk.input_ids)
-            for c, trunk in zip(every, trunks, strict=True)
-        ):
-            raise ValueError(
-                f"eval_dataset must be that of the run that {folder} is of, with rows "
-                f"{json.dumps(progress['sizes'])}, got {json.dumps(sizes)} or other tokens"
-            )
-        self._cycle = progress["cycle"]
-        rest = iter(every)
-        for held in self._sets.values():
-            held.comparisons = [next(rest) for _ in held.trunks]
+
+
+class EvaluatingTrainer(Trainer):
+    """What ``transformers.Trainer`` is asked about evaluation, answered by an `Evaluator`."""
+
+    _evaluator: Evaluator
+    _inverse: InverseReflection | None
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As transformers': measure the policy, log it, tell the callbacks. See docs/api.md.
+
+        :param eval_dataset: None: the trainer's, with its environment; the name of one of several;
+            or other trajectories, which have no rewards, as no cycle has paired them.
+        """
+        self._end_optimizer_step()
+        policy = cast("PreTrainedModel", self.model)
+        metrics = self._evaluator.evaluate(policy, eval_dataset, metric_key_prefix, self._inverse)
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """As transformers', with the texts that ``compute_metrics`` is given."""
+        self._end_optimizer_step()
+        policy = cast("PreTrainedModel", self.model)
+        metrics, texts = self._evaluator.predict(policy, test_dataset, metric_key_prefix)
+        handler = self.callback_handler
+        self.control = handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(cast("Any", texts.predictions), texts.label_ids, metrics)
+
+    def _end_optimizer_step(self) -> None:
+        """Schedule-free optimisers keep other weights for acting than for learning."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not self._evaluator.has_best_metric(metrics):
+            return False
+        return super()._determine_best_metric(metrics, trial)

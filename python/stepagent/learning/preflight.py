@@ -38,8 +38,8 @@ def check_optimizer(optimizer: Any, policy: torch.nn.Module) -> None:
         strange = sum(key not in own for key in given)
         raise ValueError(
             f"optimizers[0] must be of parameters that are trained, got {trained} of "
-            f"{len(given)}, and {strange} that are not the policy's: make it of model.parameters(), "
-            "of a model that is given as an object and with its adapter already"
+            f"{len(given)}, and {strange} that are not the policy's: make it of "
+            "model.parameters(), of a model that is given as an object, with its adapter already"
         )
 
 

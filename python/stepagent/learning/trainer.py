@@ -20,13 +20,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    PredictionOutput,
-    TrainOutput,
-    get_last_checkpoint,
-)
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from ..acting.rollout import Expert
 from ..data.actions import FORMATS
@@ -51,7 +46,8 @@ from .collecting import Collector
 from .config import StepAgentConfig
 from .cycle import Comparison, load_comparisons, naive_tokens, save_comparisons, unique_tokens
 from .epochs import EpochCallback
-from .evaluating import ComputeMetrics, Evaluator, check_evaluation, held_out
+from .evaluating import ComputeMetrics, EvaluatingTrainer, Evaluator
+from .held_out import check_evaluation, held_out
 from .inverse import InverseReflection
 from .loading import encode_all, load_policy, load_reference
 from .noise import check_quiet
@@ -74,7 +70,7 @@ if TYPE_CHECKING:
     from ..trees.tree import TokenTree
 
 
-class StepAgentTrainer(Trainer):
+class StepAgentTrainer(EvaluatingTrainer):
     """Train an agent towards an expert's trajectories.
 
     :param model: a causal language model, or the name or path of one, which is then loaded with
@@ -144,14 +140,8 @@ class StepAgentTrainer(Trainer):
         inspects = args.has_cycles and args.states == "expert"
         check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=inspects)
         sets = held_out(eval_dataset, policy, processing_class, args, self._collector)
-        check_evaluation(
-            args,
-            env,
-            sets,
-            self._collector.per_cycle,
-            fixed_reference=ref_model is not None,
-            own_metrics=compute_metrics is not None,
-        )
+        per_cycle, metrics = self._collector.per_cycle, compute_metrics is not None
+        check_evaluation(args, env, sets, per_cycle, ref_model is not None, metrics)
         check_optimizer(optimizers[0], policy)
         self._trunks = trunks
         self._discriminator = discriminator
@@ -301,55 +291,10 @@ class StepAgentTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers'; a loss comes with the figures of the steps since the last."""
-        if "loss" in logs:
+        if {"loss", "learning_rate"} <= logs.keys():  # transformers', of all processes
             recent = self._means.take_recent().of_all_ranks().values()
             logs = logs | {name: value for name, value in recent.items() if name != "mean_loss"}
         super().log(logs, start_time)
-
-    # -- evaluate ------------------------------------------------------------------------------
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As transformers': measure the policy, log it, tell the callbacks. See docs/api.md.
-
-        :param eval_dataset: None: the trainer's, with its environment; the name of one of several;
-            or other trajectories, which have no rewards, as no cycle has paired them.
-        """
-        self._end_optimizer_step()
-        metrics = self._evaluator.evaluate(
-            self._policy, eval_dataset, metric_key_prefix, self._inverse
-        )
-        self.log(metrics)
-        handler = self.callback_handler
-        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def predict(
-        self,
-        test_dataset: Any,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-    ) -> PredictionOutput:
-        """As transformers', with the texts that ``compute_metrics`` is given."""
-        self._end_optimizer_step()
-        metrics, texts = self._evaluator.predict(self._policy, test_dataset, metric_key_prefix)
-        handler = self.callback_handler
-        self.control = handler.on_predict(self.args, self.state, self.control, metrics)
-        return PredictionOutput(cast("Any", texts.predictions), texts.label_ids, metrics)
-
-    def _end_optimizer_step(self) -> None:
-        """Schedule-free optimisers keep other weights for acting than for learning."""
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if not self._evaluator.has_best_metric(metrics):
-            return False
-        return super()._determine_best_metric(metrics, trial)
 
     # -- reflect: learn from the comparisons ---------------------------------------------------
 

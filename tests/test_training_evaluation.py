@@ -220,6 +220,16 @@ def test_prediction_loss_only_samples_no_greedy_actions(trainer, monkeypatch):
     assert without_times(made.evaluate()).keys() == {"eval_nll", "eval_loss"}
 
 
+def test_experts_with_an_auxiliary_loss_are_evaluated_without_it(trainer):
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    found = [
+        trainer(tiny_agent("mixtral", **experts, output_router_logits=asked), method="sft")
+        for asked in (False, True)
+    ]
+    plain, asked = (without_times(made.evaluate()) for made in found)
+    assert plain == asked
+
+
 def test_predict_gives_the_texts_and_metrics(trainer, experts):
     made = trainer(method="sft", compute_metrics=lambda p: {"n": len(p.predictions)})
     found = made.predict(experts[4:])

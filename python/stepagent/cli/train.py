@@ -107,8 +107,9 @@ def train(
         )
     import_from_here()  # an environment of one's own
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
-    reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
-    held_out = None if eval_data is None else read(eval_data, load_tokenizer(model), on_error)
+    words = load_tokenizer(model)
+    reading = read(data, words, on_error)  # first: a bad row need not wait
+    held_out = None if eval_data is None else read(eval_data, words, on_error).trajectories
     adapter = None if lora_rank is None else _lora(lora_rank)
     from ..data.ends import ends_of
     from ..learning.precision import loading_dtype
@@ -128,11 +129,13 @@ def train(
         peft_config=adapter,
         env=env,
         engine=engine,
-        eval_dataset=None if held_out is None else held_out.trajectories,
+        eval_dataset=held_out,
     )
     from ..records.provenance import sitting
 
     told = {"model": model, "data": str(data), "options": _TRAINING_DEFAULTS | given(own)}
+    if eval_data is not None:
+        told["eval_data"] = str(eval_data)
     first = trainer.is_world_process_zero()
     try:
         with sitting(Path(str(config.output_dir)), **told) if first else nullcontext():

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .config import StepAgentConfig
     from .inverse import InverseReflection
 
-ComputeMetrics = Callable[[EvalPrediction], Mapping[str, Any]]
+ComputeMetrics = Callable[[EvalPrediction], dict[str, Any]]
 
 _logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Evaluator:
             found = self._success(policy)
             metrics |= {f"{prefix}_{figure}": value for figure, value in found.items()}
             count += self._args.eval_episodes
-        return metrics | speed_metrics(prefix, started, num_samples=count)
+        return metrics | _speed(prefix, started, count)
 
     def predict(
         self, policy: PreTrainedModel, dataset: Any, prefix: str
@@ -123,7 +123,7 @@ class Evaluator:
         held = sets[""]
         metrics, prediction = self._of(policy, held, prefix, None, predicts=True)
         assert prediction is not None
-        return metrics | speed_metrics(prefix, started, num_samples=len(held.trunks)), prediction
+        return metrics | _speed(prefix, started, len(held.trunks)), prediction
 
     def _chosen(self, policy: PreTrainedModel, dataset: Any) -> dict[str, HeldOut]:
         """What is evaluated: all sets, one of their names, or others without pairs of the cycle."""
@@ -230,11 +230,11 @@ class Evaluator:
             sizes = [trunk.num_steps for trunk in trunks]
             losses = [part.double().numpy() for part in torch.split(nll_T, sizes)]
         experts = [[t.input_ids[start:stop] for start, stop in t.action_spans] for t in trunks]
-        return EvalPrediction(
-            predictions=[[self._text(tried[0].token_ids) for tried in task] for task in acts],
-            label_ids=[[self._text(action) for action in task] for task in experts],
-            inputs=list(trunks) if "inputs" in wanted else None,
-            losses=losses,
+        return EvalPrediction(  # whose types are those of fixed shapes
+            cast("Any", [[self._text(tried[0].token_ids) for tried in task] for task in acts]),
+            cast("Any", [[self._text(action) for action in task] for task in experts]),
+            inputs=cast("Any", list(trunks) if "inputs" in wanted else None),
+            losses=cast("Any", losses),
         )
 
     def _text(self, ids: Any) -> str:
@@ -319,6 +319,11 @@ class Evaluator:
         self._cycle = cycle
 
 
+def _speed(prefix: str, started: float, samples: int) -> dict[str, float]:
+    found: dict[str, float] = speed_metrics(prefix, started, num_samples=samples)  # type: ignore[no-untyped-call]
+    return found
+
+
 class EvaluatingTrainer(Trainer):
     """What ``transformers.Trainer`` is asked about evaluation, answered by an `Evaluator`."""
 
@@ -360,8 +365,9 @@ class EvaluatingTrainer(Trainer):
 
     def _end_optimizer_step(self) -> None:
         """Schedule-free optimisers keep other weights for acting than for learning."""
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if not self._evaluator.has_best_metric(metrics):

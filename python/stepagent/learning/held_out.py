@@ -94,8 +94,8 @@ def check_evaluation(
     """
     if args.eval_strategy != "no" and not sets and not args.eval_episodes:
         raise ValueError(
-            f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset, or eval_episodes "
-            "and env, got neither"
+            "eval_strategy must be 'no' unless there is something to evaluate: it needs an "
+            "eval_dataset, or eval_episodes and env, got neither"
         )
     if args.eval_episodes and env is None:
         raise ValueError(f"eval_episodes={args.eval_episodes} needs env: a name or factory")

@@ -366,7 +366,22 @@ def test_an_agent_is_trained_evaluated_and_inspected(folder: Path, tmp_path: Pat
     trained = report(
         *train(folder, "--method", "implicit", "--cycles", 2, "--output-dir", output),
         *("--learning_rate", 1e-3, "--seed=3"),
+        *("--eval-data", folder / "expert.jsonl", "--eval-strategy", "epoch"),
+        *(
+            "--env",
+            ENV,
+            "--eval-episodes",
+            2,
+            "--eval-seed-start",
+            50,
+            "--max-steps-per-episode",
+            1,
+        ),
     )
+    log = json.loads((output / "log.json").read_text())
+    evaluations = [entry for entry in log if "eval_agreement" in entry]
+    assert len(evaluations) == 2
+    assert {"eval_nll", "eval_reward_margin", "eval_success_rate"} <= evaluations[0].keys()
     assert trained["output_dir"] == str(output)
     assert trained["method"] == "implicit"
     assert [cycle["cycle"] for cycle in trained["cycles"]] == [0, 1]

@@ -72,6 +72,26 @@ def test_a_sharded_run_equals_one_process_and_resumes_on_another_number(
     assert_same_weights(one, four)
 
 
+def test_a_sharded_run_evaluates_and_chooses_as_one_process(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    options = (
+        *("--eval-data", inputs[3], "--eval-strategy", "epoch", "--save-strategy", "epoch"),
+        *("--load-best-model-at-end", "--metric-for-best-model", "nll"),
+        *("--env", "babyai:GoToLocalS6N2", "--eval-episodes", "3", "--max-steps-per-episode", "2"),
+    )
+    evaluations = []
+    for ranks, name in ((1, "one"), (2, "two")):
+        train(ranks, inputs, tmp_path / name, *options)
+        log = json.loads((tmp_path / name / "log.json").read_text())
+        kept = [{k: v for k, v in e.items() if "per_sec" not in k} for e in log if "eval_nll" in e]
+        evaluations.append([{k: v for k, v in e.items() if k != "eval_runtime"} for e in kept])
+    assert len(evaluations[0]) == len(evaluations[1]) == 2
+    for one, two in zip(*evaluations, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_sharded_adapter_of_the_inverse_form_equals_one_process(
     inputs: list[str], tmp_path: Path
 ) -> None:

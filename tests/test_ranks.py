@@ -83,12 +83,16 @@ def trained(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
         lr_scheduler_type="constant",
         per_device_train_batch_size=BATCH // ranks,
         per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_episodes=3 if env else None,
+        eval_seed_start=100,
         seed=3,
         **options,
     )
     # In float64; and where the reference and the discriminator are not the policy itself: there
     # margins and gradients are 0, and their signs rounding, of which Adam makes much.
-    others: dict[str, Any] = {"env": env}
+    others: dict[str, Any] = {"env": env, "eval_dataset": trajectories()[:3]}
     if args.method != "sft":
         others["ref_model"] = tiny_agent(seed=1).double()
     if args.method == "inverse":
@@ -105,6 +109,11 @@ def trained(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
         "scores": [
             torch.from_numpy(np.concatenate([getattr(c, name) for c in made._comparisons]))
             for name in ("ref_logps", "old_logps", "advantages")
+        ],
+        "evaluations": [
+            {name: value for name, value in entry.items() if "_per_second" not in name}
+            for entry in logs
+            if entry.pop("eval_runtime", None)
         ],
         "losses": [entry["loss"] for entry in logs if "loss" in entry],
         "norms": [entry["grad_norm"] for entry in logs if "grad_norm" in entry],
@@ -183,6 +192,10 @@ def test_any_number_of_processes_trains_as_one(
         assert len(found["cycles"]) == len(expected["cycles"])
         for cycle, other in zip(found["cycles"], expected["cycles"], strict=True):
             assert cycle == pytest.approx(other, rel=1e-4, abs=1e-5)
+        # A figure is a mean over all that was held out, whoever scored it.
+        assert len(found["evaluations"]) == len(expected["evaluations"]) == len(found["losses"])
+        for figures, other in zip(found["evaluations"], expected["evaluations"], strict=True):
+            assert figures == pytest.approx(other, rel=1e-4, abs=1e-5)
         close(found["weights"], expected["weights"])
     assert len(expected["losses"]) == (2 if kind == "agent" else 4)
 

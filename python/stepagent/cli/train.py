@@ -62,7 +62,8 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.command(cls=_TrainCommand, context_settings={"ignore_unknown_options": True})
 @click.option("--model", required=True, metavar="NAME_OR_PATH", help="Model, with its tokenizer.")
 @click.option("--data", type=FILE, required=True, help="Expert trajectories.")
-@click.option("--env", help="Environment of --states agent.")
+@click.option("--eval-data", type=FILE, help="Held-out expert trajectories, for --eval-strategy.")
+@click.option("--env", help="Environment of --states agent and of --eval-episodes.")
 @click.option(
     "--lora-rank",
     "--lora_rank",
@@ -88,6 +89,7 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
 def train(
     model: str,
     data: Path,
+    eval_data: Path | None,
     env: str | None,
     lora_rank: int | None,
     attn_implementation: str | None,
@@ -99,11 +101,15 @@ def train(
 ) -> tuple[dict[str, Any], str] | None:
     """Train an agent towards an expert's trajectories."""
     config = _training_config(inherited, given(own))
-    if env is not None and config.states != "agent":
-        raise click.UsageError(f"--env is of no use with --states {config.states}")
+    if env is not None and config.states != "agent" and not config.eval_episodes:
+        raise click.UsageError(
+            f"--env is of no use with --states {config.states} and no --eval-episodes"
+        )
     import_from_here()  # an environment of one's own
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
-    reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
+    words = load_tokenizer(model)
+    reading = read(data, words, on_error)  # first: a bad row need not wait
+    held_out = None if eval_data is None else read(eval_data, words, on_error).trajectories
     adapter = None if lora_rank is None else _lora(lora_rank)
     from ..data.ends import ends_of
     from ..learning.precision import loading_dtype
@@ -116,11 +122,20 @@ def train(
     from ..learning.trainer import StepAgentTrainer
 
     trainer = StepAgentTrainer(
-        agent, config, reading.trajectories, tokenizer, peft_config=adapter, env=env, engine=engine
+        agent,
+        config,
+        reading.trajectories,
+        tokenizer,
+        peft_config=adapter,
+        env=env,
+        engine=engine,
+        eval_dataset=held_out,
     )
     from ..records.provenance import sitting
 
     told = {"model": model, "data": str(data), "options": _TRAINING_DEFAULTS | given(own)}
+    if eval_data is not None:
+        told["eval_data"] = str(eval_data)
     first = trainer.is_world_process_zero()
     try:
         with sitting(Path(str(config.output_dir)), **told) if first else nullcontext():

@@ -46,7 +46,7 @@ def rows_of(
     source = _split(source, split)
     arrow = hasattr(source, "features") and hasattr(source, "column_names")  # datasets.Dataset
     for index, row in enumerate(source):
-        yield f"{name}[{index}]", _without_nulls(row) if arrow else row
+        yield f"{name}[{index}]", without_nulls(row) if arrow else row
 
 
 def _split(source: Iterable[Any], split: str | None) -> Iterable[Any]:
@@ -65,10 +65,11 @@ def _split(source: Iterable[Any], split: str | None) -> Iterable[Any]:
     return chosen
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A row without the Nones of dicts, which Arrow puts where a key is absent."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -99,7 +100,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         with parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for index, row in enumerate(rows):
-                yield f"{path}: row {index}", _without_nulls(row)
+                yield f"{path}: row {index}", without_nulls(row)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
 

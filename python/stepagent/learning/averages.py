@@ -44,12 +44,19 @@ class RunningMeans:
 
     def __init__(self, state: dict[str, tuple[float, float]] | None = None) -> None:
         self._sums = dict(state or {})
+        self._recent: dict[str, tuple[float, float]] = {}
 
     def add(self, name: str, values: Tensor, weight: float = 1.0) -> None:
         """Values that each count ``weight`` times."""
-        total, count = self._sums.get(name, (0.0, 0.0))
         added = weight * float(values.sum()), weight * values.numel()
-        self._sums[name] = (total + added[0], count + added[1])
+        for sums in (self._sums, self._recent):
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = (total + added[0], count + added[1])
+
+    def take_recent(self) -> RunningMeans:
+        """Of what was added since this was called last."""
+        recent, self._recent = self._recent, {}
+        return RunningMeans(recent)
 
     def of_all_ranks(self) -> RunningMeans:
         """Of all processes, each of which has to call this."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import DistributedType
@@ -48,9 +48,9 @@ class Collector:
     ) -> None:
         self._trunks, self._tokenizer, self._args = trunks, tokenizer, args
         self._env, self._expert = env, expert
-        self._end_tokens = ends_of(trunks)
-        longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
-        self.max_new_tokens = args.max_new_tokens or longest
+        self.end_tokens = ends_of(trunks)
+        self.max_new_tokens = args.max_new_tokens or longest_action(trunks)
+        self.count = len(trunks)
         self.per_cycle = args.rollouts or len(trunks)
         self._on_engine: PolicyOnEngine | None = None
 
@@ -94,8 +94,8 @@ class Collector:
                 [state],
                 samples=_PROBES,
                 max_new_tokens=self.max_new_tokens,
-                eos_token_id=self._end_tokens,
-                seed=self._seed(cycle),
+                eos_token_id=self.end_tokens,
+                seed=cycle_seed(self._args, cycle),
             ),
         )
         trees = pack_step_pairs([state], [[[branch.token_ids for branch in branches]]])
@@ -122,22 +122,17 @@ class Collector:
     def _at_expert_states(
         self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
     ) -> list[Comparison]:
-        def inspected(places: list[int]) -> list[list[list[Branch]]]:
-            return inspect(
-                actor,
-                [self._trunks[i] for i in places],
-                samples=self._args.samples,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self._args.temperature,
-                eos_token_id=self._end_tokens,
-                seed=self._seed(cycle),
-                places=places,
-                max_batch_tokens=self._args.inspect_batch_tokens,
-                progress=not self._args.disable_tqdm,
-            )
-
-        costs = [len(trunk.input_ids) for trunk in self._trunks]
-        branches = over_ranks(inspected, costs, alike=alike)
+        branches = inspected(
+            actor,
+            self._trunks,
+            self._args,
+            samples=self._args.samples,
+            temperature=self._args.temperature,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.end_tokens,
+            seed=cycle_seed(self._args, cycle),
+            alike=alike,
+        )
         tried = [[[branch.token_ids for branch in step] for step in steps] for steps in branches]
         return [
             Comparison(t, b, expert_trunk=True) for t, b in zip(self._trunks, tried, strict=True)
@@ -159,8 +154,8 @@ class Collector:
                 seeds=[first + place for place in places],
                 max_new_tokens=self.max_new_tokens,
                 temperature=self._args.temperature,
-                eos_token_id=self._end_tokens,
-                seed=self._seed(cycle),
+                eos_token_id=self.end_tokens,
+                seed=cycle_seed(self._args, cycle),
                 max_steps=self._args.max_steps_per_episode,
                 progress=not self._args.disable_tqdm,
                 action_format=self._args.action_format,
@@ -171,5 +166,42 @@ class Collector:
         trunks, branches = trunks_and_answers(episodes, self._tokenizer, form)
         return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
 
-    def _seed(self, cycle: int) -> int:
-        return self._args.seed * 1_000_003 + cycle
+
+def inspected(
+    actor: PreTrainedModel | Engine,
+    trunks: Sequence[Trunk],
+    args: StepAgentConfig,
+    *,
+    first_trunk: int = 0,
+    alike: bool,
+    **options: Any,
+) -> list[list[list[Branch]]]:
+    """The actor's actions at every state of the trunks, shared over the processes of the run.
+
+    Args:
+        first_trunk: the place of the first one, for the random numbers.
+        alike: a forward of the actor needs all processes at the same time.
+        options: those of :func:`stepagent.inspect`.
+    """
+
+    def some(places: list[int]) -> list[list[list[Branch]]]:
+        return inspect(
+            actor,
+            [trunks[i] for i in places],
+            places=[first_trunk + i for i in places],
+            max_batch_tokens=args.inspect_batch_tokens,
+            progress=not args.disable_tqdm,
+            **options,
+        )
+
+    return over_ranks(some, [len(trunk.input_ids) for trunk in trunks], alike=alike)
+
+
+def cycle_seed(args: StepAgentConfig, cycle: int) -> int:
+    """Of all that is sampled in a cycle."""
+    return args.seed * 1_000_003 + cycle
+
+
+def longest_action(trunks: Sequence[Trunk]) -> int:
+    """Tokens of the longest action of all."""
+    return max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)

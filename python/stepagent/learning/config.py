@@ -20,11 +20,15 @@ _COUNTS = (
     "inspect_batch_tokens",
     "rollouts",
     "max_steps_per_episode",
+    "eval_episodes",
     "discriminators",
     "critic_epochs",
 )
+# Figures of an evaluation that transformers would take the largest of.
+_LESS_IS_BETTER = ("nll", "kl", "crashed")
 _POSITIVE = ("finite and > 0", lambda x: x > 0)
 _NOT_NEGATIVE = ("finite and >= 0", lambda x: x >= 0)
+_WHOLE = ("a whole number >= 0", lambda x: x >= 0 and x == int(x))
 _FRACTION = ("in [0, 1]", lambda x: 0 <= x <= 1)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "beta": _POSITIVE,
@@ -33,7 +37,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "critic_learning_rate": _POSITIVE,
     "discriminator_smoothing": ("in [0, 0.5)", lambda x: 0 <= x < 0.5),
     "discriminator_penalty": _NOT_NEGATIVE,
-    "discriminator_replay": ("a whole number >= 0", lambda x: x >= 0 and x == int(x)),
+    "discriminator_replay": _WHOLE,
+    "eval_seed_start": _WHOLE,
     "gamma": _FRACTION,
     "gae_lambda": _FRACTION,
     "clip": _POSITIVE,
@@ -63,6 +68,10 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             self._set_epochs(float(self.cycles * self.epochs_per_cycle))
         # The batches are trees, not columns of a dataset.
         self.remove_unused_columns = False
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(
+            _LESS_IS_BETTER  # transformers takes the largest of all but losses
+        ):
+            self.greater_is_better = False
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     @property

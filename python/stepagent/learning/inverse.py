@@ -28,10 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..ops import step_rewards, step_sums
+from ..ops import step_sums
 from ..ranks import over_ranks, sum_gradients, sum_over_ranks
 from .advantages import group_relative, leave_one_out, standardised, step_gae
-from .averages import Counts
 from .critic import StepCritic, StepReading, critic_body
 from .cycle import (
     Comparison,
@@ -41,7 +40,7 @@ from .cycle import (
     pack_with_steps,
     save_comparisons,
 )
-from .losses import discriminator_loss, inverse_step_reward, kl_terms, ppo_loss
+from .losses import discriminator_loss, inverse_step_reward, kl_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,6 +144,10 @@ class InverseReflection:
         )
         aggregate = _AGGREGATES[self._args.reward_aggregate]
         return aggregate(rewards_EA, 0)
+
+    def rewards(self, comparisons: Sequence[Comparison], steps: StepTable) -> Tensor:
+        """(S,) float64, of all actions as they are judged now, the expert's too; not scaled."""
+        return self._rewards(self._judge(comparisons, steps)[0])
 
     def _kl_penalty(
         self, comparisons: Sequence[Comparison], steps: StepTable, agent_A: Tensor
@@ -351,56 +354,6 @@ class InverseReflection:
 def _joined(comparisons: Sequence[Comparison], name: str) -> Tensor:
     """(N,) float64, the scores of all comparisons' tokens."""
     return torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
-
-
-def ppo_step_loss(
-    args: StepAgentConfig,
-    logps_N: Tensor,
-    entropy_N: Tensor | None,
-    steps: StepTable,
-    total: Counts,
-    *,
-    advantages: Tensor,
-    old_logps: Tensor,
-    ref_logps: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`ppo_loss` of the agent's steps of a batch, less their entropy; and figures of each step.
-
-    Args:
-        total: what the means are over: of the batch itself, or of all that it is a part of.
-        advantages: (S,) of all steps; old_logps, ref_logps: (N,) of all their tokens.
-    """
-    lengths_S, agent_S = steps.offsets.diff(), ~steps.expert_S
-    agent_N = agent_S.repeat_interleave(lengths_S)
-    offsets_A = F.pad(lengths_S[agent_S].cumsum(0), (1, 0))
-    logps_n, old_n = logps_N[agent_N], old_logps[agent_N]
-    in_loss = args.kl_in == "loss"
-    loss = ppo_loss(
-        logps_n,
-        old_n,
-        advantages[agent_S],
-        offsets_A,
-        clip=args.clip,
-        ratio=args.ratio,
-        ref_logps_N=ref_logps[agent_N],
-        kl_coef=args.kl_coef if in_loss else 0.0,
-        kl=args.kl_estimator if in_loss else "k3",
-    )
-    if args.ratio == "token":
-        share = len(logps_n) / (total.agent_tokens or 1)
-    else:
-        share = (len(offsets_A) - 1) / (total.agent_steps or 1)
-    loss = loss * share
-    log_ratios_A = step_rewards(logps_n.detach(), old_n, offsets_A, beta=1.0)
-    figures = {
-        # E over the old policy's own samples of ρ − 1 − log ρ estimates KL(old ‖ π).
-        "kl": log_ratios_A.expm1() - log_ratios_A,
-        "clip_fraction": (log_ratios_A.expm1().abs() > args.clip).float(),
-    }
-    if entropy_N is not None:
-        loss = loss - args.entropy_coef * entropy_N[agent_N].sum() / (total.agent_tokens or 1)
-        figures["entropy"] = entropy_N[agent_N].detach()
-    return loss, figures
 
 
 def accuracy(logits_ES: Tensor, steps: StepTable) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..data.encoding import encode
-from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
+from ..data.rows import without_nulls
+from ..data.trajectory import Skipped, iterate_trajectories
 from ..data.trunk import Trunk
 from .precision import loading_dtype, say_precision
 
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import StepAgentConfig
+
+
+MOST_STREAMED = 1_000_000  # rows of a dataset without a length; a run holds all of them
 
 
 def load_policy(
@@ -70,25 +76,62 @@ def _with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
 
 
 def encode_all(
-    dataset: Sequence[Trajectory | Mapping[str, Any]],
+    dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     progress: bool,
+    name: str = "train_dataset",
 ) -> list[Trunk]:
     """The trunk of each row.
 
+    Args:
+        dataset: a path, a dataset with a length, or rows to be read once: an ``IterableDataset``, a
+            generator.
+        name: what to call it in errors.
+
     Raises:
-        ValueError: naming the row that is no trajectory or cannot be encoded.
+        TypeError: for what has no rows, or several splits.
+        ValueError: naming the row that is no trajectory or cannot be encoded; no rows; rows that do
+            not end within ``MOST_STREAMED``.
     """
-    if len(dataset) == 0:
-        raise ValueError("train_dataset is empty; at least one expert trajectory is needed")
+    rows = _rows_of(dataset, name)
     trunks = []
-    rows = iterate_trajectories(dataset, name="train_dataset")
-    for where, found in tqdm(rows, desc="encode", disable=not progress, total=len(dataset)):
+    found_rows = iterate_trajectories(rows, name=name)
+    total = len(rows) if hasattr(rows, "__len__") and not isinstance(rows, str) else None
+    for where, found in tqdm(found_rows, desc="encode", disable=not progress, total=total):
         try:
             if isinstance(found, Skipped):
                 raise ValueError(found.reason)
             trunks.append(encode(found, tokenizer))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+    if not trunks:
+        raise ValueError(f"{name} is empty; at least one expert trajectory is needed")
     return trunks
+
+
+def _rows_of(dataset: Any, name: str) -> Any:
+    """What rows are read from: the dataset itself, or a list of what can be read only once."""
+    if isinstance(dataset, str | os.PathLike):
+        return dataset
+    if isinstance(dataset, Mapping) and not {"messages", "conversations"} & dataset.keys():
+        splits = [str(split) for split in dataset]
+        raise TypeError(
+            f"{name} must be one dataset, got a {type(dataset).__name__} of {splits}: "
+            f"choose one, as {name}=dataset[{splits[0] if splits else 'train'!r}]"
+        )
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        # A torch Dataset need not raise IndexError at its end.
+        if hasattr(dataset, "__iter__"):
+            return dataset
+        return [dataset[i] for i in range(len(dataset))]
+    if not isinstance(dataset, Iterable):
+        raise TypeError(f"{name} must be rows or a path, got {type(dataset).__name__}")
+    rows = list(islice(dataset, MOST_STREAMED + 1))
+    if len(rows) > MOST_STREAMED:
+        raise ValueError(
+            f"{name} must end within {MOST_STREAMED} rows, got more of a {type(dataset).__name__}: "
+            "all are held in memory and passed over again; give dataset.take(n), or a list"
+        )
+    # An IterableDataset fills an absent key with None, as Arrow does.
+    return [without_nulls(row) for row in rows] if hasattr(dataset, "features") else rows

@@ -102,6 +102,17 @@ class StepAgentOptions:
     rollout_seed_start: int = field(
         default=0, metadata={"help": "first environment seed of the rollouts with states=agent"}
     )
+    eval_episodes: int | None = field(
+        default=None,
+        metadata={
+            "help": "episodes of the greedy policy in the environment at each evaluation, for "
+            "success_rate; default: none"
+        },
+    )
+    eval_seed_start: int = field(
+        default=0,
+        metadata={"help": "first environment seed of eval_episodes; held out from training"},
+    )
 
     # -- of method="inverse" alone ---------------------------------------------------------------
 

@@ -27,6 +27,22 @@ def check_discriminator(
     check_tree_support(discriminator)
 
 
+def check_optimizer(optimizer: Any, policy: torch.nn.Module) -> None:
+    """Refuse an optimiser of other parameters: it would change nothing that is trained."""
+    if optimizer is None:
+        return
+    own = {id(parameter): parameter.requires_grad for parameter in policy.parameters()}
+    given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trained = sum(own.get(key, False) for key in given)
+    if not trained or any(key not in own for key in given):
+        strange = sum(key not in own for key in given)
+        raise ValueError(
+            f"optimizers[0] must be of parameters that are trained, got {trained} of "
+            f"{len(given)}, and {strange} that are not the policy's: make it of "
+            "model.parameters(), of a model that is given as an object, with its adapter already"
+        )
+
+
 def check_one_gpu(count: int) -> None:
     if count > 1:
         raise ValueError(
@@ -60,12 +76,21 @@ def check_loaded_everywhere() -> None:
 
 
 def check_budget(
-    model: torch.nn.Module, trunks: Sequence[Trunk], args: StepAgentConfig, new_tokens: int
+    model: torch.nn.Module,
+    trunks: Sequence[Trunk],
+    args: StepAgentConfig,
+    new_tokens: int,
+    *,
+    inspects: bool,
+    name: str = "train_dataset",
 ) -> None:
-    """Refuse what would not fit into a tree or the model, before any work is done."""
-    inspects = args.has_cycles and args.states == "expert"
+    """Refuse what would not fit into a tree or the model, before any work is done.
+
+    Args:
+        inspects: actions are sampled at the states of these trunks, and put into their trees.
+    """
     for i, trunk in enumerate(trunks):
-        length, what = len(trunk.input_ids), f"train_dataset[{i}]"
+        length, what = len(trunk.input_ids), f"{name}[{i}]"
         tried = trunk.num_steps * args.samples * new_tokens if inspects else 0
         if length + tried > args.max_tokens:
             actions = f" and up to {tried} of sampled actions" if tried else ""

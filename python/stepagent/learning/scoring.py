@@ -52,19 +52,20 @@ class Scorer:
         PPO also needs the log-probs under the policy as it is now.
         """
         if self._ref_model is None:
-            ref = old = self._scored(policy, comparisons, alike=sharded)
+            ref = old = self.scored(policy, comparisons, alike=sharded)
         else:
             with reference_of(self._ref_model, policy) as reference:
                 alike = sharded and reference is policy
-                ref = self._scored(reference, comparisons, alike=alike)
+                ref = self.scored(reference, comparisons, alike=alike)
             if self._args.method == "inverse":
-                old = self._scored(policy, comparisons, alike=sharded)
+                old = self.scored(policy, comparisons, alike=sharded)
         if self._args.method != "inverse":
             return [replace(c, ref_logps=r) for c, r in zip(comparisons, ref, strict=True)]
         triples = zip(comparisons, ref, old, strict=True)
         return [replace(c, ref_logps=r, old_logps=o) for c, r, o in triples]
 
-    def _scored(
+    @torch.no_grad()
+    def scored(
         self, model: nn.Module, comparisons: Sequence[Comparison], *, alike: bool
     ) -> list[NDArray[np.float32]]:
         """Log-probs of each comparison's actions, in the order of its tree."""

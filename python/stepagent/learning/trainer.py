@@ -6,12 +6,13 @@ anew. So checkpoints, resuming, schedules, logging, DDP and callbacks are transf
 This file is the order in which things happen. What happens has files of its own: ``loading.py``
 what is given by name, ``preflight.py``, ``noise.py`` and ``reference_policy.py`` what is refused,
 ``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``objectives.py``
-losses, ``inverse.py`` the discriminator's verdict, ``checkpoint.py`` what a checkpoint holds.
+losses, ``inverse.py`` the discriminator's verdict, ``evaluating.py`` what is measured on held-out
+trajectories, ``checkpoint.py`` what a checkpoint holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from ..acting.rollout import Expert
@@ -45,6 +46,8 @@ from .collecting import Collector
 from .config import StepAgentConfig
 from .cycle import Comparison, load_comparisons, naive_tokens, save_comparisons, unique_tokens
 from .epochs import EpochCallback
+from .evaluating import ComputeMetrics, EvaluatingTrainer, Evaluator
+from .held_out import check_evaluation, held_out
 from .inverse import InverseReflection
 from .loading import encode_all, load_policy, load_reference
 from .noise import check_quiet
@@ -54,6 +57,7 @@ from .preflight import (
     check_discriminator,
     check_loaded_everywhere,
     check_one_gpu,
+    check_optimizer,
     check_sharding,
 )
 from .reference_policy import check_reference
@@ -66,13 +70,13 @@ if TYPE_CHECKING:
     from ..trees.tree import TokenTree
 
 
-class StepAgentTrainer(Trainer):
+class StepAgentTrainer(EvaluatingTrainer):
     """Train an agent towards an expert's trajectories.
 
     :param model: a causal language model, or the name or path of one, which is then loaded with
         float32 weights (``args.model_dtype``).
     :param train_dataset: the expert's :class:`Trajectory` objects, or rows in any form of
-        :func:`stepagent.load_trajectories`.
+        :func:`stepagent.load_trajectories`; an ``IterableDataset`` or a generator is read once.
     :param processing_class: the tokenizer, with a chat template.
     :param ref_model: a fixed reference, or the name or path of one; None resets the reference to
         the policy at each cycle's start, as the paper does. Its log-probs are computed once a
@@ -86,6 +90,14 @@ class StepAgentTrainer(Trainer):
     :param engine: acts in place of the model here, which only learns: an engine of
         :mod:`stepagent.engines`, or the URL of a server. It is given the adapter in training where
         a cycle begins, and is left without it where training ends. See docs/engines.md.
+    :param eval_dataset: held-out trajectories in any form of ``train_dataset``, or a dict of them,
+        for :meth:`evaluate`; the options ``eval_episodes`` and ``env`` also measure success.
+    :param compute_metrics: given a ``transformers.EvalPrediction`` of each set, whose
+        ``predictions[i][t]`` is the text of the greedy policy at state t of trajectory i, and
+        ``label_ids[i][t]`` the expert's; with ``include_for_metrics`` also ``losses[i]``, (T,)
+        float64, −log π of the expert's actions, and ``inputs[i]``, the :class:`Trunk`. It returns
+        numbers by name.
+    :param optimizers: (optimiser, scheduler), either None, of ``model``'s own parameters.
     """
 
     args: StepAgentConfig
@@ -94,7 +106,7 @@ class StepAgentTrainer(Trainer):
         self,
         model: PreTrainedModel | str,
         args: StepAgentConfig,
-        train_dataset: Sequence[Trajectory | Mapping[str, Any]],
+        train_dataset: Iterable[Trajectory | Mapping[str, Any]] | str,
         processing_class: PreTrainedTokenizerBase,
         ref_model: PreTrainedModel | str | None = None,
         peft_config: PeftConfig | None = None,
@@ -104,6 +116,9 @@ class StepAgentTrainer(Trainer):
         discriminator: PreTrainedModel | None = None,
         engine: Engine | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        eval_dataset: Any = None,
+        compute_metrics: ComputeMetrics | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if not isinstance(args, StepAgentConfig):
             raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
@@ -122,7 +137,12 @@ class StepAgentTrainer(Trainer):
             check_adapter(policy)
         trunks = encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
         self._collector = Collector(trunks, processing_class, args, env, expert)
-        check_budget(policy, trunks, args, self._collector.max_new_tokens)
+        inspects = args.has_cycles and args.states == "expert"
+        check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=inspects)
+        sets = held_out(eval_dataset, policy, processing_class, args, self._collector)
+        per_cycle, metrics = self._collector.per_cycle, compute_metrics is not None
+        check_evaluation(args, env, sets, per_cycle, ref_model is not None, metrics)
+        check_optimizer(optimizers[0], policy)
         self._trunks = trunks
         self._discriminator = discriminator
         self._epochs = EpochCallback(self)
@@ -133,6 +153,10 @@ class StepAgentTrainer(Trainer):
             processing_class=processing_class,
             data_collator=self._collate,
             callbacks=[self._epochs, *(callbacks or [])],
+            # Without one, transformers refuses an eval_strategy; episodes need none.
+            eval_dataset=() if eval_dataset is None and args.eval_episodes else eval_dataset,
+            compute_metrics=compute_metrics,
+            optimizers=optimizers,
         )
         check_one_gpu(args.n_gpu)
         state = self.accelerator.state
@@ -144,6 +168,16 @@ class StepAgentTrainer(Trainer):
         if ref_model is not None:
             torch.nn.Module.to(ref_model, args.device)
         self._scorer = Scorer(args, self.accelerator, ref_model)
+        self._evaluator = Evaluator(
+            sets,
+            args,
+            processing_class,
+            self._collector,
+            env,
+            self._scorer,
+            compute_metrics,
+            sharded=self._is_sharded,
+        )
         self._start()
 
     def train(
@@ -175,6 +209,7 @@ class StepAgentTrainer(Trainer):
         self._far = False  # the policy has moved by target_kl in this cycle
         self._means = RunningMeans()
         self._epochs.start(Place(0, 0))
+        self._evaluator.restart()
         self._inverse = (
             InverseReflection(self._policy, self.args, self._discriminator)
             if self.args.method == "inverse"
@@ -230,6 +265,7 @@ class StepAgentTrainer(Trainer):
             self._comparisons = [*self._comparisons, *fresh]
             return
         self._comparisons = self._with_reference(fresh)
+        self._evaluator.begin_cycle(self._policy, cycle)
         if self._inverse is not None:
             prepared = self._inverse.prepare(self._comparisons, cycle)
             self._comparisons, figures = broadcast_object_list([prepared])[0]
@@ -252,6 +288,13 @@ class StepAgentTrainer(Trainer):
         if self._cycle_log:
             self.log({**self._cycle_log, **self._means.of_all_ranks().values()})
             self._cycle_log = {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers'; a loss comes with the figures of the steps since the last."""
+        if {"loss", "learning_rate"} <= logs.keys():  # transformers', of all processes
+            recent = self._means.take_recent().of_all_ranks().values()
+            logs = logs | {name: value for name, value in recent.items() if name != "mean_loss"}
+        super().log(logs, start_time)
 
     # -- reflect: learn from the comparisons ---------------------------------------------------
 
@@ -384,6 +427,7 @@ class StepAgentTrainer(Trainer):
             "batch": self._sizes().trajectories_a_step,
         }
         save_comparisons(folder / CYCLE_FILE, self._comparisons, progress)
+        self._evaluator.save(folder)
         if self._inverse is not None:
             self._inverse.save(folder)
 
@@ -398,5 +442,6 @@ class StepAgentTrainer(Trainer):
         # Those of all processes, which the first one goes on with.
         self._means = RunningMeans(progress["means"] if self.args.process_index == 0 else None)
         self._far = progress["far"]
+        self._evaluator.load(folder, self._cycle)
         if self._inverse is not None:
             self._inverse.load(folder)

@@ -6,8 +6,9 @@ The model is saved as a bfloat16 checkpoint in a temporary folder and trained fr
 with AdamW, once for each of --dtypes: `checkpoint` keeps the weights in bfloat16, `float32` (the
 default of StepAgentConfig) updates float32 weights. Data are expert trajectories of BabyAI,
 `method="sft"`, constant learning rate, --steps updates of one trajectory each. A weight has moved
-where it is another number after training than before; the last column rounds both to bfloat16
-first, as one who saves the model in the checkpoint's dtype does. All weights count.
+where it is another number after training than before; the third column rounds both to bfloat16
+first, as one who saves the model in the checkpoint's dtype does. All weights count. The last loss
+is of the same trajectory for every dtype, before the last update.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def main() -> None:
             dtype,
             f"{result['moved']:.2%}",
             f"{result['moved_in_bfloat16']:.2%}",
-            f"{result['loss'][0]:.4f} → {result['loss'][-1]:.4f}",
+            f"{result['loss'][-1]:.4f}",
         ]
         for dtype, result in results.items()
     ]
-    columns = ["model_dtype", "weights that moved", "once rounded to bfloat16", "loss"]
+    columns = ["model_dtype", "weights that moved", "once rounded to bfloat16", "last loss"]
     text = common.table(columns, rows)
     title = f"Weights that {options.steps} steps at {options.learning_rate:g} move"
     common.report(

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from stepagent.learning import arguments
 from stepagent.learning.config import StepAgentConfig
+from stepagent.learning.preflight import check_parallelism
 from stepagent.learning.trainer import StepAgentTrainer
 
 NAMES = {own.name for own in fields(TrainingArguments)}
@@ -106,6 +107,11 @@ def test_what_is_not_followed_is_refused_by_name(config, name):
 def test_what_would_break_batches_of_trees_is_refused_by_name(config, name, value):
     with pytest.raises(ValueError, match=rf"accelerator_config\.{name} must be .*, got {value}"):
         config(accelerator_config={name: value})
+
+
+def test_what_the_launcher_asks_for_is_refused_too():
+    with pytest.raises(ValueError, match="parallelism_config must be None, got tp_size=2"):
+        check_parallelism("tp_size=2")
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])

@@ -127,7 +127,7 @@ def test_rows_of_a_prefix_tree_are_those_of_its_sequences():
 def test_an_action_without_tokens_cannot_be_judged():
     (tree,) = pack_step_pairs([Trunk([1, 2, 3], [(1, 3)])], [[[[]]]])
     for rows in (tree.action_rows, tree.state_rows):
-        with pytest.raises(ValueError, match="step 1 has no tokens; an action needs at least one"):
+        with pytest.raises(ValueError, match="step 1 must have at least one token, got none"):
             rows()
 
 

@@ -123,7 +123,7 @@ _EVALUATION = (
     *("include_for_metrics", "batch_eval_metrics", "load_best_model_at_end"),
     *("metric_for_best_model", "greater_is_better"),
 )
-HONOURED |= dict.fromkeys(_EVALUATION, "see Evaluation")
+HONOURED |= dict.fromkeys(_EVALUATION, "of `eval_dataset`")
 
 HOST: dict[str, tuple[str, ...]] = {
     "the optimizer and its schedule": (

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import babyai_tokenizer, tiny_agent
 
 from stepagent import TokenTree
 
@@ -309,3 +310,14 @@ def test_wheel_without_a_kernel_is_refused(benchmark: Any, tmp_path: Path) -> No
         archive.writestr("stepagent/__init__.py", "")
     with pytest.raises(SystemExit, match=r"the wheel lacks .*stepagent/kernels/token_logprobs\.py"):
         benchmark("wheel").check_contents(path)
+
+
+def test_weights_moved_tells_bfloat16_from_float32(tmp_path: Path) -> None:
+    tiny_agent().save_pretrained(tmp_path / "model")
+    babyai_tokenizer().save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    result = run("weights_moved", model, "--steps=2", f"--json={tmp_path / 'moved.json'}")
+    kept, whole = (result["results"][dtype] for dtype in ("checkpoint", "float32"))
+    assert (kept["dtype"], whole["dtype"]) == ("torch.bfloat16", "torch.float32")
+    assert kept["moved"] == kept["moved_in_bfloat16"] < 0.1
+    assert whole["moved"] > 0.5

@@ -1,4 +1,4 @@
-"""Training under DeepSpeed in two processes (gloo): ZeRO-2 learns what DDP does.
+"""Training under DeepSpeed in two processes (gloo): ZeRO-1 and ZeRO-2 learn what DDP does.
 
 DeepSpeed is no dependency of the package; where it is not installed these tests are skipped.
 """
@@ -38,6 +38,7 @@ def trained(method: str, stage: int, folder: Path) -> dict[str, Any]:
 
     options = dict(METHODS[method])
     tied, lora = options.pop("tied", False), options.pop("lora", None)
+    model = tiny_agent(tie_word_embeddings=tied)
     args = StepAgentConfig(
         output_dir=str(folder / f"{method}{stage}"),
         use_cpu=True,
@@ -50,12 +51,15 @@ def trained(method: str, stage: int, folder: Path) -> dict[str, Any]:
         learning_rate=2e-3,
         max_grad_norm=0.0,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
         seed=3,
         deepspeed={
             "zero_optimization": {"stage": stage},
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",  # without it DeepSpeed clips to 1
             "zero_allow_untested_optimizer": True,
         }
         if stage
@@ -69,7 +73,6 @@ def trained(method: str, stage: int, folder: Path) -> dict[str, Any]:
         others["discriminator"] = tiny_agent(seed=2)
     if lora:
         others["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora)
-    model = tiny_agent(tie_word_embeddings=tied)
     made = StepAgentTrainer(model, args, trajectories(), babyai_tokenizer(), **others)
     made.train()
     logs = made.state.log_history
@@ -78,6 +81,16 @@ def trained(method: str, stage: int, folder: Path) -> dict[str, Any]:
         "weights": [p.detach().clone() for p in made.model.parameters()],
         "agreement": [entry["agreement"] for entry in logs if "cycle" in entry],
     }
+
+
+def refusal(folder: Path) -> str:
+    """Of ZeRO-3, with the model there before: made later, DeepSpeed partitions it at once."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    with pytest.raises(ValueError, match="ZeRO-3") as raised:
+        trained("sft", 3, folder)
+    return str(raised.value)
 
 
 def rank_main(rank: int, folder: str, stage: int, port: int) -> None:
@@ -91,7 +104,9 @@ def rank_main(rank: int, folder: str, stage: int, port: int) -> None:
         "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
-    found = {method: trained(method, stage, Path(folder)) for method in METHODS}
+    found: dict[str, Any] = {method: trained(method, stage, Path(folder)) for method in METHODS}
+    if stage:
+        found["refusal"] = refusal(Path(folder))
     torch.save(found, Path(folder, f"stage{stage}-rank{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
@@ -102,18 +117,26 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str,
     folder = tmp_path_factory.mktemp("stages")
     load = partial(torch.load, weights_only=True)
     found = {}
-    for stage in (0, 2):
+    for stage in (0, 1, 2):
         mp.spawn(rank_main, args=(str(folder), stage, free_port()), nprocs=RANKS)
         found[stage] = [load(folder / f"stage{stage}-rank{rank}.pt") for rank in range(RANKS)]
     return found
 
 
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_zero_learns_what_ddp_does(method: str, stages: dict[int, list[dict[str, Any]]]) -> None:
+def test_zero_learns_what_ddp_does(
+    method: str, stage: int, stages: dict[int, list[dict[str, Any]]]
+) -> None:
     expected = stages[0][0][method]
-    for rank in stages[2]:
+    for rank in stages[stage]:
         found = rank[method]
         assert found["agreement"] == expected["agreement"]
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-5)
         for mine, other in zip(found["weights"], expected["weights"], strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_3_is_refused_by_name(stages: dict[int, list[dict[str, Any]]]) -> None:
+    for rank in stages[2]:
+        assert "DeepSpeed ZeRO-3 is not supported: it takes the head's weight" in rank["refusal"]

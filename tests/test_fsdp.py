@@ -72,11 +72,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"final_logit_softcapping": 2.0}),  # does more to logits after the head
     "adapter": ("llama", {}),  # and a head that is trained whole
+    "head adapter": ("llama", {}),  # on the head itself
 }
 CASES = [
     *((layout, "llama") for layout in LAYOUTS),
     *((layout, name) for layout in ("root resharded", "tail") for name in ("tied", "gemma2")),
     *((layout, "adapter") for layout in ("ddp", "root resharded", "head alone", "tail")),
+    *((layout, "head adapter") for layout in LAYOUTS),
 ]
 
 
@@ -127,13 +129,14 @@ def inspected(model: nn.Module) -> list[list[int]]:
 def make(case: tuple[str, str]) -> nn.Module:
     name, options = MODELS[case[1]]
     model = tiny_model(name, **options)
-    if case[1] != "adapter":
+    if "adapter" not in case[1]:
         return model
+    on_head = case[1] == "head adapter"
     torch.manual_seed(0)  # of the adapter's own weights
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=["q_proj"],
-        modules_to_save=["lm_head"],
+        target_modules=["q_proj", "lm_head"] if on_head else ["q_proj"],
+        modules_to_save=None if on_head else ["lm_head"],
         init_lora_weights=False,
     )
     return get_peft_model(model, config)

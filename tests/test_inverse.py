@@ -127,7 +127,7 @@ def test_rows_of_a_prefix_tree_are_those_of_its_sequences():
 def test_an_action_without_tokens_cannot_be_judged():
     (tree,) = pack_step_pairs([Trunk([1, 2, 3], [(1, 3)])], [[[[]]]])
     for rows in (tree.action_rows, tree.state_rows):
-        with pytest.raises(ValueError, match="step 1 has no tokens; an action needs at least one"):
+        with pytest.raises(ValueError, match="step 1 must have at least one token, got none"):
             rows()
 
 
@@ -180,6 +180,47 @@ def test_a_body_trains_what_it_says_and_never_the_policy(kind, args):
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # PEFT, of transformers' names
+def test_an_adapter_that_is_trained_already_is_where_the_discriminator_begins(args):
+    peft = pytest.importorskip("peft")
+    policy = peft.get_peft_model(
+        tiny_agent(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    critic = InverseReflection(policy, args(discriminator_body="adapter")).critic
+    trees = pack_comparisons(hand_made([[BAD], [BAD, GOOD]]), 4096)
+    with torch.no_grad():
+        policy_N = score_trees(policy, trees)
+        assert torch.equal(score_trees(critic.body, trees), policy_N)
+        with policy.disable_adapter():
+            assert not torch.allclose(score_trees(policy, trees), policy_N, atol=1e-3)
+    # The adapter is a copy, and what is frozen is shared.
+    trained = {name for name, p in critic.body.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in policy.named_parameters() if p.requires_grad}
+    own = dict(critic.body.named_parameters())
+    for name, parameter in policy.named_parameters():
+        assert (own[name] is parameter) == (name not in trained)
+
+
+def test_the_critic_comes_back_with_its_moments_and_names_what_is_missing(args, tmp_path):
+    comparisons = hand_made([[BAD], [BAD, GOOD], [GOOD]])
+    options = {"critic_epochs": 2, "discriminator_replay": 1, "samples": 1}
+    first = InverseReflection(tiny_agent(), args(**options))
+    first.prepare(comparisons, 0)
+    first.save(tmp_path)
+    second = InverseReflection(tiny_agent(), args(**options))
+    second.load(tmp_path)
+    for reflection in (first, second):
+        reflection.prepare(comparisons, 1)
+    for mine, other in zip(first.critic.parameters(), second.critic.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    other = InverseReflection(tiny_agent(), args(**options, discriminators=2))
+    with pytest.raises(ValueError, match=r"critic\.safetensors must hold the weights that"):
+        other.load(tmp_path)
+    (tmp_path / "critic_optimizer.pt").unlink()  # as in a checkpoint of before
+    with pytest.raises(FileNotFoundError, match=r"critic_optimizer\.pt is missing"):
+        second.load(tmp_path)
 
 
 def test_frozen_weights_that_the_policy_does_not_train_are_shared_with_it():

@@ -30,12 +30,15 @@ class CycleData(Dataset["Comparison | None"]):
         whole = args.world_size * size if args.world_size > 1 else 1
         self.count = count
         self._length = -(-count // whole) * whole
-        self._seed = args.seed
+        self._seed = args.seed if args.data_seed is None else args.data_seed
+        self._shuffled = args.train_sampling_strategy == "random"
         self.items: list[Comparison | None] = []
 
     def choose(self, comparisons: Sequence[Comparison], epoch: int) -> None:
         """The items of an epoch, in an order that depends on the seed and the epoch alone."""
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(comparisons))
+        order = np.arange(len(comparisons))
+        if self._shuffled:
+            order = np.random.default_rng((self._seed, epoch)).permutation(order)
         # Fewer than the rollouts where some crashed: then the first ones come twice.
         items = [comparisons[i] for i in np.resize(order, self.count).tolist()]
         self.items = [*items, *[None] * (self._length - len(items))]

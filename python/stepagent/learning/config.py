@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from transformers import TrainingArguments
 
 from ..data.draws import check_count
+from .arguments import check_accelerator, check_arguments
 from .options import StepAgentOptions
 
 _COUNTS = (
@@ -60,27 +61,38 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     ``method="sft"`` at the expert's states needs no cycles: it runs ``num_train_epochs`` passes.
     ``method="sft", states="agent"`` is DAgger (Ross et al. 2011): supervised on the expert's
     answers at the states of all cycles so far, together with the expert's own trajectories.
+
+    Of TrainingArguments, an option that would not be followed is refused by name: docs/training.md
+    lists all of them.
     """
+
+    # None tells a number that was asked for from transformers' default; once made it is a number.
+    num_train_epochs: float = None  # type: ignore[assignment]
+    remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
         self._check()
-        if self.has_cycles:
-            self._set_epochs(float(self.cycles * self.epochs_per_cycle))
-        # The batches are trees, not columns of a dataset.
-        self.remove_unused_columns = False
+        check_arguments(self)
+        self._set_epochs()
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(
             _LESS_IS_BETTER  # transformers takes the largest of all but losses
         ):
             self.greater_is_better = False
         super().__post_init__()  # type: ignore[no-untyped-call]
+        check_accelerator(self)
 
     @property
     def has_cycles(self) -> bool:
         """Whether the training data is made anew by the agent every cycle."""
         return self.method != "sft" or self.states == "agent"
 
-    def _set_epochs(self, epochs: float) -> None:
-        if self.num_train_epochs not in (epochs, TrainingArguments.num_train_epochs):
+    def _set_epochs(self) -> None:
+        if not self.has_cycles:
+            if self.num_train_epochs is None:
+                self.num_train_epochs = TrainingArguments.num_train_epochs
+            return
+        epochs = float(self.cycles * self.epochs_per_cycle)
+        if self.num_train_epochs not in (None, epochs):
             raise ValueError(
                 f"num_train_epochs={self.num_train_epochs} cannot be set with cycles: it is "
                 f"cycles × epochs_per_cycle = {self.cycles} × {self.epochs_per_cycle}"
@@ -110,16 +122,6 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             raise ValueError(
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
                 "set cycles and epochs_per_cycle"
-            )
-        if self.neftune_noise_alpha is not None and self.method != "sft":
-            raise ValueError(
-                f"neftune_noise_alpha must be None for method={self.method!r}, got "
-                f"{self.neftune_noise_alpha}: its noise would look like a change of the policy"
-            )
-        if self.dataloader_num_workers:
-            raise ValueError(
-                f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: "
-                "batches are packed in C++ from data that changes each cycle"
             )
         if self.method == "inverse":
             self._check_inverse()

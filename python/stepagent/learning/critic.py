@@ -122,15 +122,15 @@ def critic_body(policy: PreTrainedModel, kind: str) -> nn.Module:
 
     ``frozen``: never trained, the heads alone are; the weights that the policy does not train
     itself are shared with it, not copied. ``adapter``: the same with a LoRA adapter that is
-    trained. ``own``: a copy of which all is trained that is trained of the policy.
+    trained; where the policy is an adapter itself, a copy of it, so that what it has learnt is
+    where the discriminator begins. ``own``: a copy of which all is trained that is trained of the
+    policy.
     """
     check_choice("discriminator_body", kind, BODIES)
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     body: Any = copy.deepcopy(policy, dict(shared))
-    if kind == "own":
+    if kind == "own" or (kind == "adapter" and hasattr(policy, "disable_adapter")):
         return cast("nn.Module", body)
-    if kind == "adapter" and hasattr(body, "unload"):
-        body = body.unload()  # the policy's own adapter is still the identity
     for parameter in body.parameters():
         parameter.requires_grad_(False)
     return _with_adapter(body) if kind == "adapter" else cast("nn.Module", body)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .config import StepAgentConfig
 
 CRITIC_FILE, REPLAY_FILE = "critic.safetensors", "replay.safetensors"
+OPTIMIZER_FILE = "critic_optimizer.pt"
 _AGGREGATES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "pessimistic": torch.amin,
     "mean": torch.mean,
@@ -213,7 +214,7 @@ class InverseReflection:
         if not bool(logits_ES.isfinite().all() and values_S.isfinite().all()):
             raise FloatingPointError(
                 "the logits and values of the critic must be finite, got NaN or infinity; lower "
-                "discriminator_learning_rate. Checkpoints written so far are kept"
+                "critic_learning_rate. Checkpoints written so far are kept"
             )
         return logits_ES, values_S, state_SH.to(self._args.device)
 
@@ -306,16 +307,14 @@ class InverseReflection:
 
     def save(self, folder: Path) -> None:
         """Write what is trained, the optimiser's moments and the remembered cycles."""
-        tensors = {f"critic.{name}": p.detach() for name, p in self.critic.trained().items()}
-        state = self._optimizer.state_dict()["state"]
-        for index, moments in state.items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        trained = self.critic.trained().items()
         fixed = json.dumps(self.critic.fixed_sums())
         save_file(
-            {name: value.contiguous().cpu() for name, value in tensors.items()},
+            {f"critic.{name}": p.detach().contiguous().cpu() for name, p in trained},
             folder / CRITIC_FILE,
             metadata={"fixed_sums": fixed, "replayed": json.dumps(self._replayed)},
         )
+        torch.save(self._optimizer.state_dict(), folder / OPTIMIZER_FILE)
         if self._replay:
             save_comparisons(folder / REPLAY_FILE, self._replay, {})
 
@@ -323,12 +322,14 @@ class InverseReflection:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: where the weights that are not trained are not those of the run.
+            FileNotFoundError: naming the file that is missing.
+            ValueError: where the weights that are not trained are not those of the run, or others
+                are trained.
         """
-        path = folder / CRITIC_FILE
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing, without which the run cannot be resumed")
-        with safe_open(path, framework="pt") as file:
+        for path in (folder / CRITIC_FILE, folder / OPTIMIZER_FILE):
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing, so the run cannot be resumed from it")
+        with safe_open(folder / CRITIC_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
         if json.loads(metadata["fixed_sums"]) != self.critic.fixed_sums():
@@ -336,17 +337,19 @@ class InverseReflection:
                 f"{folder} was written with another model to begin with: the discriminator's fixed "
                 "weights are those of the model given, so resume with the same one"
             )
+        trained = self.critic.trained()
+        shapes = {f"critic.{name}": p.shape for name, p in trained.items()}
+        if {name: value.shape for name, value in tensors.items()} != shapes:
+            raise ValueError(
+                f"{folder / CRITIC_FILE} must hold the weights that discriminator_body="
+                f"{self._args.discriminator_body!r} trains; resume with the options of that run"
+            )
         with torch.no_grad():
-            for name, parameter in self.critic.trained().items():
+            for name, parameter in trained.items():
                 parameter.copy_(tensors[f"critic.{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                index, _, name = rest.partition(".")
-                moments.setdefault(int(index), {})[name] = tensor
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        moments = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        moments["param_groups"] = self._optimizer.state_dict()["param_groups"]  # of the arguments
+        self._optimizer.load_state_dict(moments)
         self._replayed = json.loads(metadata["replayed"])
         self._replay = load_comparisons(folder / REPLAY_FILE)[0] if self._replayed else []
 

@@ -60,8 +60,18 @@ def check_sharding(fsdp_plugin: Any, deepspeed_plugin: Any) -> None:
         )
     if deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3:
         raise ValueError(
-            "DeepSpeed ZeRO-3 is not supported: stepagent reads the head's weight, which it has "
-            "partitioned. Shard with FSDP2, as examples/fsdp2.yaml does, or take ZeRO-2"
+            "DeepSpeed ZeRO-3 is not supported: it takes the head's weight away between forward "
+            "and backward, where the fused log-probs need it. Shard with FSDP2, as "
+            "examples/fsdp2.yaml does, or take ZeRO-2"
+        )
+
+
+def check_parallelism(config: Any) -> None:
+    """Refuse what ``accelerate launch`` can ask for where the arguments do not."""
+    if config is not None:
+        raise ValueError(
+            f"parallelism_config must be None, got {config}: processes share trajectories, by DDP, "
+            "FSDP2 or ZeRO-2, and a tree is in one of them"
         )
 
 

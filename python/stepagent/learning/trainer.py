@@ -58,6 +58,7 @@ from .preflight import (
     check_loaded_everywhere,
     check_one_gpu,
     check_optimizer,
+    check_parallelism,
     check_sharding,
 )
 from .reference_policy import check_reference
@@ -161,6 +162,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         check_one_gpu(args.n_gpu)
         state = self.accelerator.state
         check_sharding(getattr(state, "fsdp_plugin", None), state.deepspeed_plugin)
+        check_parallelism(getattr(self.accelerator, "parallelism_config", None))
         # `compute_loss` divides by the counts of the whole step, and so needs no further division.
         self.model_accepts_loss_kwargs = True
         if engine is not None:
@@ -384,6 +386,12 @@ class StepAgentTrainer(EvaluatingTrainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> None:
         return None  # CycleData has shuffled already, from the run's seed and the epoch
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            here = torch.tensor(sum(len(tree.input_ids) for tree in inputs["trees"]))
+            seen = self.accelerator.reduce(here.to(self.args.device), "sum")
+            self.state.num_input_tokens_seen += int(seen)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 FLOP per parameter and tree token (forward and backward)."""
         tokens = sum(len(tree.input_ids) for tree in inputs["trees"])
@@ -414,7 +422,7 @@ class StepAgentTrainer(EvaluatingTrainer):
             save_run(
                 folder, self._epochs.place(self.state.global_step, self.control), self._sizes()
             )
-            if self.args.has_cycles:
+            if self.args.has_cycles and not self.args.save_only_model:
                 self._save_cycle(folder, means)
         super()._save_checkpoint(model, trial)
 

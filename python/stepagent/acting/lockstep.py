@@ -69,7 +69,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Options:
-    """Those of :func:`stepagent.rollout.run_episodes`."""
+    """Those of `stepagent.rollout.run_episodes`."""
 
     expert: Expert | None
     max_steps: int | None

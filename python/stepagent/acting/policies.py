@@ -99,7 +99,7 @@ class RandomPolicy:
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
     ) -> None:
-        """Chance remembers nothing."""
+        """As `begin`: random actions do not depend on what came before."""
         self.begin(seeds)
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
@@ -125,10 +125,11 @@ class ModelPolicy(Dialogues):
     """A language model in the chat format of its tokenizer, all episodes in one KV cache.
 
     Token ids are kept as they were sampled and never re-tokenized, so that
-    :meth:`record` holds exactly what the model saw and did. Its name is that of the model's folder.
+    `record` holds exactly what the model saw and did. Its name is that of the model's folder.
     An episode whose next answer might not fit the model's positions ends, and the others go on.
 
-    :param system: a first message to the model, such as what the actions are.
+    Args:
+        system: A first message to the model, such as what the actions are.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: str) -> Readi
     """Load and encode a file.
 
     Args:
-        path: As :func:`stepagent.load_trajectories` takes it.
+        path: As `stepagent.load_trajectories` takes it.
         tokenizer: Whose chat template writes the conversations.
         on_error: "raise", or "skip" to list bad rows on stderr and go on.
 

@@ -75,7 +75,8 @@ class Rollout:
     def run(self, keep: Callable[[Episode], bool] = lambda _: True) -> list[Episode]:
         """The episodes, in the order of seeds; those of the file, where it has them.
 
-        :param keep: which of them go to the file.
+        Args:
+            keep: Which of them go to the file.
         """
         from ..records.episode_file import open_episodes
         from ..records.provenance import sitting

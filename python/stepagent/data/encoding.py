@@ -9,7 +9,7 @@ produce is what the chat template writes of its message after that:
 
 So the second must begin with the first, in tokens too, and must end with a control token, after
 which white space alone may follow. It needs no ``{% generation %}`` in the template. Where the next
-state does not go on from what was produced, the trunk branches (:class:`stepagent.Trunk`).
+state does not go on from what was produced, the trunk branches (`stepagent.Trunk`).
 
 docs/encoding.md has the contract, and which templates keep it.
 """

@@ -113,7 +113,7 @@ def iterate_trajectories(
 ) -> Iterator[tuple[str, Trajectory | Skipped]]:
     """Each trajectory of a source with its place there; a `Skipped` for a row that is none.
 
-    Takes and raises what :func:`load_trajectories` does, except for bad rows; ``name`` is that of
+    Takes and raises what `load_trajectories` does, except for bad rows; ``name`` is that of
     a source that is no file, in places.
     """
     for where, row in rows_of(source, split, name):
@@ -140,7 +140,7 @@ def load_trajectories(
             ``DatasetDict``, or an iterable of rows. docs/data.md lists the forms of a row.
         split: Which of a ``DatasetDict``; it may be left out where there is one.
         on_error: With "skip", rows that are no trajectory are left out, each with a
-            :class:`UserWarning` that names place and reason.
+            `UserWarning` that names place and reason.
 
     Raises:
         FileNotFoundError: For a file that is not there.

@@ -72,7 +72,7 @@ class Trunk:
 
     @property
     def action_mask(self) -> NDArray[np.bool_]:
-        """(L,), True for the tokens of actions, as :func:`stepagent.pack_sequences` takes it."""
+        """(L,), True for the tokens of actions, as `stepagent.pack_sequences` takes it."""
         mask = np.zeros(len(self.input_ids), dtype=bool)
         for start, end in self.action_spans:
             mask[start:end] = True

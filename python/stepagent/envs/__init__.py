@@ -32,10 +32,13 @@ _splits: dict[str, tuple[str, ...]] = {}  # of those that have some
 def register(prefix: str, factory: Callable[..., TextEnv], *, splits: Sequence[str] = ()) -> None:
     """Let ``make("prefix:task")`` return ``factory("task")``; without a task it is ``""``.
 
-    :param splits: the names of the parts that its episodes are split into, where they are. The
-        factory is then called with one of them too, ``factory("task", "train")``: with the first
-        where none is asked for.
-    :raises ValueError: for a prefix that is empty, holds a ":" or is taken.
+    Args:
+        splits: The names of the parts that its episodes are split into, where they are. The factory
+            is then called with one of them too, ``factory("task", "train")``: with the first where
+            none is asked for.
+
+    Raises:
+        ValueError: For a prefix that is empty, holds a ":" or is taken.
     """
     if not prefix or ":" in prefix:
         raise ValueError(f"prefix must be a non-empty text without ':', got {prefix!r}")

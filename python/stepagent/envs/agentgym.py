@@ -44,12 +44,15 @@ class AgentGymTextEnv:
     The task is done where the episode ends with the score 1. Servers have no expert, and few say
     that a text was no action: ``valid`` is False where the observation is a refusal known to us.
 
-    :param address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100.
-        A user and password in it are sent, and are no part of the name.
-    :param timeout: seconds to wait for an answer.
-    :raises ValueError: for another address.
-    :raises AgentGymError: where the server cannot be reached or fails, or gives an environment that
-        another client on this machine holds; so do the methods.
+    Args:
+        address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100. A user
+            and password in it are sent, and are no part of the name.
+        timeout: Seconds to wait for an answer.
+
+    Raises:
+        ValueError: For another address.
+        AgentGymError: Where the server cannot be reached or fails, or gives an environment that
+            another client on this machine holds; so do the methods.
     """
 
     actions: tuple[str, ...] = ()  # servers do not list them

@@ -20,7 +20,8 @@ def game_files(task: str, split: str) -> list[Path]:
     They lie in ``$ALFWORLD_DATA/json_2.1.1/SPLIT/TASK-…/TRIAL/game.tw-pddl``, where the package's
     ``alfworld-download`` puts them. Movable receptacles and slices are left out, as ALFWorld does.
 
-    :raises FileNotFoundError: where there are none, naming the folder and how to get them.
+    Raises:
+        FileNotFoundError: Where there are none, naming the folder and how to get them.
     """
     data = Path(os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")).expanduser()
     folder = data / "json_2.1.1" / split

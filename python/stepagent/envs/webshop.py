@@ -18,7 +18,8 @@ SPLITS = {"train": slice(1500, None), "dev": slice(500, 1500), "test": slice(0, 
 def invalid_kind(action: str, available: dict[str, Any]) -> str | None:
     """Why WebShop would do nothing, or None.
 
-    :param available: its ``get_available_actions()``: ``has_search_bar`` and ``clickables``.
+    Args:
+        available: Its ``get_available_actions()``: ``has_search_bar`` and ``clickables``.
     """
     match = re.fullmatch(r"(search|click)\[(.+)\]", action, re.DOTALL)
     if match is None:

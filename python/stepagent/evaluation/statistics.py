@@ -194,9 +194,12 @@ def expert_agreement(
 ) -> float:
     """The share of the expert's steps at which the greedy agent acts exactly as the expert.
 
-    :param action_format: plain compares the tokens, others the actions that they read in the texts,
-        for which they need the ``tokenizer``.
-    :raises ValueError: for no trunks, and as :func:`stepagent.inspect`.
+    Args:
+        action_format: "plain" compares the tokens, others the actions that they read in the texts,
+            for which they need the ``tokenizer``.
+
+    Raises:
+        ValueError: For no trunks, and as `stepagent.inspect`.
     """
     if not trunks:
         raise ValueError("trunks is empty; agreement needs at least one")

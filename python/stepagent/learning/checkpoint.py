@@ -105,7 +105,7 @@ def check_same_run(folder: Path, sizes: RunSizes) -> None:
 
 
 def check_same_step(folder: Path, before: int, now: int) -> None:
-    """As :func:`check_same_run`, of a checkpoint that has only the size of a step."""
+    """As `check_same_run`, of a checkpoint that has only the size of a step."""
     if now != before:
         raise ValueError(
             f"{_WHAT_TO_DO['trajectories_a_step']} must be {before} as in the run that {folder} is "

@@ -1,6 +1,6 @@
 """StepAgent's own training options: names, types, defaults, choices, and what each is for.
 
-They stand apart from transformers' TrainingArguments, which :class:`stepagent.StepAgentConfig`
+They stand apart from transformers' TrainingArguments, which `stepagent.StepAgentConfig`
 adds, so that the command line can list and check them without importing transformers or torch.
 """
 
@@ -23,7 +23,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass
 class StepAgentOptions:
-    """The fields that :class:`stepagent.StepAgentConfig` adds to TrainingArguments."""
+    """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
     method: str = field(
         default="implicit",

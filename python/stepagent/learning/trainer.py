@@ -69,23 +69,24 @@ if TYPE_CHECKING:
 class StepAgentTrainer(Trainer):
     """Train an agent towards an expert's trajectories.
 
-    :param model: a causal language model, or the name or path of one, which is then loaded with
-        float32 weights (``args.model_dtype``).
-    :param train_dataset: the expert's :class:`Trajectory` objects, or rows in any form of
-        :func:`stepagent.load_trajectories`.
-    :param processing_class: the tokenizer, with a chat template.
-    :param ref_model: a fixed reference, or the name or path of one; None resets the reference to
-        the policy at each cycle's start, as the paper does. Its log-probs are computed once a
-        cycle, so no copy is kept. The model that a policy's adapter lies in stands for the policy
-        without its adapter.
-    :param peft_config: train this adapter instead of the whole model.
-    :param env: environment name or factory, needed for ``states="agent"``.
-    :param expert: answers at the agent's states; None: the environment's own expert.
-    :param discriminator: a decoder of the same tokenizer for the discriminator and the value
-        function of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
-    :param engine: acts in place of the model here, which only learns: an engine of
-        :mod:`stepagent.engines`, or the URL of a server. It is given the adapter in training where
-        a cycle begins, and is left without it where training ends. See docs/engines.md.
+    Args:
+        model: A causal language model, or the name or path of one, which is then loaded with
+            float32 weights (``args.model_dtype``).
+        train_dataset: The expert's `Trajectory` objects, or rows in any form of
+            `stepagent.load_trajectories`.
+        processing_class: The tokenizer, with a chat template.
+        ref_model: A fixed reference, or the name or path of one; None resets the reference to the
+            policy at each cycle's start, as the paper does. Its log-probs are computed once a
+            cycle, so no copy is kept. The model that a policy's adapter lies in stands for the
+            policy without its adapter.
+        peft_config: Train this adapter instead of the whole model.
+        env: Environment name or factory, needed for ``states="agent"``.
+        expert: Answers at the agent's states; None: the environment's own expert.
+        discriminator: A decoder of the same tokenizer for the discriminator and the value function
+            of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
+        engine: Acts in place of the model here, which only learns: an engine of
+            `stepagent.engines`, or the URL of a server. It is given the adapter in training where a
+            cycle begins, and is left without it where training ends. See docs/engines.md.
     """
 
     args: StepAgentConfig
@@ -261,7 +262,7 @@ class StepAgentTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """As transformers'; ``num_items_in_batch`` is the step's :class:`Counts`."""
+        """As transformers'; ``num_items_in_batch`` is the step's `Counts`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [counts_of(batch["steps"]) for batch in batches]
         return batches, Counts.of_step(counts, self.accelerator)
@@ -294,7 +295,8 @@ class StepAgentTrainer(Trainer):
         processes that it is divided over. Where the model's configuration asks for the auxiliary
         loss of its experts (``output_router_logits``), its mean over the step's batches is added.
 
-        :param num_items_in_batch: their :class:`Counts`; None: those of this batch.
+        Args:
+            num_items_in_batch: Their `Counts`; None: those of this batch.
         """
         if return_outputs:
             raise ValueError("the loss is computed on trees, which have no per-example outputs")

@@ -235,7 +235,7 @@ def compute_at_head(
         inputs: of the model's forward.
 
     Raises:
-        ValueError: as :func:`lm_head`; where the forward does not call the head once.
+        ValueError: as `lm_head`; where the forward does not call the head once.
     """
     base, module = unwrapped(model), check_head(model)
     own_forward, head_own = base.forward, module.forward
@@ -284,7 +284,7 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def check_head(model: nn.Module) -> Any:
-    """The head's module; errors are those of :func:`lm_head`."""
+    """The head's module; errors are those of `lm_head`."""
     base = unwrapped(model)
     head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):

@@ -44,7 +44,7 @@ def open_episodes(path: Path, run: dict[str, Any], seeds: Sequence[int]) -> Iter
 
 
 class EpisodeFile:
-    """See :func:`open_episodes`."""
+    """See `open_episodes`."""
 
     def __init__(self, journal: Journal, run: dict[str, Any], seeds: Sequence[int]) -> None:
         self._journal = journal

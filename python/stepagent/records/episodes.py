@@ -89,7 +89,7 @@ class Episode:
         return f"{self.environment}/{self.seed}"
 
     def trajectory(self) -> Trajectory:
-        """The episode as chat messages, all else in ``meta``; :meth:`of` gives the same back.
+        """The episode as chat messages, all else in ``meta``; `of` gives the same back.
 
         One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
         where it took no step.
@@ -128,7 +128,7 @@ class Episode:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
-        """The episode of a trajectory: the inverse of :meth:`trajectory`.
+        """The episode of a trajectory: the inverse of `trajectory`.
 
         Keys of ``meta`` that are no part of an episode are passed over, and those that an older
         file lacks stay empty. Raises ValueError, naming trajectory and key, where a trajectory
@@ -176,6 +176,6 @@ def split_system(trajectory: Trajectory) -> tuple[str | None, list[dict[str, Any
 def load_episodes(path: str | os.PathLike[str]) -> list[Episode]:
     """The episodes of a file that ``stepagent evaluate`` or ``collect`` wrote, in its order.
 
-    Raises as :func:`stepagent.load_trajectories` and :meth:`Episode.of`.
+    Raises as `stepagent.load_trajectories` and `Episode.of`.
     """
     return [Episode.of(trajectory) for trajectory in load_trajectories(path)]

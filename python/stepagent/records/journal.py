@@ -28,7 +28,7 @@ def open_journal(path: Path, beginning: bytes, writer: str) -> Iterator[Journal]
 
     Raises:
         OSError: where another process writes it, and where ``path`` is a device, a FIFO or a
-            folder: see :mod:`stepagent.files`.
+            folder: see `stepagent.files`.
     """
     target = destination(path)
     file, made = _open(target)
@@ -55,7 +55,7 @@ def _open(target: Path) -> tuple[BinaryIO, bool]:
 
 
 class Journal:
-    """See :func:`open_journal`."""
+    """See `open_journal`."""
 
     def __init__(
         self, file: BinaryIO, path: Path, beginning: bytes, writer: str, made: bool

@@ -22,8 +22,11 @@ from .runs import Run
 def write_report(path: Path, runs: Sequence[Run], *, baseline: str | None = None) -> None:
     """Write the board of ``runs`` to ``path``: one HTML file that loads nothing.
 
-    :param baseline: the name of the run that others are compared with; the first by default.
-    :raises ValueError: for no runs, and for a baseline that is none of them.
+    Args:
+        baseline: The name of the run that others are compared with; the first by default.
+
+    Raises:
+        ValueError: For no runs, and for a baseline that is none of them.
     """
     write_page(path, "board.html.jinja", runs, baseline=baseline)
 

@@ -41,10 +41,13 @@ class Run:
 def load_run(path: Path, name: str | None = None, *, expert: bool | None = None) -> Run:
     """Read a JSONL of episodes, or a folder with ``episodes.jsonl`` and perhaps ``log.json``.
 
-    :param name: by default the folder's, or the file's without its suffix.
-    :param expert: by default, whether every episode says that its policy is "expert".
-    :raises ValueError: for a folder without episodes, for a log that is none, for an episode whose
-        record holds a value of another type, naming both, and as `load_episodes`.
+    Args:
+        name: By default the folder's, or the file's without its suffix.
+        expert: By default, whether every episode says that its policy is "expert".
+
+    Raises:
+        ValueError: For a folder without episodes, for a log that is none, for an episode whose
+            record holds a value of another type, naming both, and as `load_episodes`.
     """
     file = path / "episodes.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():

@@ -2,13 +2,14 @@
 
 import math
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LABEL_CHECKS = ("sync", "device", "off")
+LabelCheck: TypeAlias = Literal["sync", "device", "off"]
+LABEL_CHECKS: tuple[LabelCheck, ...] = get_args(LabelCheck)
 IGNORE = -100  # the label that scores nothing: log-prob 0, entropy 0, no gradient
 
 Index = Tensor | np.ndarray[Any, np.dtype[Any]]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from ..data.actions import PLAIN, ActionFormat
+from ..data.actions import PLAIN, ActionFormat, FormatName
 from ..data.actions import action_format as as_format
 from ..data.draws import check_count
 from ..data.encoding import encode
@@ -58,7 +58,7 @@ def run_episodes(
     progress: str | None = None,
     split: str | None = None,
     on_end: Callable[[Episode], None] | None = None,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
 
@@ -126,7 +126,7 @@ def continue_rollouts(
     workers: int = 0,
     timeout: float | None = None,
     progress: bool = False,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
 ) -> list[Continuations]:
     """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
 
@@ -192,7 +192,7 @@ def rollout_and_query(
     workers: int = 0,
     timeout: float | None = None,
     progress: bool = False,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 

@@ -19,6 +19,7 @@ from .reading import on_error_option, read
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.trajectory import OnError
     from ..engines import Engine
     from ..records.branches import Shard
 
@@ -103,7 +104,7 @@ def inspect_command(
     action_format: ActionFormat,
     chunk: int,
     shard: Shard,
-    on_error: str,
+    on_error: OnError,
     max_new_tokens: int | None,
     max_batch_tokens: int | None,
     **sampling: Any,

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..data.trajectory import Skipped, Trajectory
+    from ..data.trajectory import OnError, Skipped, Trajectory
     from ..data.trunk import Trunk
 
 on_error_option = click.option(
@@ -42,7 +42,7 @@ class Reading:
         return [{"where": row.where, "reason": row.reason} for row in self.skipped]
 
 
-def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: str) -> Reading:
+def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: OnError) -> Reading:
     """Load and encode a file.
 
     Args:

@@ -23,7 +23,9 @@ from .reading import on_error_option, read
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from ..data.trajectory import OnError
     from ..learning.config import StepAgentConfig
+    from ..models.attention import TreeAttention
 
 _TRAINING_ARGUMENTS = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -90,10 +92,10 @@ def train(
     data: Path,
     env: str | None,
     lora_rank: int | None,
-    attn_implementation: str | None,
+    attn_implementation: TreeAttention | None,
     engine: str | None,
     resume: bool,
-    on_error: str,
+    on_error: OnError,
     inherited: tuple[str, ...],
     **own: Any,
 ) -> tuple[dict[str, Any], str] | None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 _THINK = re.compile(r"\A\s*(?:<think>)?(?P<thought>(?:(?!<think>).)*?)</think>", re.DOTALL)
 # At the start of a line; a thought may quote the words.
@@ -22,6 +22,9 @@ _THOUGHT = re.compile(r"\A[ \t>*#]*Thought[ \t]*:(?:\*\*)?[ \t]*", re.IGNORECASE
 _FENCE = re.compile(r"```[^\S\n]*[\w+-]*[^\S\n]*\n(.*?)\n?[^\S\n]*```", re.DOTALL)
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _QUOTES = ("**", '"', "'", "`", "“”", "‘’", "«»")
+
+
+FormatName: TypeAlias = Literal["plain", "react", "json", "tool_call"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def _called(name: str, arguments: dict[str, Any]) -> str:
     return " ".join([name, *map(str, arguments.values())]).strip()
 
 
-FORMATS = {
+FORMATS: dict[str, ActionFormat] = {
     "plain": ActionFormat("plain", _plain, instructions="Answer with one action and nothing else."),
     "react": ActionFormat(
         "react",

@@ -21,6 +21,7 @@ from .. import _core
 from ..checks import as_numpy
 
 Step: TypeAlias = Any  # a str, token ids, or whatever `cost` compares
+AlignmentMethod: TypeAlias = Literal["nw", "lcs", "dtw"]
 Cost: TypeAlias = Callable[[Step, Step], float]
 INT32 = np.iinfo(np.int32)
 
@@ -179,7 +180,7 @@ def align_steps(
     expert: Sequence[Step],
     agent: Sequence[Step],
     *,
-    method: Literal["nw", "lcs", "dtw"] = "nw",
+    method: AlignmentMethod = "nw",
     cost: Cost | ArrayLike | None = None,
     band: int | None = None,
     cutoff: float | None = None,

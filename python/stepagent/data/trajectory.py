@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ..files import write_text
 from .dialects import fields_of
 from .messages import ROLES as ROLES
 from .messages import is_plain, is_step, normalize
 from .rows import Source, rows_of
+
+OnError: TypeAlias = Literal["raise", "skip"]  # of a row that is no trajectory
 
 # Arguments of apply_chat_template that are no template's own.
 _RESERVED = frozenset(
@@ -131,7 +133,7 @@ def load_trajectories(
     source: Source,
     *,
     split: str | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
 ) -> list[Trajectory]:
     """Read the trajectories of a file, a dataset or a list of rows; at least one.
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..acting.inspection import inspect
-from ..data.actions import ActionFormat
+from ..data.actions import ActionFormat, FormatName
 from ..data.actions import action_format as as_format
 from ..data.branch import agreement
 from ..data.trunk import Trunk
@@ -189,7 +189,7 @@ def expert_agreement(
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> float:
     """The share of the expert's steps at which the greedy agent acts exactly as the expert.

@@ -20,6 +20,7 @@ from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig
+    from .options import Method, States
 
 CYCLE_FILE = "cycle.safetensors"
 _RUN_FILE = "stepagent.json"
@@ -48,8 +49,8 @@ class RunSizes:
     trajectories_a_step: int
     trajectories_an_epoch: int
     epochs_per_cycle: int
-    method: str
-    states: str
+    method: Method
+    states: States
     dataset_rows: int
     dataset_sum: str
 

@@ -20,7 +20,14 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
-from stepagent.learning.options import KL_ESTIMATORS, RATIOS, REWARD_FORMS
+from stepagent.learning.options import (
+    KL_ESTIMATORS,
+    RATIOS,
+    REWARD_FORMS,
+    KLEstimator,
+    Ratio,
+    RewardForm,
+)
 from stepagent.ops import step_rewards, step_sums
 from stepagent.ops.kl import k3, ratios_of
 
@@ -88,7 +95,7 @@ def discriminator_loss(
     return agent + expert
 
 
-def inverse_step_reward(agent_logits_S: Tensor, *, form: str = "agent") -> Tensor:
+def inverse_step_reward(agent_logits_S: Tensor, *, form: RewardForm = "agent") -> Tensor:
     """The reward of an action that a discriminator takes for the expert's (arXiv 2411.03817).
 
     ``agent``: r = −log D ≥ 0, the paper's. ``expert``: r = log(1 − D) ≤ 0, the opposite labelling
@@ -147,10 +154,10 @@ def ppo_loss(
     step_offsets: Index,
     *,
     clip: float = 0.2,
-    ratio: str = "step",
+    ratio: Ratio = "step",
     ref_logps_N: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl: str = "k3",
+    kl: KLEstimator = "k3",
 ) -> Tensor:
     """PPO's clipped objective (arXiv 1707.06347) with an action of the agent as one decision.
 
@@ -218,7 +225,7 @@ def _clipped(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
     )
 
 
-def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: str) -> Tensor:
+def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: KLEstimator) -> Tensor:
     """(N,) k1 = d, k2 = d²/2 or k3 = exp(−d) − 1 + d, of d = log π − log π_ref, π_ref constant.
 
     float32, float64 where an input is; in k3 exp goes on along its tangent where d < −40, as in

@@ -128,6 +128,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     names = [line.split()[0] for line in commands if line.strip()]
     assert names == [
         "demo",
+        "check",
         "collect",
         "train",
         "evaluate",

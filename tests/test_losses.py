@@ -149,10 +149,10 @@ def test_inverse_step_reward_at_equality_and_far_out() -> None:
         (
             ([], [1.0]),
             ValueError,
-            "expert_logits_P is empty: a discriminator needs actions of both",
+            "expert_logits_P must not be empty, as a discriminator needs actions of both",
         ),
-        (([1.0], []), ValueError, "agent_logits_Q is empty"),
-        (([math.nan], [1.0]), ValueError, r"expert_logits_P\[0\] = nan, but it must be finite"),
+        (([1.0], []), ValueError, "agent_logits_Q must not be empty"),
+        (([math.nan], [1.0]), ValueError, r"expert_logits_P\[0\] must be finite, got nan"),
         (([1.0], [2.0, math.inf]), ValueError, r"agent_logits_Q\[1\] = inf"),
     ],
 )
@@ -255,7 +255,7 @@ def test_ppo_of_no_step_is_a_connected_zero() -> None:
     ("options", "message"),
     [
         ({"advantages_S": torch.tensor([math.nan])}, r"advantages_S\[0\] = nan"),
-        ({"advantages_S": torch.zeros(2)}, "advantages_S has 2 entries but must have 1"),
+        ({"advantages_S": torch.zeros(2)}, "advantages_S must have 1 entries, .*, got 2"),
         ({"clip": 0.0}, "clip must be positive and finite, got 0.0"),
         ({"ratio": "sequence"}, "ratio must be one of 'step', 'token', got 'sequence'"),
         ({"kl_coef": 0.1}, "kl_coef=0.1 needs ref_logps_N"),

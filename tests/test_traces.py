@@ -141,7 +141,7 @@ def test_a_reward_that_was_not_computed_is_none():
 @pytest.mark.parametrize(
     ("index", "change", "match"),
     [
-        (1, {"parent": 7}, r"nodes\[1\] has parent 7; it must be that of an earlier node"),
+        (1, {"parent": 7}, r"nodes\[1\] parent must be an earlier node, got 7"),
         (1, {"parent": 1}, r"nodes\[1\] has parent 1"),
         (1, {"message": None}, r"nodes\[1\] has no message"),
         (1, {"mask": [True]}, r"nodes\[1\] has \d+ token_ids and a mask of 1"),

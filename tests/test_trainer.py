@@ -786,7 +786,9 @@ def test_arguments_must_be_a_step_agent_config(trajectories, tmp_path):
 
 
 def test_an_empty_dataset_is_an_error(config):
-    with pytest.raises(ValueError, match="train_dataset is empty"):
+    with pytest.raises(
+        ValueError, match="train_dataset must hold at least one trajectory, got none"
+    ):
         StepAgentTrainer(tiny_agent(), config(), [], TOKENIZER)
 
 
@@ -825,7 +827,9 @@ def test_what_does_not_fit_is_refused_before_any_work(trainer, trajectories):
     trainer(method="sft", max_tokens=longest)
     # Cycles also need room for the agent's actions, whatever it will say: 3 samples of 2 tokens.
     room = longest + 3 * 2 * trunk.num_steps
-    with pytest.raises(ValueError, match=f"sampled actions, .*; it must be at least {room}"):
+    with pytest.raises(
+        ValueError, match=f"max_tokens must be at least {room}, as .* sampled actions, got"
+    ):
         trainer(samples=3, max_tokens=room - 1)
     trainer(samples=3, max_tokens=room)
     with pytest.raises(ValueError, match=r"train_dataset\[0\] must fit .*, got \d+ positions"):

@@ -81,12 +81,12 @@ def test_reward_is_kept_as_a_float_and_meta_is_not_shared():
         (
             {"messages": [*GO, {"role": "gpt", "content": "go"}]},
             ValueError,
-            r"messages\[2\] has role 'gpt'; it must be one of: system, developer, user, ",
+            r"messages\[2\] role must be one of: system, developer, user, .*, got 'gpt'",
         ),
         ({"messages": [{"role": "assistant", "content": None}]}, ValueError, "has no 'content'"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, ValueError, "not valid Unic"),
-        ({"messages": GO, "reward": math.nan}, ValueError, "reward is nan; it must be finite"),
-        ({"messages": GO, "reward": math.inf}, ValueError, "reward is inf; it must be finite"),
+        ({"messages": GO, "reward": math.nan}, ValueError, "reward must be finite, got nan"),
+        ({"messages": GO, "reward": math.inf}, ValueError, "reward must be finite, got inf"),
         ({"messages": GO, "reward": True}, TypeError, "reward is True"),
         ({"messages": GO, "reward": "1"}, TypeError, "reward is '1'"),
         ({"messages": GO, "id": 7}, TypeError, "id is 7"),
@@ -174,8 +174,8 @@ def test_records_of_either_kind_may_stand_in_either_container(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("", "t.json is empty"),
-        (" \n\n", "t.json is empty"),
+        ("", "t.json must hold at least one row, got an empty file"),
+        (" \n\n", "t.json must hold at least one row, got an empty file"),
         ("[]", "t.json holds no trajectories"),
         (native() + "\n\n{oops}\n", r"t\.json:3: column 2: Expecting property name"),
         ('{"messages": [\n' + native(), r"t\.json:1: column 15: Expecting value"),

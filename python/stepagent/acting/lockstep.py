@@ -399,8 +399,8 @@ def _ask(expert: Expert, envs: Sequence[TextEnv]) -> list[str | None]:
             continue
         if not isinstance(answer, str):
             raise TypeError(
-                f"the expert answered {answer!r} in {env.name}; an answer must be a str, "
-                "or ExpertUnavailable where it has none"
+                f"the expert's answer in {env.name} must be a str, or ExpertUnavailable where "
+                f"it has none, got {answer!r}"
             )
         answers.append(answer)
     return answers

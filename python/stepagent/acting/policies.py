@@ -117,7 +117,7 @@ class RandomPolicy:
 def _choices(env: TextEnv) -> tuple[str, ...]:
     actions = env.actions  # once: it may be in another process
     if not actions:
-        raise ValueError(f"{env.name} has no finite set of actions to draw from")
+        raise ValueError(f"{env.name} must have a finite set of actions to draw from, got none")
     return actions
 
 

@@ -164,7 +164,7 @@ def _env_seed(index: int, trajectory: Trajectory) -> int:
     name = f"trajectories[{index}] ({trajectory.id!r})"
     roles = [message["role"] for message in split_system(trajectory)[1]]
     if roles != ["user", "assistant"] * trajectory.num_steps:
-        raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+        raise ValueError(f"{name} roles must be user, assistant in turn, got {roles}")
     seed = trajectory.meta.get("seed")
     if not isinstance(seed, int):
         raise ValueError(f"{name} has no seed of its environment: meta['seed'] is {seed!r}")

@@ -168,7 +168,7 @@ def edit_distance(a: ArrayLike | str, b: ArrayLike | str, *, cutoff: int | None 
         TypeError: for ids or a cutoff that are no integers, and for a string against ids.
     """
     if isinstance(a, str) != isinstance(b, str):
-        raise TypeError("a and b must both be strings, or both token ids")
+        raise TypeError("a and b must both be strings, or both token ids, got one of each")
     limit = 2**62 if cutoff is None else min(_integer("cutoff", cutoff), 2**62)
     return _core.edit_distance(_ids("a", a), _ids("b", b), limit)
 

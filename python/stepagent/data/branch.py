@@ -39,6 +39,9 @@ def agreement(
 ) -> float:
     """The share of actions tried that equal the trunk's own; nan if none.
 
+    Of trunks and branches: the ``agreement`` that training logs, and what `expert_agreement` of
+    `stepagent.evaluation` gives for greedy actions. `stepagent.metrics.agreement` is of an episode.
+
     Args:
         trunks: of which each step has an action of its own.
         branches: ``[i][t]``: the actions tried at step t of ``trunks[i]``.

@@ -64,13 +64,15 @@ class Trajectory:
         self.messages = _checked_messages(self.messages)
         self.reward = _finite_reward(self.reward)
         if not isinstance(self.id, str | None):
-            raise TypeError(f"id is {self.id!r}; it must be a str or None")
+            raise TypeError(f"id must be a str or None, got {self.id!r}")
         for name in ("meta", "chat_template_kwargs"):
             value = getattr(self, name)
             if not isinstance(value, dict):
-                raise TypeError(f"{name} is {value!r}; it must be a dict")
+                raise TypeError(f"{name} must be a dict, got {value!r}")
         for name in _RESERVED & self.chat_template_kwargs.keys():
-            raise ValueError(f"chat_template_kwargs has {name!r}, which must not be given there")
+            raise ValueError(
+                f"chat_template_kwargs must hold arguments of the template alone, got {name!r}"
+            )
         _check_tools(self.tools)
 
     @property
@@ -177,13 +179,13 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Iterable[Traje
     """
     lines = [_to_line(index, trajectory) for index, trajectory in enumerate(trajectories)]
     if not lines:
-        raise ValueError(f"no trajectories to save to {path}; an empty file cannot be loaded")
+        raise ValueError(f"trajectories must hold at least one to save to {path}, got none")
     write_text(path, "".join(lines))
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
-        raise TypeError(f"messages is a {type(messages).__name__}; it must be a list of dicts")
+        raise TypeError(f"messages must be a list of dicts, got a {type(messages).__name__}")
     checked = [
         message if is_plain(message) else normalize(f"messages[{index}]", message)
         for index, message in enumerate(messages)
@@ -191,21 +193,21 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if any(map(is_step, checked)):
         return checked
     if any(message["role"] == "assistant" for message in checked):
-        raise ValueError("every assistant message has a loss flag that says no; one must be scored")
-    raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
+        raise ValueError("an assistant message must be scored, got loss flags that say no in all")
+    raise ValueError(f"a message must be an assistant's, got none among {len(messages)}")
 
 
 def _check_tools(tools: Any) -> None:
     if tools is None:
         return
     if not isinstance(tools, list) or not tools:
-        raise TypeError(f"tools is {tools!r}; it must be a non-empty list of dicts, or None")
+        raise TypeError(f"tools must be a non-empty list of dicts, or None, got {tools!r}")
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(
-                f"tools[{index}] is {tool!r}; it must be a dict with 'type': 'function' and a "
-                "'function' that has a name"
+                f"tools[{index}] must be a dict with 'type': 'function' and a 'function' that has "
+                f"a name, got {tool!r}"
             )
 
 
@@ -213,9 +215,9 @@ def _finite_reward(reward: Any) -> float | None:
     if reward is None:
         return None
     if isinstance(reward, bool) or not isinstance(reward, Real):
-        raise TypeError(f"reward is {reward!r}; it must be a float or None")
+        raise TypeError(f"reward must be a float or None, got {reward!r}")
     if not math.isfinite(reward):
-        raise ValueError(f"reward is {reward!r}; it must be finite")
+        raise ValueError(f"reward must be finite, got {reward!r}")
     return float(reward)
 
 
@@ -229,7 +231,9 @@ def _trajectories_of(row: Any) -> list[Trajectory]:
 
 def _to_line(index: int, trajectory: Trajectory) -> str:
     if not isinstance(trajectory, Trajectory):
-        raise TypeError(f"trajectories[{index}] is a {type(trajectory).__name__}, no Trajectory")
+        raise TypeError(
+            f"trajectories[{index}] must be a Trajectory, got a {type(trajectory).__name__}"
+        )
     try:
         line = json.dumps(vars(trajectory), allow_nan=False)
         same = json.loads(line) == vars(trajectory)

@@ -134,9 +134,9 @@ def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except ValueError as error:  # ragged lists
-        raise ValueError(f"{name} is not an array: {error}") from error
+        raise ValueError(f"{name} must be an array: {error}") from error
     if array.size and array.dtype not in (np.int32, np.int64):
-        raise TypeError(f"{name} has dtype {array.dtype}; it must be int32 or int64")
+        raise TypeError(f"{name} must be int32 or int64, got {array.dtype}")
     return array.astype(np.int64)
 
 
@@ -148,14 +148,14 @@ def _frozen_int32(array: NDArray[np.int64]) -> NDArray[np.int32]:
 
 def _check_ids(ids: NDArray[np.int64]) -> None:
     if ids.ndim != 1:
-        raise ValueError(f"input_ids has shape {ids.shape}; it must be one-dimensional")
+        raise ValueError(f"input_ids must be one-dimensional, got shape {ids.shape}")
     for index in np.flatnonzero((ids < 0) | (ids > INT32_MAX))[:1]:
-        raise ValueError(f"input_ids[{index}] is {ids[index]}; ids must lie in [0, {INT32_MAX}]")
+        raise ValueError(f"input_ids[{index}] must lie in [0, {INT32_MAX}], got {ids[index]}")
 
 
 def _check_spans(spans: NDArray[np.int64], length: int) -> None:
     if spans.ndim != 2 or spans.shape[1] != 2 or len(spans) == 0:
-        raise ValueError(f"action_spans has shape {spans.shape}; it must be (T, 2) with T >= 1")
+        raise ValueError(f"action_spans must be (T, 2) with T >= 1, got shape {spans.shape}")
     previous_end = 1
     for index, (start, end) in enumerate(spans.tolist()):
         if start < 1:
@@ -169,12 +169,12 @@ def _check_spans(spans: NDArray[np.int64], length: int) -> None:
         else:
             previous_end = end
             continue
-        raise ValueError(f"action_spans[{index}] is [{start}, {end}); it {rule}")
+        raise ValueError(f"action_spans[{index}] {rule}, got [{start}, {end})")
 
 
 def _check_rewinds(rewinds: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
     if rewinds.ndim != 2 or rewinds.shape[1] != 2:
-        raise ValueError(f"rewinds has shape {rewinds.shape}; it must be (K, 2)")
+        raise ValueError(f"rewinds must be (K, 2), got shape {rewinds.shape}")
     before, depth = 0, 0
     for index, (at, back) in enumerate(rewinds.tolist()):
         step = int(np.searchsorted(spans[:, 0], at, side="right"))  # the next action's
@@ -189,4 +189,4 @@ def _check_rewinds(rewinds: NDArray[np.int64], spans: NDArray[np.int64]) -> None
         else:
             before, depth = at, back
             continue
-        raise ValueError(f"rewinds[{index}] is [{at}, {back}]; it {rule}")
+        raise ValueError(f"rewinds[{index}] {rule}, got [{at}, {back}]")

@@ -30,7 +30,10 @@ _NAMED = 5  # seeds in an error
 
 
 def success(episode: Episode) -> float:
-    """1 where the task was done, otherwise 0."""
+    """1 where the task was done, otherwise 0; of one episode.
+
+    `stepagent.evaluation.success_rate` is its mean over the episodes that did not crash.
+    """
     return float(episode.success)
 
 
@@ -86,8 +89,11 @@ def repetition(episode: Episode) -> float | None:
 
 
 def agreement(episode: Episode) -> float | None:
-    """Of the steps at which the expert was asked and had an answer: those at which it is the
-    action taken, word for word, whatever the thought before it."""
+    """The share of the steps with an answer of the expert at which it is the action taken.
+
+    The actions are compared word for word, without the thoughts. This is of an episode, at the
+    agent's own states; `stepagent.evaluation.expert_agreement` is of a model, at the expert's.
+    """
     answered = [
         action == answer
         for action, answer in zip(episode.done, episode.expert_actions, strict=False)
@@ -230,7 +236,7 @@ def compare(episodes: Sequence[Episode], against: Sequence[Episode]) -> PairedCo
     pairs = [(these[place], others[place]) for place in these]
     ended = [(a, b) for a, b in pairs if a.crashed is None and b.crashed is None]
     if not ended:
-        raise ValueError(f"none of {len(pairs)} pairs of episodes ended; one must have")
+        raise ValueError(f"a pair of episodes must have ended, got {len(pairs)} that crashed")
     differences = {
         name: [_difference(metric(a), metric(b)) for a, b in ended]
         for name, metric in METRICS.items()

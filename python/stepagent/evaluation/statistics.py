@@ -35,12 +35,19 @@ class Interval:
 
 
 def success_rate(episodes: Sequence[Episode]) -> float:
-    """The share of episodes that succeeded, of those that did not crash; ValueError for none."""
+    """The share of episodes that succeeded, of those that did not crash.
+
+    It is the mean of `stepagent.metrics.success`, which `stepagent.metrics.summarize` gives with
+    its interval.
+
+    Raises:
+        ValueError: For no episodes, or none that ended.
+    """
     if not episodes:
-        raise ValueError("episodes is empty; a rate needs at least one")
+        raise ValueError("episodes must hold at least one, got none")
     ended = [episode.success for episode in episodes if episode.crashed is None]
     if not ended:
-        raise ValueError(f"all {len(episodes)} episodes crashed; a rate needs one that ended")
+        raise ValueError(f"an episode must have ended, got {len(episodes)} that crashed")
     return float(np.mean(ended))
 
 
@@ -129,7 +136,7 @@ def stratified_bootstrap(groups: Sequence[ArrayLike], *, seed: int = 0) -> Inter
         ValueError: for no groups, an empty group or values that are not finite.
     """
     if not len(groups):
-        raise ValueError("groups is empty; at least one is needed")
+        raise ValueError("groups must hold at least one, got none")
     arrays = [_finite(f"group {i}", group) for i, group in enumerate(groups)]
     mean = float(np.mean([array.mean() for array in arrays]))
     if all((array == array[0]).all() for array in arrays):
@@ -194,6 +201,9 @@ def expert_agreement(
 ) -> float:
     """The share of the expert's steps at which the greedy agent acts exactly as the expert.
 
+    This is of a model, at the states of the expert's trunks. `stepagent.metrics.agreement` is of an
+    episode: at the agent's own states, with the answers of the expert recorded there.
+
     Args:
         action_format: "plain" compares the tokens, others the actions that they read in the texts,
             for which they need the ``tokenizer``.
@@ -202,7 +212,7 @@ def expert_agreement(
         ValueError: For no trunks, and as `stepagent.inspect`.
     """
     if not trunks:
-        raise ValueError("trunks is empty; agreement needs at least one")
+        raise ValueError("trunks must hold at least one, got none")
     branches = inspect(
         model, trunks, max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=eos_token_id
     )

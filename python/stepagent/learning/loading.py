@@ -81,7 +81,7 @@ def encode_all(
         ValueError: naming the row that is no trajectory or cannot be encoded.
     """
     if len(dataset) == 0:
-        raise ValueError("train_dataset is empty; at least one expert trajectory is needed")
+        raise ValueError("train_dataset must hold at least one trajectory, got none")
     trunks = []
     rows = iterate_trajectories(dataset, name="train_dataset")
     for where, found in tqdm(rows, desc="encode", disable=not progress, total=len(dataset)):

@@ -85,7 +85,9 @@ def discriminator_loss(
     check_floats(*((name, logits, 1) for name, logits in sides))
     for name, logits in sides:
         if not len(logits):
-            raise ValueError(f"{name} is empty: a discriminator needs actions of both sides")
+            raise ValueError(
+                f"{name} must not be empty, as a discriminator needs actions of both sides"
+            )
         check_finite(name, logits)
     if not 0 <= smoothing < 0.5:
         raise ValueError(f"smoothing must be in [0, 0.5), got {smoothing}")
@@ -199,7 +201,7 @@ def ppo_loss(
     check_nonnegative("kl_coef", kl_coef)
     check_choice("kl", kl, KL_ESTIMATORS)
     if kl == "k1":
-        raise ValueError("kl is 'k1', whose gradient as a loss has mean 0: use 'k2' or 'k3'")
+        raise ValueError("kl must be 'k2' or 'k3', got 'k1', whose gradient as a loss has mean 0")
     offsets = as_offsets("step_offsets", step_offsets, logps_N.device)
     check_length("advantages_S", advantages_S, len(offsets) - 1, "step_offsets has steps")
 
@@ -213,7 +215,7 @@ def ppo_loss(
     loss = _clipped(log_ratios, advantages, clip).sum() / count
     if kl_coef:
         if ref_logps_N is None:
-            raise ValueError(f"kl_coef={kl_coef} needs ref_logps_N")
+            raise ValueError(f"ref_logps_N must be given with kl_coef={kl_coef}, got None")
         loss = loss + kl_coef * kl_terms(logps_N, ref_logps_N, kl).sum() / count
     return loss
 

@@ -257,8 +257,8 @@ def compute_at_head(
         model(**inputs)
     if len(results) != 1:
         raise ValueError(
-            f"{type(base).__name__} calls its language-model head {len(results)} times in a "
-            "forward; it must be once"
+            f"{type(base).__name__} must call its language-model head once in a forward, got "
+            f"{len(results)} calls"
         )
     # Not what the call returned: FSDP2 rounds that to the dtype of its mixed precision.
     return results[0]

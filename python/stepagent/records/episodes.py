@@ -138,7 +138,7 @@ class Episode:
         system, turns = split_system(trajectory)
         roles = [message["role"] for message in turns]
         if roles != ["user", "assistant"] * T:
-            raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+            raise ValueError(f"{name} roles must be user, assistant in turn, got {roles}")
         for key in _REQUIRED:
             if key not in meta:
                 raise ValueError(f"{name} is no record of an episode: its meta has no {key!r}")

@@ -42,9 +42,9 @@ def write_page(
     """Fill a template that shows the board, and whatever else of ``values``."""
     names = [run.name for run in runs]
     if not runs:
-        raise ValueError("runs is empty; a report needs at least one")
+        raise ValueError("runs must hold at least one, got none")
     if baseline is not None and baseline not in names:
-        raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(names)}")
+        raise ValueError(f"baseline must be one of {', '.join(names)}, got {baseline!r}")
     compared_with = runs[0 if baseline is None else names.index(baseline)]
     index, blocks = payload(runs)
     script = _text("board.js")

@@ -129,7 +129,7 @@ def _check_types(file: Path, episode: Episode) -> None:
         # True is an int to Python, and no number here.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             allowed = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-            raise ValueError(f"{file}: {episode.id}: {name} is {value!r}; it must be {allowed}")
+            raise ValueError(f"{file}: {episode.id}: {name} must be {allowed}, got {value!r}")
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -160,7 +160,7 @@ def _logged(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     cycles = [entry for entry in log if "cycle" in entry]
     for entry in cycles:
         if not isinstance(entry["cycle"], int):
-            raise ValueError(f"{path}: a cycle is {entry['cycle']!r}; it must be a whole number")
+            raise ValueError(f"{path}: a cycle must be a whole number, got {entry['cycle']!r}")
     updates = [
         entry
         for entry in log

@@ -149,7 +149,11 @@ def test_a_run_is_a_folder_or_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("log", "reason"),
-    [("{", "is not JSON"), ("{}", "must hold a list"), ('[{"cycle": "one"}]', "a cycle is 'one'")],
+    [
+        ("{", "is not JSON"),
+        ("{}", "must hold a list"),
+        ('[{"cycle": "one"}]', "a cycle must be a whole number, got 'one'"),
+    ],
 )
 def test_a_log_that_is_none_is_named(tmp_path: Path, log: str, reason: str) -> None:
     folder = write_run(tmp_path / "run", [episode(1)])
@@ -171,7 +175,7 @@ def test_a_log_that_is_none_is_named(tmp_path: Path, log: str, reason: str) -> N
             [None, {}, 0, 0],
             r"step_rewards\[1\] must be float or int or null, got {}",
         ),
-        ("invalid", [None, ["<b>"], None, None], r"invalid\[1\] is"),
+        ("invalid", [None, ["<b>"], None, None], r"invalid\[1\] must be"),
         ("progress", [0.5], "has 4 steps, but its meta has 'progress'"),
     ],
 )

@@ -236,7 +236,9 @@ def test_step_rewards_refuse_beta(beta: float) -> None:
 
 
 def test_step_rewards_refuse_two_shapes() -> None:
-    with pytest.raises(ValueError, match=r"logps_N is \(2,\) but ref_logps_N is \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"logps_N must have the shape of ref_logps_N, \(3,\), got \(2,\)"
+    ):
         ops.step_rewards(torch.zeros(2), torch.zeros(3), np.array([0, 2]), beta=1.0)
 
 
@@ -253,10 +255,14 @@ def test_step_rewards_refuse_two_shapes() -> None:
             ValueError,
             r"agent_steps_P\[1\] must lie in .*, got -1",
         ),
-        ({"agent_steps_P": np.array([0])}, ValueError, "agent_steps_P has 1 entries .* have 4"),
+        (
+            {"agent_steps_P": np.array([0])},
+            ValueError,
+            "agent_steps_P must have 4 entries, .*, got 1",
+        ),
         ({"expert_steps_P": [0]}, TypeError, "expert_steps_P must be an int32 or int64"),
         ({"beta": -1.0}, ValueError, "beta must be positive"),
-        ({"ref_logps_N": torch.zeros(8)}, ValueError, r"ref_logps_N is \(8,\)"),
+        ({"ref_logps_N": torch.zeros(8)}, ValueError, r"logps_N must have the shape of .*"),
         (
             {"step_offsets": np.array([0, 1, 2, 3, 4, 8])},
             ValueError,

@@ -238,7 +238,11 @@ BARE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
             r"must keep the .* of messages\[1\] \(assistant\)",
         ),
         (LOWERS, ("where", "Go", "b", "go"), r"must keep the .* of messages\[1\]"),
-        (TAILS, ("where", "go"), r"prompt for messages\[1\] goes on with '5' after '<s>where</s>'"),
+        (
+            TAILS,
+            ("where", "go"),
+            r"prompt for messages\[1\] continues with '5' after '<s>where</s>'",
+        ),
         ("<s>fixed</s>", ("where", "go"), r"writes nothing of messages\[1\]"),
         (LLAMA2, ("go", "where", "go"), "template fails: Conversation roles must alternate"),
         ("{{ 1 / 0 }}", ("where", "go"), "template fails: division by zero"),
@@ -321,7 +325,7 @@ def test_a_tokenizer_without_offsets_or_template_is_refused():
         encode(talk("where?", "go"), byte_level_bpe(None))
     with pytest.raises(ValueError, match="str must be a fast tokenizer"):
         encode(talk("where?", "go"), "gpt2")
-    with pytest.raises(TypeError, match="trajectory is a list"):
+    with pytest.raises(TypeError, match="trajectory must be a Trajectory, got a list"):
         encode(talk("where?", "go").messages, byte_level_bpe())
 
 

@@ -235,7 +235,7 @@ def test_refusals(kept_NK: Tensor, error: type[Exception], message: str) -> None
 @pytest.mark.usefixtures("triton_path")
 def test_triton_refuses_sets_with_batch_invariance() -> None:
     arguments = with_sets(head(dtype=torch.float32))
-    with pytest.raises(ValueError, match="batch_invariant does not go with kept_NK"):
+    with pytest.raises(ValueError, match="kept_NK must be None with batch_invariant=True"):
         ops.linear_logprobs(**arguments, batch_invariant=True)
 
 

@@ -61,7 +61,9 @@ def test_implicit_step_loss_refuses_what_does_not_pair() -> None:
         implicit_step_loss(torch.zeros(()), torch.zeros(()))
     with pytest.raises(TypeError, match=r"float tensor, got torch\.int64"):
         implicit_step_loss(torch.zeros(2, dtype=torch.int64), torch.zeros(2))
-    with pytest.raises(TypeError, match=r"agent_rewards_P is torch\.float64"):
+    with pytest.raises(
+        TypeError, match=r"agent_rewards_P must have the dtype .*, got torch\.float64"
+    ):
         implicit_step_loss(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
 
 

@@ -164,7 +164,7 @@ def test_gaps_in_what_was_sampled_and_traces_without_any_are_refused():
     told["nodes"][1]["logprobs"].pop()
     with pytest.raises(ValueError, match="sampled tokens must be one run, got gaps"):
         load_trajectories([told])
-    with pytest.raises(ValueError, match="no message that a model sampled"):
+    with pytest.raises(ValueError, match="must have a message that a model sampled, got none"):
         load_trajectories([trace(nodes=trace()["nodes"][:1])])
     with pytest.raises(ValueError, match="nodes must be a list"):
         load_trajectories([trace(nodes={})])

@@ -138,7 +138,7 @@ def test_what_json_would_change_is_refused_and_the_old_file_kept(tmp_path, meta,
 def test_saving_nothing_or_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="trajectories must hold at least one to save"):
         save_trajectories(tmp_path / "t", [])
-    with pytest.raises(TypeError, match=r"trajectories\[0\] is a list"):
+    with pytest.raises(TypeError, match=r"trajectories\[0\] must be a Trajectory, got a list"):
         save_trajectories(tmp_path / "t", [GO])
 
 
@@ -224,5 +224,5 @@ def test_a_path_that_is_no_text_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got a directory"):
         load_trajectories(tmp_path)
     (tmp_path / "latin").write_bytes(b'{"messages": "\xe9"}')
-    with pytest.raises(ValueError, match="latin is not valid UTF-8"):
+    with pytest.raises(ValueError, match="latin must be valid UTF-8"):
         load_trajectories(str(tmp_path / "latin"))

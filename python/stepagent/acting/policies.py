@@ -58,7 +58,7 @@ class Policy(Protocol):
         """
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these of the running episodes go on."""
+        """Only these of the running episodes continue."""
 
 
 class ExpertPolicy:
@@ -126,7 +126,7 @@ class ModelPolicy(Dialogues):
 
     Token ids are kept as they were sampled and never re-tokenized, so that
     `record` holds exactly what the model saw and did. Its name is that of the model's folder.
-    An episode whose next answer might not fit the model's positions ends, and the others go on.
+    An episode whose next answer might not fit the model's positions ends, and the others continue.
 
     Args:
         system: A first message to the model, such as what the actions are.
@@ -169,7 +169,7 @@ class ModelPolicy(Dialogues):
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
     ) -> None:
-        """Each trajectory is encoded once, however many dialogues go on from it."""
+        """Each trajectory is encoded once, however many dialogues continue it."""
         trunks, origin_B = self._resume(seeds, trajectories, steps)
         width = 1 + max(dialogue.slots[-1] for dialogue in self._dialogues)
         with evaluation_mode(self._model):

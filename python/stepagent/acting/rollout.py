@@ -167,7 +167,9 @@ def _env_seed(index: int, trajectory: Trajectory) -> int:
         raise ValueError(f"{name} roles must be user, assistant in turn, got {roles}")
     seed = trajectory.meta.get("seed")
     if not isinstance(seed, int):
-        raise ValueError(f"{name} has no seed of its environment: meta['seed'] is {seed!r}")
+        raise ValueError(
+            f"{name} must have the seed of its environment in meta['seed'], got {seed!r}"
+        )
     return seed
 
 

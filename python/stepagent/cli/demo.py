@@ -38,6 +38,6 @@ def demo(seed: int, method: Method, output: Path) -> tuple[dict[str, Any], str]:
     try:
         metrics = run_demo(output, Settings(seed=seed), method)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted("the same command goes on where it stopped") from interrupt
+        raise Interrupted("the same command continues where it stopped") from interrupt
     files = "metrics.json, report.html, the trajectories and the models"
     return metrics, f"{closing_table(metrics)}\nWrote {files} to {output}"

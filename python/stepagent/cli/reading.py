@@ -48,7 +48,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: OnError) -> R
     Args:
         path: As `stepagent.load_trajectories` takes it.
         tokenizer: Whose chat template writes the conversations.
-        on_error: "raise", or "skip" to list bad rows on stderr and go on.
+        on_error: "raise", or "skip" to list bad rows on stderr and continue.
 
     Raises:
         ValueError: With the place and the reason, for the first bad row, or where none is left.

@@ -94,7 +94,7 @@ class Rollout:
             except BaseException as stop:
                 if not file.ended:
                     raise
-                note = f"{self._progress(len(file.ended))}; the same command goes on"
+                note = f"{self._progress(len(file.ended))}; the same command continues"
                 if isinstance(stop, KeyboardInterrupt):
                     raise Interrupted(note) from stop
                 click.echo(note, err=True)

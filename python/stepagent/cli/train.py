@@ -113,7 +113,7 @@ def train(
     agent, tokenizer = load_model(
         model, attn_implementation=attn_implementation, dtype=loading_dtype(config, adapter)
     )
-    # Whoever loads the trained model is told by it what ends an action.
+    # Whoever loads the trained model finds there what ends an action.
     agent.generation_config.eos_token_id = ends_of(reading.trunks)
     from ..learning.trainer import StepAgentTrainer
 
@@ -153,7 +153,7 @@ train.params += options(fields(StepAgentOptions), get_type_hints(StepAgentOption
 def _training_config(inherited: Sequence[str], own: dict[str, Any]) -> StepAgentConfig:
     """From StepAgent's own options and the arguments that are none of them."""
     known = inherited_names()
-    if known is not None:  # a typo is told before transformers is imported
+    if known is not None:  # a typo is an error before transformers is imported
         mine = [field.name for field in fields(StepAgentOptions)]
         check_names(inherited, [*known, *(f"no_{name}" for name in known), *mine])
     from transformers import TrainingArguments

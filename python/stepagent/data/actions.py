@@ -1,7 +1,7 @@
 """What an agent's text does: the action formats, in which a model writes thought and action.
 
-A format reads a text as thought and action, or says in a word why it cannot. The agent is then told
-so by the format's ``refusal`` in place of an observation, as AgentBench and ETO do, and the step
+A format reads a text as thought and action, or says in a word why it cannot. The agent then
+gets the format's ``refusal`` in place of an observation, as AgentBench and ETO do, and the step
 counts as invalid. The text itself is never changed: it is what the model wrote, and is learnt from.
 """
 
@@ -54,8 +54,8 @@ class ActionFormat:
         name: as in records and settings.
         read: the action of a text; raises `NoAction` (or ValueError) where it holds none.
         write: the text of an action alone, as the expert's; without a thought.
-        refusal: what the agent is told of a text without an action.
-        instructions: tells a model to write so; empty where there is nothing to tell.
+        refusal: what the agent reads after a text without an action.
+        instructions: asks a model to write so; may be empty.
     """
 
     name: str

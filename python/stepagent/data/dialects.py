@@ -1,6 +1,6 @@
 """Rows as other tools write them, as the fields of trajectories.
 
-A row is told by its keys: ``messages`` (this package, OpenAI, Hugging Face), ``conversations``
+Its keys say what a row is: ``messages`` (this package, OpenAI, Hugging Face), ``conversations``
 (ShareGPT and who follows it: LLaMA-Factory, axolotl, ETO, AgentGym), ``prompt`` and ``completion``
 (TRL), ``nodes`` (verifiers' Trace). docs/data.md has the table of what is read and refused.
 """
@@ -60,7 +60,7 @@ _HINTS = {
     "instruction": "an Alpaca row has no steps; write it as messages",
     "role": "this is a single message; a row holds a whole conversation",
     "segments": "axolotl's segments have no messages; write them as such, with a loss flag",
-    "text": "a text alone does not tell who said what",
+    "text": "a text alone does not say who said what",
 }
 
 

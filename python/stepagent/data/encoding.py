@@ -9,7 +9,7 @@ produce is what the chat template writes of its message after that:
 
 So the second must begin with the first, in tokens too, and must end with a control token, after
 which white space alone may follow. It needs no ``{% generation %}`` in the template. Where the next
-state does not go on from what was produced, the trunk branches (`stepagent.Trunk`).
+state does not continue what was produced, the trunk branches (`stepagent.Trunk`).
 
 docs/encoding.md has the contract, and which templates keep it.
 """
@@ -155,7 +155,7 @@ class _Conversation:
         prompt, written = (self._control.plain(t[same : same + 40]) for t in (state, text))
         before = self._control.plain(state[max(0, same - 40) : same])
         return ValueError(
-            f"the prompt for messages[{index}] goes on with {prompt!r} after {before!r}, but the "
+            f"the prompt for messages[{index}] continues with {prompt!r} after {before!r}, but the "
             f"chat template writes the message with {written!r} there, so the agent would be "
             "trained on a state that it never sees; template arguments (chat_template_kwargs) may "
             "change that, as may thoughts in reasoning_content"

@@ -39,9 +39,9 @@ INVERTED_FLAGS = ("masked",)
 
 # Keys that change what a message means and that no template writes.
 REFUSED = {
-    "prefix": "the beginning of a turn that the model is to go on with has no end to be scored",
-    "partial": "the beginning of a turn that the model is to go on with has no end to be scored",
-    "prefill": "the beginning of a turn that the model is to go on with has no end to be scored",
+    "prefix": "the beginning of a turn that the model is to continue has no end to be scored",
+    "partial": "the beginning of a turn that the model is to continue has no end to be scored",
+    "prefill": "the beginning of a turn that the model is to continue has no end to be scored",
     "train_detail": "parts of an action cannot be left out; give the whole message a loss flag",
     "training_detail": "parts of an action cannot be left out; give the whole message a loss flag",
     "refusal": "put what the model said into content",

@@ -1,6 +1,6 @@
 """Rows of what trajectories are read from: files, datasets, lists; each with its place for errors.
 
-The format of a file is told from its content, never from its name.
+The format of a file is found in its content, never from its name.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def load_trajectories(
     """Read the trajectories of a file, a dataset or a list of rows; at least one.
 
     Args:
-        source: A path (JSONL, JSON or Parquet, told from its content), a ``datasets.Dataset`` or
+        source: A path (JSONL, JSON or Parquet, by its content), a ``datasets.Dataset`` or
             ``DatasetDict``, or an iterable of rows. docs/data.md lists the forms of a row.
         split: Which of a ``DatasetDict``; it may be left out where there is one.
         on_error: With "skip", rows that are no trajectory are left out, each with a

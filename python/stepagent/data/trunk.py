@@ -1,13 +1,13 @@
 """Trunks: a trajectory's tokens, and which of them are its actions.
 
 Mostly a trunk is one line of tokens. Where a chat template rewrites history, as Qwen3's leaves out
-the thoughts of earlier turns, the next state does not go on from what was produced; then the line
+the thoughts of earlier turns, the next state does not continue what was produced; then the line
 goes back to the last token that both have in common, and on from there:
 
     input_ids   u o₁ t₁ a₁ │ a₁ o₂ t₂ a₂     u task, o observation, t thought, a action
     rewinds                 └ after u o₁
 
-Each action hangs on exactly the state that the agent saw. docs/encoding.md draws the tree.
+Each action follows exactly the state that the agent saw. docs/encoding.md draws the tree.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Trunk:
         action_spans: (T, 2), T ≥ 1, each ``[start, end)`` with 1 ≤ start < end ≤ L, ascending, not
             overlapping; the end-of-turn token is inside the span. A span starts at 1 at the
             earliest because a row must predict its first token.
-        rewinds: (K, 2), each ``[at, depth]``: the token ``at`` and those after it go on from the
+        rewinds: (K, 2), each ``[at, depth]``: the token ``at`` and those after it follow the
             first ``depth`` tokens of the line before it. Ascending, after the action before and
             before the last token of a state, each back: ``depth`` is less than the tokens before.
             Empty where the trunk is one line.

@@ -79,7 +79,7 @@ class Server:
         read: Callable[[int, Any], T],
         refused: Callable[[int, RequestRefused], T] | None = None,
     ) -> list[T]:
-        """What ``read`` makes of each answer, told the request's place; the first failure ends all.
+        """What ``read`` makes of each answer and its request's place; the first failure ends all.
 
         Args:
             refused: What comes of a request that the server refuses for what it holds, as one that

@@ -1,6 +1,6 @@
 """A client of AgentGym's environment servers: ``agentgym:http://host:port``.
 
-The servers speak one of two dialects, told apart by the answer to ``POST /create``:
+The servers speak one of two dialects, known by the answer to ``POST /create``:
 
 * ``{"id": 0}`` (BabyAI, ScienceWorld, ALFWorld, TextCraft, …): ``POST /reset`` and ``/step`` name
   the environment by ``id`` and answer ``{"observation", "reward", "score", "done", …}``;
@@ -230,8 +230,8 @@ def parse_address(address: str) -> tuple[str, float]:
         scale = 0.0
     if parts.scheme not in ("http", "https") or not parts.hostname or query or not scale > 0:
         raise ValueError(
-            f"{without_user(address)!r} is no AgentGym server: it is http://host:port, "
-            "and ?scale=100 where its full score is 100"
+            f"address must be http://host:port, with ?scale=100 where its full score is 100, got "
+            f"{without_user(address)!r}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}", scale
 

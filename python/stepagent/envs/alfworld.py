@@ -85,7 +85,7 @@ class ALFWorldTextEnv:
     def check_seed(self, seed: int) -> None:
         """ValueError for a seed beyond the split."""
         if not 0 <= seed < len(self._games):
-            raise ValueError(f"{self.name} has no seed {seed}: it has {len(self._games)}, from 0")
+            raise ValueError(f"seed of {self.name} must lie in [0, {len(self._games)}), got {seed}")
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by an admissible command; ``info["invalid"]`` is "inadmissible action"."""

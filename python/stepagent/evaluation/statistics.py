@@ -27,7 +27,7 @@ _HALVINGS = 60  # of the range of a difference: down to the last bit
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval; both ends are None where the values do not tell any."""
+    """A mean with its 95 % interval; both ends are None where the values give none."""
 
     mean: float
     low: float | None
@@ -59,7 +59,7 @@ def mean_interval(
     Values that all lie at a bound are counts: Wilson's score interval. Others are resampled, and
     where there are bounds the interval takes in what n values cannot have shown: at 95 %, a share
     of up to z² / (n + z²) of all episodes is of a kind that none of n showed (Wilson's bound for 0
-    of n), and those may lie at either bound. Equal values without bounds tell no interval.
+    of n), and those may lie at either bound. Equal values without bounds give no interval.
 
     Args:
         values: one of each episode, or one difference of each pair.

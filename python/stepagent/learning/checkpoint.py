@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class RunSizes:
-    """By what a run counts: resumed with another of them, it would go on somewhere else."""
+    """By what a run counts: resumed with another of them, it would continue somewhere else."""
 
     trajectories_a_step: int
     trajectories_an_epoch: int
@@ -115,7 +115,7 @@ def check_same_step(folder: Path, before: int, now: int) -> None:
 
 
 def _sum_of(trunks: Sequence[Trunk]) -> str:
-    """A number that tells other data: the first half of a SHA-256 of all tokens and spans."""
+    """A number that other data changes: the first half of a SHA-256 of all tokens and spans."""
     digest = hashlib.sha256()
     for trunk in trunks:
         for array in (trunk.input_ids, trunk.action_spans):

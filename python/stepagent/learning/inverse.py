@@ -1,7 +1,7 @@
 """A cycle's reflection in the inverse form: what a discriminator makes of the agent's steps.
 
-Once a cycle, before the policy learns: discriminators are fitted to tell the agent's actions from
-the expert's at the same states; their verdict is the reward of each of the agent's steps; rewards
+Once a cycle, before the policy learns: discriminators are fitted to distinguish the agent's actions
+from the expert's at the same states; their verdict is the reward of each of the agent's steps; rewards
 become advantages, which the policy's update (PPO) then follows. All of it happens here, between two
 updates of the policy, with an optimiser of its own.
 

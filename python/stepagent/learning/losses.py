@@ -170,7 +170,7 @@ def ppo_loss(
     token's d = log π − log π_ref: k2 = d²/2, k3 = exp(−d) − 1 + d
     (http://joschu.net/blog/kl-approx.html).
 
-    Where the exponent x of a ratio, or of k3, is above 40, exp(x) goes on along its tangent,
+    Where the exponent x of a ratio, or of k3, is above 40, exp(x) follows its tangent,
     e⁴⁰ (1 + x − 40): exp alone is infinite in float32 from 88.8 on, and its product with an
     advantage of 0, or with the 0 that a clipped ratio has for a gradient, would be NaN.
 
@@ -230,7 +230,7 @@ def _clipped(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
 def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: KLEstimator) -> Tensor:
     """(N,) k1 = d, k2 = d²/2 or k3 = exp(−d) − 1 + d, of d = log π − log π_ref, π_ref constant.
 
-    float32, float64 where an input is; in k3 exp goes on along its tangent where d < −40, as in
+    float32, float64 where an input is; in k3 exp follows its tangent where d < −40, as in
     `ppo_loss`.
     """
     check_floats(("ref_logps_N", ref_logps_N, 1))

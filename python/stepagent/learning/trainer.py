@@ -291,7 +291,7 @@ class StepAgentTrainer(Trainer):
     ) -> Any:
         """The batch's share of the loss of its step, by ``args.method`` (``objectives.py``).
 
-        All means are over the items of the whole optimiser's step, whatever the batches and
+        All means are over the items of the whole optimiser's step, for any batches and
         processes that it is divided over. Where the model's configuration asks for the auxiliary
         loss of its experts (``output_router_logits``), its mean over the step's batches is added.
 

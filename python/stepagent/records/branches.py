@@ -1,6 +1,6 @@
 """Branch files: what an agent tried at every state, one trajectory a record.
 
-JSONL is written by appending, chunk by chunk of trajectories, so a run that was killed goes on
+JSONL is written by appending, chunk by chunk of trajectories, so a run that was killed continues
 where it stopped: what is computed together is the same whether it was or not, and so is the file.
 Parquet has its table of contents at the end; it is made of such a JSONL when that is complete.
 

@@ -1,4 +1,4 @@
-"""A run's episodes on disk, each written as it ends, so that a run that was stopped goes on.
+"""A run's episodes on disk, each written as it ends, so that a run that was stopped continues.
 
 While the run is under way, its lines are in the order in which episodes ended; when it is complete,
 in the order of its seeds. So the file of a run that was stopped and went on is that of one that

@@ -1,6 +1,6 @@
 """Files of JSON lines of one run, written by appending, by a process that may be killed any moment.
 
-A line that was written is on the disk; a last line that is cut short is dropped by whoever goes on.
+A line that was written is on the disk; a last line that is cut short is dropped on resuming.
 Each record says in ``run`` what it depends on: a file holds one run.
 """
 
@@ -124,7 +124,7 @@ def check_run(where: str, recorded: Mapping[str, Any], run: Mapping[str, Any]) -
 
 
 def refuse_run(where: str, found: str) -> NoReturn:
-    """ValueError: the file goes on with another run than the one that is asked for."""
+    """ValueError: the file is of another run than the one that is asked for."""
     raise ValueError(
         f"{where} is of another run: it has {found}; write to another file, or delete this one"
     )

@@ -133,7 +133,7 @@ def _check_types(file: Path, episode: Episode) -> None:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each path's run; where names are equal, the whole paths tell them apart."""
+    """Each path's run; where names are equal, the whole paths distinguish them."""
     names = [_name(path) for path in paths]
     taken = Counter(names)
     names = [str(p) if taken[n] > 1 else n for p, n in zip(paths, names, strict=True)]
@@ -150,7 +150,7 @@ def _name(path: Path) -> str:
 
 
 def _logged(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of a trainer's log that tell of a cycle, in order; and those of updates."""
+    """The entries of a trainer's log of a cycle, in order; and those of updates."""
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

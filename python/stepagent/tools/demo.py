@@ -2,7 +2,7 @@
 
 Collect the BabyAI bot's trajectories → tokenizer → supervised training of a small transformer →
 StepAgent cycles, beside their fair rivals → evaluation on held-out episodes → report. Each stage
-leaves its result in its own folder; a run that was interrupted goes on where it stopped, and one
+leaves its result in its own folder; a run that was interrupted continues where it stopped, and one
 that is run again with the other method adds that method's stages.
 """
 
@@ -239,7 +239,7 @@ class _Demo:
             shutil.rmtree(best)
 
     def _train(self, name: str) -> None:
-        """One way to go on from the supervised model, with the same number of updates."""
+        """One way to continue from the supervised model, with the same number of updates."""
         self._run_stage(
             name,
             self.model("sft"),

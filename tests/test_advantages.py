@@ -172,7 +172,11 @@ def test_opcheck_and_fullgraph(bootstrap: bool) -> None:
         ({"gamma": float("nan")}, ValueError, "gamma must be .* got nan"),
         ({"lam": -0.1}, ValueError, r"lam must be in \[0, 1\], got -0.1"),
         ({"lam": torch.ones(9)}, TypeError, "lam must be a number, got torch.float32"),
-        ({"values_S": torch.zeros(8)}, ValueError, r"rewards_S is \(9,\) but values_S is \(8,\)"),
+        (
+            {"values_S": torch.zeros(8)},
+            ValueError,
+            r"rewards_S must have the shape of values_S, \(8,\), got \(9,\)",
+        ),
         (
             {"values_S": torch.zeros(9, device="meta")},
             ValueError,

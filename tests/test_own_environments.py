@@ -101,7 +101,7 @@ def test_what_is_no_environment_is_named(module: str) -> None:
             "of a module that is found here, got 'nowhere_at_all:Guess'",
         ),
         ("babyi:GoToLocal", "of a module that is found here, got 'babyi:GoToLocal'"),
-        ("nonsense", "the registered ones are"),
+        ("nonsense", "or your own module:Class, got 'nonsense'"),
         ("babyai", "level of BabyAI must be given, as babyai:GoToLocal, one of "),
     ):
         result = evaluate("--env", name, "--policy", "random", "--episodes", 1)

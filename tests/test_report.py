@@ -176,7 +176,7 @@ def test_a_log_that_is_none_is_named(tmp_path: Path, log: str, reason: str) -> N
             r"step_rewards\[1\] must be float or int or null, got {}",
         ),
         ("invalid", [None, ["<b>"], None, None], r"invalid\[1\] must be"),
-        ("progress", [0.5], "has 4 steps, but its meta has 'progress'"),
+        ("progress", [0.5], "'progress' in meta must have a value for each of the 4 steps"),
     ],
 )
 def test_a_value_of_another_type_is_named(

@@ -77,7 +77,7 @@ def test_bad_rows_are_skipped_and_named_when_asked(tmp_path):
     reasons = [one.reason for _, one in found if isinstance(one, Skipped)]
     assert reasons[0].startswith("a message must be an assistant's")
     assert reasons[1].startswith("column 2: Expecting property name")
-    assert reasons[2] == "a trajectory must be a JSON object, not a list"
+    assert reasons[2] == "a trajectory must be a JSON object, got a list"
     with pytest.warns(UserWarning, match="skipped .*t.jsonl:[235]: ") as warned:
         assert load_trajectories(path, on_error="skip") == [Trajectory(GO)] * 2
     assert len(warned) == 3

@@ -81,7 +81,7 @@ def test_bad_rows_are_skipped_and_named_when_asked(tmp_path):
     with pytest.warns(UserWarning, match="skipped .*t.jsonl:[235]: ") as warned:
         assert load_trajectories(path, on_error="skip") == [Trajectory(GO)] * 2
     assert len(warned) == 3
-    with pytest.raises(ValueError, match=r"t\.jsonl:2: none of the 0"):
+    with pytest.raises(ValueError, match=r"t\.jsonl:2: a message must be an assistant's"):
         load_trajectories(path)
     with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', got 'ignore'"):
         load_trajectories(path, on_error="ignore")

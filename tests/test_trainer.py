@@ -795,7 +795,7 @@ def test_an_empty_dataset_is_an_error(config):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "go"}, r"train_dataset\[6\]: no 'messages'"),
+        ({"text": "go"}, r"train_dataset\[6\]: the row must have 'messages'"),
         ({"messages": [{"role": "user", "content": "red"}]}, r"train_dataset\[6\]: .*assistant"),
         (
             {

@@ -87,7 +87,7 @@ def test_bad_rows_are_skipped_and_named_when_asked(tmp_path):
         load_trajectories(path, on_error="ignore")
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ValueError, match=r"no trajectories: .*:1: none of the 0"),
+        pytest.raises(ValueError, match=r"no trajectories: .*:1: a message must be an assistant's"),
     ):
         load_trajectories(write(tmp_path / "none", '{"messages": []}'), on_error="skip")
 

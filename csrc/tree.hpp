@@ -45,8 +45,8 @@ struct StepPairs {
     // (at, depth): from token `at` on, what goes on after the first `depth` tokens before it. Empty
     // where no trunk has any.
     std::span<const std::span<const std::int32_t>> rewinds;
-    std::span<const AnyIds> branches;                      // token ids of each branch
-    std::span<const std::int64_t> branch_counts;           // branches of each step
+    std::span<const AnyIds> branches;             // token ids of each branch
+    std::span<const std::int64_t> branch_counts;  // branches of each step
 };
 
 // Packs whole trunks, in order, into trees of at most max_tokens tokens (next fit). Linear in the

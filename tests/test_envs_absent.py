@@ -57,7 +57,7 @@ def test_without_webshop_an_error_says_where_it_is_from(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "web_agent_site", None)
     with pytest.raises(ImportError, match="its own package and data"):
         envs.make("webshop", "test")
-    with pytest.raises(ValueError, match="no task 'shoes'"):
+    with pytest.raises(ValueError, match="task of webshop must be empty, got 'shoes'"):
         envs.make("webshop:shoes")
 
 

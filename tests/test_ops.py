@@ -547,7 +547,9 @@ def test_token_logprobs_refuses_what_does_not_fit() -> None:
         ops.token_logprobs(torch.zeros(1, 4), torch.tensor([4]))
     with pytest.raises(ValueError, match="V >= 1"):
         ops.token_logprobs(torch.zeros(1, 0), torch.tensor([-100]))
-    with pytest.raises(ValueError, match=r"logits_NV is \(1, 4\) but ref_logits_NV is \(1, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"logits_NV must have the shape of ref_logits_NV, \(1, 5\), got \(1, 4\)"
+    ):
         ops.logprob_diff(torch.zeros(1, 4), torch.zeros(1, 5), torch.tensor([0]))
 
 

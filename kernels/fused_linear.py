@@ -132,7 +132,11 @@ def _load_tile(
 
 @triton.jit
 def _tanh(u):
-    """tanh to float32 precision, no libdevice; near 0 by Lambert's continued fraction."""
+    """tanh to float32 precision, no libdevice; near 0 by Lambert's continued fraction.
+
+    Not the one of ``linear_logprobs.py``, which rounds otherwise: results keep their bits, and with
+    `batch_invariant` they are promised.
+    """
     near = tl.abs(u) < 0.5
     u2 = u * u
     e = tl.exp2(tl.abs(u) * (-2.0 * LOG2_E))

@@ -115,6 +115,7 @@ def table() -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_what_the_templates_do():
     written = re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", DOCS.read_text(), re.DOTALL)
     assert written is not None
@@ -123,7 +124,7 @@ def test_the_table_of_the_docs_is_what_the_templates_do():
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_random_conversations_are_exact_or_refused(name):
-    for seed in range(1000, 1012):
+    for seed in range(1000, 1005):
         check(name, conversation(seed))
 
 

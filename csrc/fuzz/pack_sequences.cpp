@@ -105,6 +105,55 @@ TokenTree tree_of(const std::vector<Row>& sequences, const std::vector<std::size
     return tree;
 }
 
+// A block as it is, or in parts of at most `limit` tokens, by trying all ways: the fewest tokens,
+// then the fewest parts, then the latest last cut.
+std::vector<std::vector<std::size_t>> cut(const std::vector<Row>& sequences,
+                                          const std::vector<std::size_t>& block,
+                                          std::size_t limit) {
+    if (tree_of(sequences, block).input_ids.size() <= limit) return {block};
+    for (const auto i : block) {
+        if (sequences[i].size() > limit) return {block};
+    }
+    const auto place = [&](std::size_t i) {  // the first sequence with each of its beginnings
+        std::vector<std::size_t> firsts;
+        for (std::size_t n = 1; n <= sequences[i].size(); ++n) {
+            firsts.push_back(*std::find_if(block.begin(), block.end(), [&](auto m) {
+                return sequences[m].size() >= n &&
+                       std::equal(sequences[i].begin(),
+                                  sequences[i].begin() + static_cast<std::ptrdiff_t>(n),
+                                  sequences[m].begin());
+            }));
+        }
+        return firsts;
+    };
+    auto ordered = block;
+    std::stable_sort(ordered.begin(), ordered.end(),
+                     [&](auto a, auto b) { return place(a) < place(b); });
+    const auto part = [&](std::size_t first, std::size_t last) {
+        std::vector<std::size_t> members(ordered.begin() + static_cast<std::ptrdiff_t>(first),
+                                         ordered.begin() + static_cast<std::ptrdiff_t>(last));
+        std::sort(members.begin(), members.end());
+        return members;
+    };
+    using Best = std::tuple<std::size_t, std::size_t, std::size_t>;  // tokens, parts, - last start
+    const auto n = ordered.size();
+    std::vector<Best> best{{0, 0, 0}};
+    for (std::size_t end = 1; end <= n; ++end) {
+        Best least{std::numeric_limits<std::size_t>::max(), 0, 0};
+        for (std::size_t start = 0; start < end; ++start) {
+            const auto tokens = tree_of(sequences, part(start, end)).input_ids.size();
+            const auto [before, parts, _] = best[start];
+            if (tokens <= limit) least = std::min(least, {before + tokens, parts + 1, n - start});
+        }
+        best.push_back(least);
+    }
+    std::vector<std::vector<std::size_t>> parts;
+    for (auto end = n; end > 0; end = n - std::get<2>(best[end])) {
+        parts.insert(parts.begin(), part(n - std::get<2>(best[end]), end));
+    }
+    return parts;
+}
+
 // The runs of scored tokens of a sequence are the next steps of the tree.
 void check_runs(const TokenTree& tree, std::size_t& s, std::size_t i, const Row& tokens,
                 const std::vector<std::uint8_t>& mask) {
@@ -132,7 +181,14 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
         return 0;
     }
     const auto& sequences = batch.sequences.rows;
-    const auto groups = blocks(sequences);
+    std::vector<std::vector<std::size_t>> groups;
+    for (const auto& block : blocks(sequences)) {
+        const auto limit = max_tokens.value_or(std::numeric_limits<std::int32_t>::max());
+        // A limit below 1 is refused, as one beyond 32 bits is.
+        const auto parts =
+            cut(sequences, block, static_cast<std::size_t>(std::max<std::int64_t>(limit, 0)));
+        groups.insert(groups.end(), parts.begin(), parts.end());
+    }
     std::vector<std::size_t> block_sizes;
     for (const auto& block : groups) {
         block_sizes.push_back(tree_of(sequences, block).input_ids.size());

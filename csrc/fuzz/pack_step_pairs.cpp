@@ -33,8 +33,8 @@ struct Pairs {
                                            std::size_t threads) const {
         const auto trunk_ids = trunks.view(), branch_ids = branches.view();
         const std::vector<std::span<const std::int32_t>> views(spans.begin(), spans.end());
-        return stepagent::pack_step_pairs({trunk_ids, views, {}, branch_ids, branch_counts}, max_tokens,
-                                          threads);
+        return stepagent::pack_step_pairs({trunk_ids, views, {}, branch_ids, branch_counts},
+                                          max_tokens, threads);
     }
 
   private:

@@ -259,8 +259,8 @@ def _ends_alike(source: str) -> bool:
     assert isinstance(loop, nodes.For)
     used = {name.name for node in after for name in _all(node, nodes.Name)}
     written = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    written |= {node.name for node in tree.find_all(nodes.Macro)}
-    written |= {node.name for node in tree.find_all(nodes.NSRef)}
+    written |= {macro.name for macro in tree.find_all(nodes.Macro)}
+    written |= {attribute.name for attribute in tree.find_all(nodes.NSRef)}
     early = {name.name for node in (*before, loop) for name in _all(node, nodes.Name)}
     return (
         _is_messages(loop.iter, tree)
@@ -300,7 +300,7 @@ def _is_messages(node: Any, tree: Any, seen: frozenset[str] = frozenset()) -> bo
     return known and all(_is_messages(value, tree, seen | {node.name}) for value in values)
 
 
-def _blocks(tree: Any) -> Iterator[Any]:
+def _blocks(tree: Any) -> Iterator[jinja2.nodes.Node]:
     """What else names are set by: blocks of text, loops and macros."""
     from jinja2 import nodes
 

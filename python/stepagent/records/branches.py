@@ -293,6 +293,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         row = 0
         for batch in file.iter_batches(_ROWS):
             for record in batch.to_pylist():
+                if record.get("rewinds") is None:
+                    record.pop("rewinds", None)
                 if isinstance(record.get("run"), str):
                     record["run"] = json.loads(record["run"])
                 yield f"{path}: row {row}", record

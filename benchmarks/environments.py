@@ -14,7 +14,7 @@ Speed: the first ``--timed-actions`` gold actions of each ScienceWorld task, tak
 and by that of the package ``scienceworld``, whose ``info`` lists the valid actions, task by task in
 turn; before that one task for twice as long, for Java compiles what runs often.
 
-A run that was stopped goes on where it was: each part is kept in ``*.partial.json`` beside the
+A run that was stopped continues where it was: each part is kept in ``*.partial.json`` beside the
 result. ``--quick`` is a run of a minute that shows only that all parts work.
 """
 

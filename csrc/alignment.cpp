@@ -28,7 +28,7 @@ std::string text(Interval interval) {
 }
 
 std::string described(const char* name, std::size_t index, Interval interval) {
-    return std::string(name) + "[" + std::to_string(index) + "] is " + text(interval);
+    return place(name, index) + " is " + text(interval);
 }
 
 void check(const char* name, std::size_t index, Interval interval) {
@@ -180,7 +180,7 @@ std::vector<std::int32_t> token_spans(std::span<const std::int64_t> char_spans,
         while (last != first && (last - 1)->empty()) --last;  // in the gap after the last one
         const auto refuse_cut = [&](auto token) {
             throw std::invalid_argument(
-                described(name, s, span) + " and cuts through a token: " +
+                place(name, s) + " must not cut through a token, got " + text(span) + ", and " +
                 described(tokens.name, static_cast<std::size_t>(token - places.begin()), *token));
         };
         if (first != places.end() && first->start < span.start) refuse_cut(first);
@@ -201,16 +201,17 @@ std::vector<std::int64_t> char_spans(std::span<const std::int64_t> token_spans,
         const Interval span{token_spans[2 * s], token_spans[2 * s + 1]};
         check(name, s, span);
         if (span.end > size) {
-            throw std::invalid_argument(described(name, s, span) + ", but there are " +
-                                        std::to_string(size) + " tokens");
+            throw std::invalid_argument(place(name, s) + " must lie within the " +
+                                        std::to_string(size) + " tokens, got " + text(span));
         }
         const auto refuse_shared = [&](std::int64_t token) {
             if (token == 0 || token == size) return;
             const auto next = places.begin() + token;
             if (next->start < (next - 1)->end) {
-                throw std::invalid_argument(
-                    described(name, s, span) + " and cuts through a character: tokens " +
-                    std::to_string(token - 1) + " and " + std::to_string(token) + " share it");
+                throw std::invalid_argument(place(name, s) +
+                                            " must not cut through a character, got " + text(span) +
+                                            ", and tokens " + std::to_string(token - 1) + " and " +
+                                            std::to_string(token) + " share it");
             }
         };
         refuse_shared(span.start);

@@ -39,7 +39,7 @@ std::optional<std::span<const Value>> view_if(py::handle entry) {
 }
 
 [[noreturn]] void refuse(py::handle entry) {
-    throw py::type_error("an entry is no contiguous array of the expected dtype: " +
+    throw py::type_error("an entry must be a contiguous array of the expected dtype, got " +
                          std::string(py::repr(entry)));
 }
 
@@ -140,7 +140,7 @@ void fill(const Array<std::int32_t>& subtree_end, std::optional<std::size_t> win
 void fill_mask(const Array<std::int32_t>& subtree_end, std::optional<std::size_t> window,
                std::uint64_t visible, std::uint64_t hidden, py::array mask, std::size_t threads) {
     if ((mask.flags() & py::array::c_style) == 0)
-        throw py::type_error("the mask is not contiguous");
+        throw py::type_error("the mask must be contiguous, got a view that is not");
     switch (mask.itemsize()) {
         case 1:
             return fill<std::uint8_t>(subtree_end, window, visible, hidden, mask, threads);
@@ -151,7 +151,8 @@ void fill_mask(const Array<std::int32_t>& subtree_end, std::optional<std::size_t
         case 8:
             return fill<std::uint64_t>(subtree_end, window, visible, hidden, mask, threads);
         default:
-            throw py::type_error("a mask's items have 1, 2, 4 or 8 bytes");
+            throw py::type_error("a mask's items must have 1, 2, 4 or 8 bytes, got " +
+                                 std::to_string(mask.itemsize()));
     }
 }
 

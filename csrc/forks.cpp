@@ -51,21 +51,28 @@ class Forker {
     void check() const {
         const auto length = tree_.input_ids.size(), scored = tree_.labels.size();
         require(tree_.position_ids.size() == length && tree_.subtree_end.size() == length,
-                "input_ids, position_ids and subtree_end differ in length");
-        require(tree_.label_rows.size() == scored, "labels and label_rows differ in length");
+                "position_ids and subtree_end must be as long as input_ids, " +
+                    std::to_string(length) + ", got " + std::to_string(tree_.position_ids.size()) +
+                    " and " + std::to_string(tree_.subtree_end.size()));
+        require(tree_.label_rows.size() == scored, "label_rows must be as long as labels, " +
+                                                       std::to_string(scored) + ", got " +
+                                                       std::to_string(tree_.label_rows.size()));
         check_subtree_ends(tree_.subtree_end);
         std::int32_t done = 0;
         for (std::size_t s = 0; s < tree_.step_offsets.size(); ++s) {
             const auto offset = tree_.step_offsets[s];
-            require(offset >= done && (s > 0 || offset == 0), "step_offsets do not ascend from 0");
+            require(offset >= done && (s > 0 || offset == 0),
+                    "step_offsets must ascend from 0, got " + std::to_string(offset) + " at " +
+                        std::to_string(s));
             done = offset;
         }
         require(static_cast<std::size_t>(done) == scored,
-                "step_offsets do not end with the labels");
+                "step_offsets must end with the number of labels, " + std::to_string(scored) +
+                    ", got " + std::to_string(done));
         for (std::size_t n = 0; n < scored; ++n) {
             require(tree_.label_rows[n] >= 0 && at(tree_.label_rows, n) < length,
-                    place("label_rows", n) + " is " + std::to_string(tree_.label_rows[n]) +
-                        "; rows lie in [0, " + std::to_string(length) + ")");
+                    place("label_rows", n) + " must lie in [0, " + std::to_string(length) +
+                        "), got " + std::to_string(tree_.label_rows[n]));
         }
     }
 
@@ -103,13 +110,15 @@ class Forker {
         for (auto c = row + 1; c < at(tree_.subtree_end, row); c = at(tree_.subtree_end, c)) {
             if (tree_.input_ids[c] == tree_.labels[n]) return c;
         }
-        throw std::invalid_argument(place("labels", n) + " is " + std::to_string(tree_.labels[n]) +
-                                    ", which follows no token of row " + std::to_string(row));
+        throw std::invalid_argument(
+            place("labels", n) + " must be a token that follows that of row " +
+            std::to_string(row) + ", got " + std::to_string(tree_.labels[n]));
     }
 
     // The row of the result that predicts token k.
     std::size_t row_before(std::size_t k) const {
-        require(parents_[k] != none, "label_rows lead to a first token, which no row predicts");
+        require(parents_[k] != none,
+                "label_rows within a step must lie after a first token, got " + std::to_string(k));
         return after_fork(k) ? before_[k]
                              : before_[parents_[k]] + (after_fork(parents_[k]) ? 1 : 0);
     }

@@ -108,8 +108,8 @@ void fill_mask(Ends ends, std::size_t window, Value visible, Value hidden, std::
     check_window(window);
     const auto length = ends.size();
     if (mask.size() != length * length) {
-        throw std::invalid_argument("the mask has " + std::to_string(mask.size()) +
-                                    " entries; it must have " + std::to_string(length) + "²");
+        throw std::invalid_argument("the mask must have " + std::to_string(length) +
+                                    "² entries, got " + std::to_string(mask.size()));
     }
     const auto rows = length / std::max<std::size_t>(1, threads) + 1;
     parallel_for((length + rows - 1) / rows, threads, [&](std::size_t part) {

@@ -126,7 +126,7 @@ void check_costs(std::span<const double> costs, std::size_t parts) {
     }
     // Beyond, two sums would be infinite and their spread no number.
     if (!std::isfinite(std::accumulate(costs.begin(), costs.end(), 0.0))) {
-        throw std::invalid_argument("the sum of costs must be finite in float64");
+        throw std::invalid_argument("the sum of costs must be finite in float64, got inf");
     }
     if (parts < 1 || costs.size() < parts) {
         throw std::invalid_argument("parts must be at least 1 and at most the number of items, " +

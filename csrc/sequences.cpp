@@ -273,9 +273,9 @@ class PrefixPacker {
           runs_(tokens_.size()),
           home_(tokens_.size()) {
         if (sequences.masks.size() != tokens_.size()) {
-            throw std::invalid_argument(std::to_string(sequences.masks.size()) +
-                                        " action_masks for " + std::to_string(tokens_.size()) +
-                                        " sequences");
+            throw std::invalid_argument("action_masks must have a mask for each of the " +
+                                        std::to_string(tokens_.size()) + " sequences, got " +
+                                        std::to_string(sequences.masks.size()));
         }
         parallel_for(tokens_.size(), threads, [&](std::size_t i) {
             check(i, sequences.masks[i]);
@@ -314,26 +314,29 @@ class PrefixPacker {
     };
 
     void check(std::size_t i, Mask mask) const {
-        if (tokens_[i].empty()) throw std::invalid_argument(place("sequences", i) + " is empty");
+        if (tokens_[i].empty())
+            throw std::invalid_argument(place("sequences", i) +
+                                        " must have a token at least, got none");
         if (mask.size() != tokens_[i].size()) {
-            throw std::invalid_argument(place("action_masks", i) + " has " +
-                                        std::to_string(mask.size()) + " entries, but " +
-                                        place("sequences", i) + " has " +
-                                        std::to_string(tokens_[i].size()) + " tokens");
+            throw std::invalid_argument(
+                place("action_masks", i) + " must have an entry for each of the " +
+                std::to_string(tokens_[i].size()) + " tokens of " + place("sequences", i) +
+                ", got " + std::to_string(mask.size()));
         }
         if (mask[0] != 0) {
-            throw std::invalid_argument(place(place("action_masks", i), 0) +
-                                        " is True, but no row predicts a first token");
+            throw std::invalid_argument(
+                place(place("action_masks", i), 0) +
+                " must be False, as no row predicts a first token, got True");
         }
     }
 
     void check_lengths(std::size_t limit) const {
         for (std::size_t i = 0; i < tokens_.size(); ++i) {
             if (tokens_[i].size() <= limit) continue;
-            throw std::invalid_argument(place("sequences", i) + " takes " +
-                                        std::to_string(tokens_[i].size()) +
-                                        " tokens, but max_tokens=" + std::to_string(limit) +
-                                        " and a sequence is never split");
+            throw std::invalid_argument(place("sequences", i) +
+                                        " must fit max_tokens=" + std::to_string(limit) +
+                                        ", as a sequence is never split, got " +
+                                        std::to_string(tokens_[i].size()) + " tokens");
         }
     }
 

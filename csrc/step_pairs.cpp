@@ -124,14 +124,16 @@ class Packer {
   private:
     static std::vector<std::size_t> checked_steps(const StepPairs& pairs) {
         if (pairs.spans.size() != pairs.trunks.size()) {
-            throw std::invalid_argument(std::to_string(pairs.spans.size()) + " action_spans for " +
-                                        std::to_string(pairs.trunks.size()) + " trunks");
+            throw std::invalid_argument("action_spans must have those of each of the " +
+                                        std::to_string(pairs.trunks.size()) + " trunks, got " +
+                                        std::to_string(pairs.spans.size()));
         }
         return offsets(pairs.trunks.size(), [&](std::size_t trunk) {
             const auto bounds = pairs.spans[trunk].size();
             if (bounds % 2 != 0) {
-                throw std::invalid_argument(place("trunks", trunk) + ".action_spans has " +
-                                            std::to_string(bounds) + " bounds; they come in pairs");
+                throw std::invalid_argument(place("trunks", trunk) +
+                                            ".action_spans must come in pairs, got " +
+                                            std::to_string(bounds) + " bounds");
             }
             return bounds / 2;
         });
@@ -139,30 +141,33 @@ class Packer {
 
     static std::span<const std::span<const std::int32_t>> checked_rewinds(const StepPairs& pairs) {
         if (!pairs.rewinds.empty() && pairs.rewinds.size() != pairs.trunks.size()) {
-            throw std::invalid_argument(std::to_string(pairs.rewinds.size()) + " rewinds for " +
-                                        std::to_string(pairs.trunks.size()) + " trunks");
+            throw std::invalid_argument("rewinds must have those of each of the " +
+                                        std::to_string(pairs.trunks.size()) + " trunks, got " +
+                                        std::to_string(pairs.rewinds.size()));
         }
         return pairs.rewinds;
     }
 
     static std::vector<std::size_t> checked_branches(const StepPairs& pairs, std::size_t steps) {
         if (pairs.branch_counts.size() != steps) {
-            throw std::invalid_argument(std::to_string(pairs.branch_counts.size()) +
-                                        " branch_counts for " + std::to_string(steps) + " steps");
+            throw std::invalid_argument("branch_counts must have one for each of the " +
+                                        std::to_string(steps) + " steps, got " +
+                                        std::to_string(pairs.branch_counts.size()));
         }
         auto result = offsets(steps, [&](std::size_t step) {
             const auto count = pairs.branch_counts[step];
             if (count < 0 || static_cast<std::size_t>(count) > pairs.branches.size()) {
-                throw std::invalid_argument(place("branch_counts", step) + " is " +
-                                            std::to_string(count) + "; there are " +
-                                            std::to_string(pairs.branches.size()) + " branches");
+                throw std::invalid_argument(place("branch_counts", step) + " must lie in [0, " +
+                                            std::to_string(pairs.branches.size()) +
+                                            "], the number of branches, got " +
+                                            std::to_string(count));
             }
             return static_cast<std::size_t>(count);
         });
         if (result.back() != pairs.branches.size()) {
-            throw std::invalid_argument("branch_counts sum to " + std::to_string(result.back()) +
-                                        ", but there are " + std::to_string(pairs.branches.size()) +
-                                        " branches");
+            throw std::invalid_argument("branch_counts must sum to the number of branches, " +
+                                        std::to_string(pairs.branches.size()) + ", got " +
+                                        std::to_string(result.back()));
         }
         return result;
     }
@@ -207,7 +212,9 @@ class Packer {
         const auto all = rewinds(trunk);
         const auto spans = spans_[trunk];
         const auto name = place("trunks", trunk) + ".rewinds";
-        if (all.size() % 2 != 0) throw std::invalid_argument(name + " must come in pairs");
+        if (all.size() % 2 != 0)
+            throw std::invalid_argument(name + " must come in pairs, got " +
+                                        std::to_string(all.size()) + " numbers");
         std::int64_t before = 0, depth = 0;  // of the rewind before
         std::size_t t = 0;
         for (std::size_t i = 0; i < all.size(); i += 2) {
@@ -217,9 +224,9 @@ class Packer {
             if (at <= before || at < done || 2 * t >= spans.size() || back < 0 ||
                 back >= depth + at - before) {
                 throw std::invalid_argument(
-                    place(name, i / 2) + " is [" + std::to_string(at) + ", " +
-                    std::to_string(back) +
-                    "]; it must come after the one before, between actions, and go back");
+                    place(name, i / 2) +
+                    " must come after the one before, between actions, and go back, got [" +
+                    std::to_string(at) + ", " + std::to_string(back) + "]");
             }
             before = at;
             depth = back;
@@ -320,9 +327,9 @@ std::vector<TokenTree> pack_step_pairs(const StepPairs& pairs,
     for (std::size_t trunk = 0; trunk < sizes.size(); ++trunk) {
         if (sizes[trunk] > limit) {
             throw std::invalid_argument(
-                place("trunks", trunk) + " takes " + std::to_string(sizes[trunk]) +
-                " tokens with its branches, but max_tokens=" + std::to_string(limit) +
-                " and a trunk is never split");
+                place("trunks", trunk) +
+                " with its branches must fit max_tokens=" + std::to_string(limit) +
+                ", as a trunk is never split, got " + std::to_string(sizes[trunk]) + " tokens");
         }
     }
     const auto starts = next_fit(sizes, limit);

@@ -10,8 +10,8 @@ namespace stepagent {
 
 std::int32_t index32(std::size_t value) {
     if (value > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
-        throw std::length_error("a token tree of " + std::to_string(value) +
-                                " entries exceeds 32-bit indices: set a smaller max_tokens");
+        throw std::length_error("a token tree must have 2147483647 entries at most, got " +
+                                std::to_string(value) + ": set a smaller max_tokens");
     }
     return static_cast<std::int32_t>(value);
 }

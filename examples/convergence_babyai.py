@@ -5,7 +5,7 @@ expert is KL(π_E ‖ π) = −log π(a_E | s), averaged over states: those of h
 trajectories, and those that the agent itself comes to on held-out levels. Agreement is how often an
 action sampled from π is the expert's, which is E π(a_E | s).
 
-Starts from the supervised model of a finished demo and goes on from it in three ways, each with the
+Starts from the supervised model of a finished demo and continues in three ways, each with the
 demo's settings and as many updates: SFT, StepAgent implicit, StepAgent inverse (the last two at the
 agent's own states).
 
@@ -85,7 +85,7 @@ class AfterEachCycle(TrainerCallback):
 
 
 def curves(demo, episodes):
-    """The measures before the first cycle and after each, for each way to go on."""
+    """The measures before the first cycle and after each, for each way to continue."""
     settings = Settings(**json.loads((demo / "settings.json").read_text()))
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
     trajectories = sa.load_trajectories(demo / "expert.jsonl")

@@ -18,6 +18,7 @@ import stepagent as sa
 
 def data(tokenizer: PreTrainedTokenizerBase) -> list[sa.TokenTree]:
     trajectories = sa.load_trajectories("expert.jsonl")
+    trajectories.append(sa.as_trajectory({"messages": trajectories[0].messages}))
     assert_type(trajectories, list[sa.Trajectory])
     sa.save_trajectories("copy.jsonl", trajectories)
     trunk = sa.encode(sa.Trajectory([{"role": "user", "content": "go"}], reward=1.0), tokenizer)

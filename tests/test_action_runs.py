@@ -215,7 +215,7 @@ def test_continuations_go_on_after_the_same_system_message() -> None:
         stop = trunk.action_spans[min(step, trunk.num_steps - 1), 1]
         np.testing.assert_array_equal(one.trunk.input_ids[:stop], trunk.input_ids[:stop])
         assert one.system == system
-    with pytest.raises(ValueError, match=r"has roles .*'system', .*goes on from them, None"):
+    with pytest.raises(ValueError, match=r"system message of the policy, None, got .*'system'"):
         sa.continue_rollouts(model_policy(), LEVEL, [trajectory], samples=1)
 
 

@@ -444,7 +444,7 @@ def test_ctrl_c_stops_a_run_on_a_server_at_once_and_it_goes_on(folder, server, t
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr
-    assert stderr.endswith(b"Interrupted: the same command goes on where it stopped\n")
+    assert stderr.endswith(b"Interrupted: the same command continues where it stopped\n")
     assert written
     server.faults = []
     asked = len(server.requests)
@@ -459,7 +459,7 @@ def test_ctrl_c_stops_a_run_on_a_server_at_once_and_it_goes_on(folder, server, t
     [
         (("--engine", "ray"), 2, "'ray' is neither 'local' nor 'vllm' nor a server's URL"),
         (("--engine", "vllm", "--served-model", "x"), 2, "--served-model is of no use with"),
-        (("--shard", "2/2"), 2, "shard 2/2 is none of 0/2 and on"),
+        (("--shard", "2/2"), 2, "shard must be 0/2 to 1/2, got 2/2"),
         (("--chunk", "0"), 2, "'--chunk'"),
         (("--seed", "1"), 1, "is of another run: it has seed 0, not 1"),
         (("--chunk", "4"), 1, "is of another run: it has chunk 2, not 4"),

@@ -105,7 +105,7 @@ def test_refused_rows_are_listed_and_fail_unless_skipped(tmp_path, model):
     code, counts = report(path, "--model", model)
     assert code == 1
     assert [row["where"] for row in counts["refused"]] == [f"{path}: item 0", f"{path}: item 2"]
-    assert counts["refused"][0]["reason"].startswith("none of the 1 messages is an assistant's")
+    assert counts["refused"][0]["reason"].startswith("a message must be an assistant's, got none")
     assert "a text alone" in counts["refused"][1]["reason"]
     result = check(path, "--model", model)
     assert "Refused: 2 of 3 rows" in result.stdout

@@ -128,6 +128,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     names = [line.split()[0] for line in commands if line.strip()]
     assert names == [
         "demo",
+        "check",
         "collect",
         "train",
         "evaluate",
@@ -222,7 +223,7 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("stepagent.tools.demo.run_demo", run_demo)
     result = invoke("demo", "--output", tmp_path)
     assert result.exit_code == 130
-    assert "Interrupted: the same command goes on where it stopped" in result.stderr
+    assert "Interrupted: the same command continues where it stopped" in result.stderr
 
 
 # ------------------------------------------------------------------ collect, evaluate
@@ -340,7 +341,10 @@ def test_two_policies_are_compared_pair_by_pair(tmp_path: Path) -> None:
         assert difference["low"] <= difference["mean"] <= difference["high"]
     assert f"less {path}, 6 pairs of episodes\nsuccess             +" in run(*common, *expert)
     few = ("--policy", "expert", "--seeds", "4-7", "--against", path)
-    assert f"against lacks what episodes has: {ENV} seed 6, {ENV} seed 7" in error(*common, *few)
+    assert (
+        f"against must have the episodes of episodes, got none of {ENV} seed 6, {ENV} seed 7"
+        in error(*common, *few)
+    )
 
 
 def test_what_an_environment_says_of_its_episodes_is_reported(
@@ -493,7 +497,7 @@ def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{broken", "column 2"),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', "one must be"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "a message must be an assistant's"),
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "'robot'"),
     ],
 )
@@ -525,7 +529,7 @@ def test_a_bad_line_is_named_by_file_and_number(
         (("--engine", "vllm"), 2, "'vllm' is no server's URL"),
         (("--engine", "http://localhost:1"), 1, "has none: give a peft_config"),
         (("--resume",), 1, "there is no checkpoint in"),
-        (("--max_tokens", "5"), 1, "more than max_tokens=5"),
+        (("--max_tokens", "5"), 1, "max_tokens must be at least"),
     ],
 )
 def test_a_wrong_training_option_is_named(
@@ -539,8 +543,8 @@ def test_a_wrong_training_option_is_named(
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
-        (("--env", "chess"), 1, "unknown environment 'chess'"),
-        (("--env", "babyai:GoHome"), 1, "unknown BabyAI level 'GoHome'"),
+        (("--env", "chess"), 1, "environment must be one of "),
+        (("--env", "babyai:GoHome"), 1, "level of BabyAI must be a known one"),
         (("--env", ENV, "--policy", "nowhere"), 2, "'nowhere' is neither 'expert' nor 'random'"),
         (("--env", ENV, "--episodes", "0"), 2, "'--episodes'"),
         (("--env", ENV, "--episode", "5"), 2, "'--episode'"),
@@ -553,7 +557,9 @@ def test_a_wrong_evaluation_option_is_named(
 
 
 def test_a_wrong_environment_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
-    assert "unknown environment" in error("evaluate", "--env", "chess", "--policy", tmp_path)
+    assert "environment must be one of " in error(
+        "evaluate", "--env", "chess", "--policy", tmp_path
+    )
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
@@ -634,7 +640,9 @@ def test_a_crashed_episode_is_neither_success_nor_failure(
     monkeypatch.setattr(envs, "factory", lambda *_: hostile("raises", *bad, at=0))
     options = ("--env", "hostile:x", "--policy", "expert", "--episodes", 3, "--seed-start", 5)
     if len(bad) == 3:
-        assert "all 3 episodes crashed, the first: " in error("evaluate", *options)
+        assert "an episode must have ended, got 3 that crashed, the first: " in error(
+            "evaluate", *options
+        )
         return
     found = report("evaluate", *options, "--output", tmp_path / "episodes.jsonl")
     assert (found["episodes"], found["crashed"], found["success_rate"]) == (2, 1, 1.0)

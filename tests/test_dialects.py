@@ -86,34 +86,49 @@ def test_null_and_empty_fields_are_absent():
 @pytest.mark.parametrize(
     ("message", "match"),
     [
-        ({"content": None}, r"messages\[0\] has no 'content'; it must have a text or tool_calls"),
-        ({"content": None, "tool_calls": []}, "has no 'content'"),
-        ({"content": 3}, "content of type int"),
-        ({"content": {"a": 1}}, "content of type dict"),
-        ({"content": [{"type": "image_url", "image_url": {}}]}, r"content\[0\] is of type 'image_"),
+        ({"content": None}, r"messages\[0\] must have a text as 'content' or tool_calls, got none"),
+        ({"content": None, "tool_calls": []}, "must have a text as 'content'"),
+        ({"content": 3}, "content must be a str, or a list of text parts, got a int"),
+        ({"content": {"a": 1}}, "content must be a str, or a list of text parts, got a dict"),
+        (
+            {"content": [{"type": "image_url", "image_url": {}}]},
+            r"content\[0\] must be text, .*, got type 'image_",
+        ),
         ({"content": [{"type": "input_image"}]}, "type 'input_image'"),
         ({"content": [{"type": "tool_use"}]}, "type 'tool_use'"),
         ({"content": [{"type": "text"}]}, "must hold a str, got None"),
         ({"content": [3]}, r"content\[0\] must be a str or a dict"),
         ({"content": ["x", {"type": "thinking", "thinking": "y"}]}, "must stand before the text"),
-        ({"content": "x", "images": ["a.png"]}, "'images', which must be absent: only text"),
-        ({"content": "x", "prefix": True}, "'prefix', which must be absent: the beginning"),
+        ({"content": "x", "images": ["a.png"]}, "must be without 'images': only text"),
+        ({"content": "x", "prefix": True}, "must be without 'prefix': the beginning"),
         ({"content": "x", "partial": True}, "'partial'"),
         ({"content": "x", "refusal": "no"}, "'refusal'"),
-        ({"content": "x", "reasoning": "a", "thinking": "b"}, "different thoughts in reasoning, "),
-        ({"content": "x", "reasoning_content": 3}, "reasoning_content of type int"),
+        (
+            {"content": "x", "reasoning": "a", "thinking": "b"},
+            "must have one text of thoughts, got different ones in reasoning, ",
+        ),
+        (
+            {"content": "x", "reasoning_content": 3},
+            "reasoning_content must be a str, got a int",
+        ),
         ({"content": "x", "reasoning_content": "\ud800"}, "not valid Unicode"),
-        ({"tool_calls": 3}, "tool_calls of type int"),
+        ({"tool_calls": 3}, "tool_calls must be a list, got a int"),
         ({"tool_calls": [3]}, r"tool_calls\[0\] must be a dict"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "a function with a name"),
-        ({"tool_calls": [{"type": "custom", "name": "x"}]}, "type 'custom'; it must be 'function'"),
+        (
+            {"tool_calls": [{"type": "custom", "name": "x"}]},
+            "type must be 'function', got 'custom'",
+        ),
         ({"tool_calls": [{"name": "x", "arguments": '{"q": '}]}, "must be JSON, got '{\"q\": '"),
         ({"tool_calls": [{"name": "x", "arguments": "[1]"}]}, r"must be an object, got \[1\]"),
         ({"tool_calls": [{"name": "x", "arguments": [1]}]}, r"must be an object, got \[1\]"),
         ({"tool_calls": [{"name": "x", "arguments": '{"q": NaN}'}]}, "NaN is not JSON"),
         ({"tool_calls": [{"name": "x", "arguments": '{"q": "\\ud800"}'}]}, "not valid Unicode"),
         ({"tool_calls": [{"name": "x", "arguments": "[" * 200_000}]}, "nested less deeply"),
-        ({"tool_calls": [CALL], "function_call": {"name": "x"}}, "both tool_calls and function_c"),
+        (
+            {"tool_calls": [CALL], "function_call": {"name": "x"}},
+            "must have one of tool_calls and function_call, got both",
+        ),
     ],
 )
 def test_a_message_that_would_be_trained_wrongly_is_refused_by_name(message, match):
@@ -125,7 +140,7 @@ def test_only_the_assistant_calls_and_thinks_and_only_it_may_be_empty(role):
     for field, match in (
         ({"tool_calls": [CALL]}, "tool_calls, which must be an assistant's"),
         ({"reasoning": "hm"}, "reasoning_content, which must be an assistant's"),
-        ({"content": None}, "has no 'content'"),
+        ({"content": None}, "must have a text as 'content'"),
     ):
         refused({"messages": [{"role": role, "content": "x", **field}, *GO]}, match)
     assert as_trajectory({"messages": [{"role": role, "content": ""}, *GO]}).num_steps == 1
@@ -154,11 +169,11 @@ def test_a_message_whose_loss_flag_says_no_is_state_only(flag, style):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ({"loss": True, "train": False}, "contradict each other"),
-        ({"loss": False, "masked": False}, "contradict each other"),
-        ({"weight": 0.5}, "weight 0.5; it must be true or false, 1 or 0"),
-        ({"loss": "false"}, "loss 'false'; it must be true or false"),
-        ({"train_detail": [{"begin_offset": 0}]}, "'train_detail', which must be absent"),
+        ({"loss": True, "train": False}, "must have loss flags that agree"),
+        ({"loss": False, "masked": False}, "must have loss flags that agree"),
+        ({"weight": 0.5}, r"weight must be true or false, 1 or 0, .*, got 0\.5"),
+        ({"loss": "false"}, r"loss must be true or false, .*, got 'false'"),
+        ({"train_detail": [{"begin_offset": 0}]}, "must be without 'train_detail'"),
     ],
 )
 def test_a_loss_flag_that_is_none_or_contradicts_another_is_refused(flags, match):
@@ -173,7 +188,7 @@ def test_a_flag_that_asks_for_the_loss_of_another_role_is_refused():
 
 
 def test_a_conversation_of_which_nothing_is_scored_is_refused():
-    refused({"messages": [GO[0], {**GO[1], "loss": False}]}, "one must be scored")
+    refused({"messages": [GO[0], {**GO[1], "loss": False}]}, "an assistant message must be scored")
 
 
 def test_settings_of_the_whole_row_are_followed_or_refused():
@@ -190,8 +205,8 @@ def test_settings_of_the_whole_row_are_followed_or_refused():
         {"roles_to_train": ["user"]},
     ):
         (name,) = setting
-        refused({**two, **setting}, f"the row has {name}")
-    refused({**two, "mask_history": "yes"}, "mask_history is 'yes'")
+        refused({**two, **setting}, f"{name} must be absent or")
+    refused({**two, "mask_history": "yes"}, "mask_history must be true or false, got 'yes'")
 
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -206,8 +221,8 @@ def test_the_system_column_of_sharegpt_is_the_first_message():
     assert as_trajectory({"messages": GO, "system": "act"}) == expected
     for nothing in ("", None):
         assert as_trajectory({"conversations": TURNS, "system": nothing}) == Trajectory(GO)
-    refused({"conversations": said, "system": "other"}, "they must agree")
-    refused({"conversations": TURNS, "system": ["act"]}, "system is .*must be a str")
+    refused({"conversations": said, "system": "other"}, "must agree")
+    refused({"conversations": TURNS, "system": ["act"]}, "system must be a str")
 
 
 def test_tools_are_read_in_each_of_their_forms():
@@ -218,9 +233,15 @@ def test_tools_are_read_in_each_of_their_forms():
     for nothing in (None, "", "[]", []):
         assert as_trajectory({"messages": GO, "tools": nothing}).tools is None
     refused({"messages": GO, "tools": "{"}, "tools must be JSON, got '{'")
-    refused({"messages": GO, "tools": {"a": 1}}, "tools is a dict; it must be a list")
-    refused({"messages": GO, "tools": [{"a": 1}]}, r"tools\[0\] is .*a 'function' that has a name")
-    refused({"messages": GO, "tools": [WEATHER], "functions": [WEATHER]}, "both 'tools' and 'func")
+    refused({"messages": GO, "tools": {"a": 1}}, "tools must be a list, got a dict")
+    refused(
+        {"messages": GO, "tools": [{"a": 1}]},
+        r"tools\[0\] must .*a 'function' that has a name, got",
+    )
+    refused(
+        {"messages": GO, "tools": [WEATHER], "functions": [WEATHER]},
+        "must have one of 'tools' and 'functions', got both",
+    )
 
 
 def test_sharegpt_with_function_calls_and_observations():
@@ -299,41 +320,52 @@ def test_prompt_and_completion_of_trl_score_the_completion():
     trajectory = as_trajectory({"prompt": [*GO, GO[0]], "completion": [GO[1]]})
     assert trajectory.step_indices == [3]
     assert len(trajectory.messages) == 4
-    refused({"prompt": "where?", "completion": "left"}, "prompt is a str; it must be a list")
+    refused(
+        {"prompt": "where?", "completion": "left"}, "prompt must be a list of messages, got a str"
+    )
 
 
 def test_ids_that_are_whole_numbers_become_text_and_null_meta_is_none():
     for id in (7, 7.0, "7"):
         assert as_trajectory({"messages": GO, "id": id, "meta": None}) == Trajectory(GO, id="7")
-    refused({"messages": GO, "id": 7.5}, "id is 7.5")
-    refused({"messages": GO, "id": True}, "id is True")
+    refused({"messages": GO, "id": 7.5}, "id must be a str or None, got 7.5")
+    refused({"messages": GO, "id": True}, "id must be a str or None, got True")
 
 
 def test_columns_beside_the_conversation_are_kept_in_meta():
     row = {"messages": GO, "meta": {"a": 1}, "source": "x", "empty": None}
     assert as_trajectory(row).meta == {"a": 1, "source": "x"}
-    refused({**row, "a": 2}, "different 'a'")
+    refused({**row, "a": 2}, "'a' of the row must agree")
 
 
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"messages": GO, "conversations": TURNS}, "both 'messages' and 'conversations'"),
-        ({"messages": GO, "images": ["a.png"]}, "'images', which must be absent: only text"),
+        (
+            {"messages": GO, "conversations": TURNS},
+            "must have one of 'messages' and 'conversations', got both",
+        ),
+        ({"messages": GO, "images": ["a.png"]}, "must be without 'images': only text"),
         ({"conversations": TURNS, "chosen": "a", "rejected": "b"}, "pair of preferences"),
         ({"prompt": GO, "chosen": GO, "rejected": GO}, "pair of preferences"),
         ({"messages": GO, "enable_thinking": True}, "give it in chat_template_kwargs"),
         ({"instruction": "x", "output": "y"}, "an Alpaca row has no steps"),
         ({"role": "user", "content": "x"}, "a single message"),
         ({"segments": []}, "axolotl's segments"),
-        ({"conversations": TURNS, "reward": 1, "meta": {"reward": 0}}, "they must agree"),
-        ({"conversations": [{**TURNS[1], "role": "user"}]}, "both 'from' and 'role'"),
-        ({"conversations": [{**TURNS[1], "content": "x"}]}, "both 'value' and 'content'"),
+        ({"conversations": TURNS, "reward": 1, "meta": {"reward": 0}}, "must agree"),
+        (
+            {"conversations": [{**TURNS[1], "role": "user"}]},
+            "must have one of 'from' and 'role', got both",
+        ),
+        (
+            {"conversations": [{**TURNS[1], "content": "x"}]},
+            "must have one of 'value' and 'content', got both",
+        ),
         ({"messages": "[{"}, r"messages must be JSON, got '\[\{'"),
-        ({"messages": GO, "chat_template_kwargs": 3}, "chat_template_kwargs is 3"),
+        ({"messages": GO, "chat_template_kwargs": 3}, "chat_template_kwargs must be a dict, got 3"),
         (
             {"messages": GO, "chat_template_kwargs": {"add_generation_prompt": True}},
-            "'add_generation_prompt', which must not be given there",
+            "must hold arguments of the template alone, got 'add_generation_prompt'",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Docstrings say nothing of arguments that are not there."""
+"""Docstrings are Google's, and say nothing of arguments that are not there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import stepagent
 
 PACKAGE = Path(stepagent.__file__).parent
 MODULES = [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py"))]
+SPHINX = re.compile(r":(param|type|returns?|rtype|raises)\b[^:\n]*:|:\w+(:\w+)?:`")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -45,3 +46,19 @@ def test_arguments_that_a_docstring_describes_are_there(module: str) -> None:
 def test_names_are_read_from_the_section_alone() -> None:
     text = "Does.\n\nargs: no.\n\nArgs:\n    a, b: two,\n        c: not one.\n\nRaises:\n    E: if."
     assert list(described(text)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_are_not_in_the_dialect_of_sphinx(module: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, Definition | ast.Module):
+            found = SPHINX.search(ast.get_docstring(node) or "")
+            name = getattr(node, "name", "the module")
+            assert found is None, f"{module}: {name} has {found and found[0]!r}"
+
+
+@pytest.mark.parametrize(
+    "text", [":param x: what.", ":raises ValueError: if.", "As :func:`f`.", "A :py:class:`C`."]
+)
+def test_the_dialect_of_sphinx_is_found(text: str) -> None:
+    assert SPHINX.search(text)

@@ -206,7 +206,9 @@ def test_an_end_of_turn_may_eat_the_spaces_of_the_template_and_no_others(trim_of
     tokenizer.add_tokens([AddedToken("<|end|>", lstrip=True, rstrip=True, special=True)], True)
     trunk = encode(talk("where?", "go left", "ok", "stop"), tokenizer)
     assert actions(trunk, tokenizer) == ["go left<|end|>", "stop<|end|>"]
-    with pytest.raises(ValueError, match=r"decode to 'go<\|end\|>', .* text is 'go <\|end\|>'"):
+    with pytest.raises(
+        ValueError, match=r"decode to its rendered text, 'go <\|end\|>', got 'go<\|end\|>'"
+    ):
         encode(talk("where?", "go "), tokenizer)
 
 
@@ -230,16 +232,28 @@ BARE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
 @pytest.mark.parametrize(
     ("template", "texts", "match"),
     [
-        (QWEN3, ("a", "<think>hm</think>\ngo", "b", "go"), r"rewrites messages\[1\] \(assistant\)"),
-        (LOWERS, ("where", "Go", "b", "go"), r"rewrites messages\[1\]"),
-        (TAILS, ("where", "go"), r"prompt for messages\[1\] goes on with '5' after '<s>where</s>'"),
+        (
+            QWEN3,
+            ("a", "<think>hm</think>\ngo", "b", "go"),
+            r"must keep the .* of messages\[1\] \(assistant\)",
+        ),
+        (LOWERS, ("where", "Go", "b", "go"), r"must keep the .* of messages\[1\]"),
+        (
+            TAILS,
+            ("where", "go"),
+            r"prompt for messages\[1\] continues with '5' after '<s>where</s>'",
+        ),
         ("<s>fixed</s>", ("where", "go"), r"writes nothing of messages\[1\]"),
         (LLAMA2, ("go", "where", "go"), "template fails: Conversation roles must alternate"),
         ("{{ 1 / 0 }}", ("where", "go"), "template fails: division by zero"),
         (NO_END_OF_TURN, ("a", "go", "b", "go"), r"messages\[1\] ends in 'assistant\\ngo'"),
         (LATE.replace("</s>", ""), ("where", "go"), r"special token, .* ends in '.*go end'"),
         (SPACED, ("where", "go"), r"token ' go' crosses .* of messages\[1\]: ' ' \| 'go'"),
-        (CHATML, ("where", "a<|im_end|>b"), r"messages\[1\] holds the special token '<\|im_end"),
+        (
+            CHATML,
+            ("where", "a<|im_end|>b"),
+            r"messages\[1\] must not hold a special token .*, got '<\|im_end",
+        ),
     ],
 )
 @pytest.mark.parametrize("trim_offsets", [True, False])
@@ -284,7 +298,7 @@ def test_an_end_of_turn_that_eats_the_next_content_is_what_the_agent_sees():
 def test_an_unknown_word_is_refused_in_an_action_and_allowed_elsewhere():
     tokenizer = word_level()
     encode(talk("qwertz", "go"), tokenizer)
-    with pytest.raises(ValueError, match=r"messages\[1\] holds 'qwertz', unknown"):
+    with pytest.raises(ValueError, match=r"messages\[1\] must be made of tokens .*, got 'qwertz'"):
         encode(talk("where", "go qwertz"), tokenizer)
 
 
@@ -292,7 +306,9 @@ def test_a_tokenizer_that_changes_an_action_is_refused():
     tokenizer = byte_level_bpe()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     encode(talk("WHERE", "go"), tokenizer)
-    with pytest.raises(ValueError, match=r"messages\[1\] decode to 'go<.*rendered text is 'Go<"):
+    with pytest.raises(
+        ValueError, match=r"messages\[1\] must decode to its rendered text, 'Go<.*', got 'go<"
+    ):
         encode(talk("where", "Go"), tokenizer)
 
 
@@ -303,11 +319,13 @@ def test_one_token_may_stand_for_unknown_words_and_end_turns():
 
 
 def test_a_tokenizer_without_offsets_or_template_is_refused():
-    with pytest.raises(ValueError, match=r"Fast.* has no chat template|Backend.* has no chat temp"):
+    with pytest.raises(
+        ValueError, match=r"Fast.* must have a chat template|Backend.* must have a chat temp"
+    ):
         encode(talk("where?", "go"), byte_level_bpe(None))
     with pytest.raises(ValueError, match="str must be a fast tokenizer"):
         encode(talk("where?", "go"), "gpt2")
-    with pytest.raises(TypeError, match="trajectory is a list"):
+    with pytest.raises(TypeError, match="trajectory must be a Trajectory, got a list"):
         encode(talk("where?", "go").messages, byte_level_bpe())
 
 
@@ -344,22 +362,37 @@ def test_a_trunk_takes_every_integer_array_and_keeps_read_only_copies(kind):
 @pytest.mark.parametrize(
     ("ids", "spans", "error", "match"),
     [
-        ([[1, 2]], [[1, 2]], ValueError, r"input_ids has shape \(1, 2\)"),
-        ([1.0, 2.0], [[1, 2]], TypeError, "input_ids has dtype float64"),
-        ([True, False], [[1, 2]], TypeError, "input_ids has dtype bool"),
-        (np.array([1, 2], np.uint8), [[1, 2]], TypeError, "input_ids has dtype uint8"),
-        ([1, -2], [[1, 2]], ValueError, r"input_ids\[1\] is -2"),
-        ([1, 2**31], [[1, 2]], ValueError, r"input_ids\[1\] is 2147483648"),
-        ([1, 2], [], ValueError, r"action_spans has shape \(0,\)"),
-        ([1, 2], np.zeros((0, 2), int), ValueError, r"shape \(0, 2\); .* T >= 1"),
-        ([1, 2], [1, 2], ValueError, r"action_spans has shape \(2,\)"),
-        ([1, 2], [[1, 2], [1]], ValueError, "action_spans is not an array"),
-        ([1, 2], [[0, 1]], ValueError, r"action_spans\[0\] is \[0, 1\); it must start at 1"),
-        ([1, 2], [[1, 1]], ValueError, r"action_spans\[0\] is \[1, 1\); it must not be empty"),
+        ([[1, 2]], [[1, 2]], ValueError, r"input_ids must be one-dimensional, got shape \(1, 2\)"),
+        ([1.0, 2.0], [[1, 2]], TypeError, "input_ids must be int32 or int64, got float64"),
+        ([True, False], [[1, 2]], TypeError, "input_ids must be int32 or int64, got bool"),
+        (
+            np.array([1, 2], np.uint8),
+            [[1, 2]],
+            TypeError,
+            "input_ids must be int32 or int64, got uint8",
+        ),
+        ([1, -2], [[1, 2]], ValueError, r"input_ids\[1\] must lie in .*, got -2"),
+        ([1, 2**31], [[1, 2]], ValueError, r"input_ids\[1\] must lie in .*, got 2147483648"),
+        ([1, 2], [], ValueError, r"action_spans must be .*, got shape \(0,\)"),
+        ([1, 2], np.zeros((0, 2), int), ValueError, r"T >= 1, got shape \(0, 2\)"),
+        ([1, 2], [1, 2], ValueError, r"action_spans must be .*, got shape \(2,\)"),
+        ([1, 2], [[1, 2], [1]], ValueError, "action_spans must be an array"),
+        ([1, 2], [[0, 1]], ValueError, r"action_spans\[0\] must start at 1 .*, got \[0, 1\)"),
+        ([1, 2], [[1, 1]], ValueError, r"action_spans\[0\] must not be empty: .*, got \[1, 1\)"),
         ([1, 2, 3], [[2, 1]], ValueError, "must not be empty"),
-        ([1, 2], [[1, 3]], ValueError, r"\[1, 3\); it must end within the 2 input_ids"),
-        ([1, 2, 3], [[1, 3], [2, 3]], ValueError, r"action_spans\[1\] is \[2, 3\); .* after 3"),
-        ([1, 2, 3], [[2, 3], [1, 2]], ValueError, r"action_spans\[1\] is \[1, 2\); .* after 3"),
+        ([1, 2], [[1, 3]], ValueError, r"must end within the 2 input_ids, got \[1, 3\)"),
+        (
+            [1, 2, 3],
+            [[1, 3], [2, 3]],
+            ValueError,
+            r"action_spans\[1\] must .* after 3, .*, got \[2, 3\)",
+        ),
+        (
+            [1, 2, 3],
+            [[2, 3], [1, 2]],
+            ValueError,
+            r"action_spans\[1\] must .* after 3, .*, got \[1, 2\)",
+        ),
     ],
 )
 def test_a_broken_trunk_is_refused_by_name(ids, spans, error, match):

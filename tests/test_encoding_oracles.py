@@ -85,13 +85,13 @@ def assert_mask(name, tokenizer, trajectory, index, state, action):
 DIFFERENCES: Counter = Counter()
 REASONS = {
     "must end an assistant's turn": "writes no end of the turn",
-    "goes on with": "prompts otherwise than it writes",
+    "continues with": "prompts otherwise than it writes",
     "the chat template fails": "the template raises",
     "changes nothing": "leaves a field out",
     "tools are given": "does not write tools",
-    "does not write the content": "leaves an observation out",
+    "must write the content": "leaves an observation out",
     "crosses the start": "a token crosses the prompt's end",
-    "rewrites messages": "changes a content",
+    "the chat template must keep": "changes a content",
     "writes nothing of": "leaves a message out",
 }
 

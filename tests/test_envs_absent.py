@@ -20,7 +20,7 @@ def test_without_games_an_error_names_the_folder_and_how_to_get_them(
     with pytest.raises(FileNotFoundError, match=r"alfworld-download.*ALFWORLD_DATA") as raised:
         envs.make("alfworld", "valid_seen")
     assert str(tmp_path / "json_2.1.1" / "valid_seen") in str(raised.value)
-    with pytest.raises(ValueError, match="'alfworld' has no split 'test': it has train"):
+    with pytest.raises(ValueError, match="split of environment 'alfworld' must be one of train"):
         envs.make("alfworld", "test")
 
 
@@ -57,7 +57,7 @@ def test_without_webshop_an_error_says_where_it_is_from(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "web_agent_site", None)
     with pytest.raises(ImportError, match="its own package and data"):
         envs.make("webshop", "test")
-    with pytest.raises(ValueError, match="no task 'shoes'"):
+    with pytest.raises(ValueError, match="task of webshop must be empty, got 'shoes'"):
         envs.make("webshop:shoes")
 
 

@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
         result = evaluate(path, "--batch-size", 2)
     assert result.exit_code == 130
     assert result.stdout == ""
-    note = f"Interrupted: 4 of 8 episodes are in {path}; the same command goes on\n"
+    note = f"Interrupted: 4 of 8 episodes are in {path}; the same command continues\n"
     assert result.stderr.endswith(note)
     assert evaluate(path, "--batch-size", 2).exit_code == 0
     assert path.read_bytes() == whole.read_bytes()
@@ -200,7 +200,7 @@ def test_what_stops_a_run_says_what_there_is(tmp_path, monkeypatch):
     command = ("evaluate", "--env", "hostile:", "--policy", "expert", "--episodes", 20)
     result = invoke(*command, "--batch-size", 2, "--output", path)
     assert "10 episodes in a row crashed" in str(result.exception)
-    assert result.stderr.endswith(f"2 of 20 episodes are in {path}; the same command goes on\n")
+    assert result.stderr.endswith(f"2 of 20 episodes are in {path}; the same command continues\n")
 
 
 SCRIPT = "from stepagent.cli import main; main()"

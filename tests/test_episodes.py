@@ -177,24 +177,24 @@ def test_a_record_without_the_keys_of_today_is_read_and_tells_nothing_more():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": ...}, "is no record of an episode: its meta has no 'seed'"),
-        ({"rewards": [1.0]}, r"has 2 steps, but its meta has 'rewards': \[1.0\]"),
-        ({"valid": 1}, "has 2 steps, but its meta has 'valid': 1"),
-        ({"logps": [[0.0]] * 3}, "has 2 steps, but its meta has 'logps'"),
+        ({"seed": ...}, "must be a record of an episode, with 'seed' in its meta, got none"),
+        ({"rewards": [1.0]}, r"'rewards' in meta must .* the 2 steps, or none, got \[1.0\]"),
+        ({"valid": 1}, "'valid' in meta must .* each of the 2 steps, or none, got 1"),
+        ({"logps": [[0.0]] * 3}, "'logps' in meta must .* each of the 2 steps, or none, got"),
     ],
 )
 def test_what_is_no_record_is_named(changed, message):
     meta = {"environment": "chess", "seed": 1, "success": True} | changed
     meta = {key: value for key, value in meta.items() if value is not ...}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(ValueError, match=f"trajectory 'x' {message}"):
+    with pytest.raises(ValueError, match=f"trajectory 'x':? {message}"):
         Episode.of(sa.Trajectory(turn * 2, id="x", meta=meta))
-    with pytest.raises(ValueError, match="they must be user, assistant in turn"):
+    with pytest.raises(ValueError, match="roles must be user, assistant in turn, got"):
         Episode.of(sa.Trajectory(turn[::-1], id="x", meta=meta))
 
 
 def test_an_episode_without_a_step_is_no_trajectory():
-    with pytest.raises(ValueError, match="episode chess/3 took no step"):
+    with pytest.raises(ValueError, match="episode chess/3 must have taken a step"):
         Episode("chess", 3, crashed="reset raised").trajectory()
 
 

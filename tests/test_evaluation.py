@@ -25,7 +25,7 @@ from stepagent.evaluation import (
 def test_success_rate_is_the_share_of_successes():
     episodes = [Episode("fake", seed, success=seed < 3) for seed in range(4)]
     assert success_rate(episodes) == 0.75
-    with pytest.raises(ValueError, match="episodes is empty"):
+    with pytest.raises(ValueError, match="episodes must hold at least one, got none"):
         success_rate([])
 
 
@@ -197,7 +197,7 @@ def test_outcomes_that_are_none_are_refused():
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([], "groups is empty"),
+        ([], "groups must hold at least one, got none"),
         ([[1.0], []], "group 1 must be a non-empty list of finite numbers"),
         ([[1.0, float("nan")]], "group 0 must be a non-empty list of finite numbers"),
         ([[float("inf")]], "group 0 must be"),
@@ -242,5 +242,5 @@ def test_an_action_cut_short_is_no_agreement():
 
 
 def test_agreement_over_nothing_is_an_error():
-    with pytest.raises(ValueError, match="trunks is empty"):
+    with pytest.raises(ValueError, match="trunks must hold at least one, got none"):
         expert_agreement(tiny_model("llama"), [], max_new_tokens=3)

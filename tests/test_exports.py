@@ -131,16 +131,19 @@ def test_tree_recurrence_reads_the_same_plan_from_paths_and_from_parents(tree):
 
 
 BAD_TREES = [
-    ({"label_rows": [9]}, r"label_rows\[0\] is 9; rows lie in \[0, 3\)"),
-    ({"label_rows": [-1]}, r"label_rows\[0\] is -1"),
-    ({"labels": [7]}, r"labels\[0\] is 7, which follows no token of row 0"),
-    ({"labels": [2, 3]}, "labels and label_rows differ in length"),
-    ({"position_ids": [0]}, "input_ids, position_ids and subtree_end differ in length"),
-    ({"step_offsets": [0, 2, 1]}, "step_offsets do not ascend from 0"),
-    ({"step_offsets": [1, 1]}, "step_offsets do not ascend from 0"),
-    ({"step_offsets": [0, 2]}, "step_offsets do not end with the labels"),
+    ({"label_rows": [9]}, r"label_rows\[0\] must lie in \[0, 3\), got 9"),
+    ({"label_rows": [-1]}, r"label_rows\[0\] must lie in .* got -1"),
+    ({"labels": [7]}, r"labels\[0\] must be a token that follows that of row 0, got 7"),
+    ({"labels": [2, 3]}, "label_rows must be as long as labels, 2, got "),
+    ({"position_ids": [0]}, "must be as long as input_ids, "),
+    ({"step_offsets": [0, 2, 1]}, "step_offsets must ascend from 0, got "),
+    ({"step_offsets": [1, 1]}, "step_offsets must ascend from 0, got "),
+    ({"step_offsets": [0, 2]}, "step_offsets must end with the number of labels, "),
     ({"subtree_end": [3, 3, 4]}, r"subtree_end\[2\] must lie in .* got 4"),
-    ({"labels": [2, 1], "label_rows": [0, 0], "step_offsets": [0, 2]}, "lead to a first token"),
+    (
+        {"labels": [2, 1], "label_rows": [0, 0], "step_offsets": [0, 2]},
+        "must lie after a first token, got 0",
+    ),
 ]
 
 

@@ -213,15 +213,15 @@ def test_a_mask_is_of_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (torch.zeros(9, 2), TypeError, "kept_NK must be an int32 or int64 tensor or array"),
         (torch.zeros(9).long(), ValueError, r"kept_NK must have 2 dimensions, got shape \(9,\)"),
-        (torch.zeros(8, 2).long(), ValueError, "kept_NK has 8 entries but must have 9"),
-        (torch.zeros(9, 2).long(), ValueError, r"labels_N\[3\] = 5 must be among kept_NK\[3\]"),
-        (torch.zeros(9, 0).long(), ValueError, r"labels_N\[0\] = 0 must be among kept_NK\[0\]"),
+        (torch.zeros(8, 2).long(), ValueError, "kept_NK must have 9 entries, .*, got 8"),
+        (torch.zeros(9, 2).long(), ValueError, r"labels_N\[3\] must be among kept_NK\[3\], got 5"),
+        (torch.zeros(9, 0).long(), ValueError, r"labels_N\[0\] must be among kept_NK\[0\], got 0"),
         (
             torch.full((9, 2), 17),
             ValueError,
-            r"kept_NK\[0, 0\] = 17, but kept tokens are in \[0, 1",
+            r"kept_NK\[0, 0\] must lie in \[0, 1.*, got 17",
         ),
-        (torch.full((9, 2), -2), ValueError, r"kept_NK\[0, 0\] = -2, but .* or -1 for none"),
+        (torch.full((9, 2), -2), ValueError, r"kept_NK\[0, 0\] must .* -1 for none, got -2"),
     ],
 )
 def test_refusals(kept_NK: Tensor, error: type[Exception], message: str) -> None:
@@ -235,7 +235,7 @@ def test_refusals(kept_NK: Tensor, error: type[Exception], message: str) -> None
 @pytest.mark.usefixtures("triton_path")
 def test_triton_refuses_sets_with_batch_invariance() -> None:
     arguments = with_sets(head(dtype=torch.float32))
-    with pytest.raises(ValueError, match="batch_invariant does not go with kept_NK"):
+    with pytest.raises(ValueError, match="kept_NK must be None with batch_invariant=True"):
         ops.linear_logprobs(**arguments, batch_invariant=True)
 
 

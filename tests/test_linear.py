@@ -252,10 +252,22 @@ def test_the_reference_of_a_diff_gets_no_gradient() -> None:
             "share one vocabulary, got V = 17 and 16",
         ),
         ({"ref_weight_VH": torch.zeros(17, 4)}, ValueError, r"ref_weight_VH must be \(V, 3\)"),
-        ({"ref_rows_N": torch.tensor([0])}, ValueError, "ref_rows_N has 1 entries but must have 9"),
-        ({"ref_rows_N": torch.full((9,), 8)}, ValueError, r"ref_rows_N\[0\] = 8, but ref_hidden"),
-        ({"ref_hidden_RH": torch.zeros(8, 3).half()}, TypeError, "ref_weight_VH is torch.float32"),
-        ({"labels_N": torch.full((9,), 17)}, ValueError, r"labels_N\[0\] = 17"),
+        (
+            {"ref_rows_N": torch.tensor([0])},
+            ValueError,
+            "ref_rows_N must have 9 entries, .*, got 1",
+        ),
+        (
+            {"ref_rows_N": torch.full((9,), 8)},
+            ValueError,
+            r"ref_rows_N\[0\] must lie in .* ref_hidden.*, got 8",
+        ),
+        (
+            {"ref_hidden_RH": torch.zeros(8, 3).half()},
+            TypeError,
+            "ref_weight_VH must have the dtype of",
+        ),
+        ({"labels_N": torch.full((9,), 17)}, ValueError, r"labels_N\[0\] must lie in .*, got 17"),
     ],
 )
 def test_linear_logprob_diff_refuses(
@@ -381,7 +393,7 @@ def test_the_batch_invariant_path_equals_the_reference(
 def test_batch_invariance_is_refused_where_it_cannot_be_kept(
     request: pytest.FixtureRequest,
 ) -> None:
-    with pytest.raises(ValueError, match=r"batch_invariant needs Triton.*torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"for batch_invariant=True.*, got torch.float64 on cpu"):
         ops.linear_logprobs(**head(), batch_invariant=True)
     request.getfixturevalue("triton_path")
     with pytest.raises(ValueError, match=r"torch.float64 on cpu"):

@@ -53,14 +53,17 @@ def test_implicit_step_loss_of_no_pair_is_a_connected_zero() -> None:
 
 def test_implicit_step_loss_refuses_what_does_not_pair() -> None:
     with pytest.raises(
-        ValueError, match=r"expert_rewards_P is \(2,\) but agent_rewards_P is \(3,\)"
+        ValueError,
+        match=r"expert_rewards_P must have the shape of agent_rewards_P, \(3,\), got \(2,\)",
     ):
         implicit_step_loss(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="1 dimensions"):
         implicit_step_loss(torch.zeros(()), torch.zeros(()))
     with pytest.raises(TypeError, match=r"float tensor, got torch\.int64"):
         implicit_step_loss(torch.zeros(2, dtype=torch.int64), torch.zeros(2))
-    with pytest.raises(TypeError, match=r"agent_rewards_P is torch\.float64"):
+    with pytest.raises(
+        TypeError, match=r"agent_rewards_P must have the dtype .*, got torch\.float64"
+    ):
         implicit_step_loss(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
 
 
@@ -149,11 +152,11 @@ def test_inverse_step_reward_at_equality_and_far_out() -> None:
         (
             ([], [1.0]),
             ValueError,
-            "expert_logits_P is empty: a discriminator needs actions of both",
+            "expert_logits_P must not be empty, as a discriminator needs actions of both",
         ),
-        (([1.0], []), ValueError, "agent_logits_Q is empty"),
-        (([math.nan], [1.0]), ValueError, r"expert_logits_P\[0\] = nan, but it must be finite"),
-        (([1.0], [2.0, math.inf]), ValueError, r"agent_logits_Q\[1\] = inf"),
+        (([1.0], []), ValueError, "agent_logits_Q must not be empty"),
+        (([math.nan], [1.0]), ValueError, r"expert_logits_P\[0\] must be finite, got nan"),
+        (([1.0], [2.0, math.inf]), ValueError, r"agent_logits_Q\[1\] must be finite, got inf"),
     ],
 )
 def test_discriminator_loss_refuses_one_side_and_nan(
@@ -164,7 +167,7 @@ def test_discriminator_loss_refuses_one_side_and_nan(
 
 
 def test_rewards_refuse_nan_and_unknown_forms() -> None:
-    with pytest.raises(ValueError, match=r"agent_logits_S\[1\] = nan"):
+    with pytest.raises(ValueError, match=r"agent_logits_S\[1\] must be finite, got nan"):
         inverse_step_reward(torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError, match="form must be one of 'agent', 'expert', 'difference'"):
         inverse_step_reward(torch.zeros(1), form="gail")
@@ -254,15 +257,15 @@ def test_ppo_of_no_step_is_a_connected_zero() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"advantages_S": torch.tensor([math.nan])}, r"advantages_S\[0\] = nan"),
-        ({"advantages_S": torch.zeros(2)}, "advantages_S has 2 entries but must have 1"),
+        ({"advantages_S": torch.tensor([math.nan])}, r"advantages_S\[0\] must be finite, got nan"),
+        ({"advantages_S": torch.zeros(2)}, "advantages_S must have 1 entries, .*, got 2"),
         ({"clip": 0.0}, "clip must be positive and finite, got 0.0"),
         ({"ratio": "sequence"}, "ratio must be one of 'step', 'token', got 'sequence'"),
-        ({"kl_coef": 0.1}, "kl_coef=0.1 needs ref_logps_N"),
+        ({"kl_coef": 0.1}, "ref_logps_N must be given with kl_coef=0.1"),
         ({"kl_coef": -1.0}, "kl_coef must be >= 0 and finite, got -1.0"),
-        ({"kl": "k1"}, "kl is 'k1', whose gradient as a loss has mean 0"),
-        ({"old_logps_N": torch.zeros(3)}, "old_logps_N is"),
-        ({"step_offsets": torch.tensor([0, 1])}, "the last must be 2"),
+        ({"kl": "k1"}, "kl must be 'k2' or 'k3', got 'k1', whose gradient"),
+        ({"old_logps_N": torch.zeros(3)}, "old_logps_N must have the shape of"),
+        ({"step_offsets": torch.tensor([0, 1])}, "must be 2, the number of values, as the last"),
     ],
 )
 def test_ppo_refuses_by_name(options: dict[str, Any], message: str) -> None:

@@ -162,7 +162,9 @@ def test_a_summary_is_over_episodes_that_ended_and_tell():
 def test_nothing_has_no_summary():
     with pytest.raises(ValueError, match="episodes must hold at least one"):
         summarize([])
-    with pytest.raises(ValueError, match="all 2 episodes crashed, the first: hung"):
+    with pytest.raises(
+        ValueError, match="an episode must have ended, got 2 that crashed, the first: hung"
+    ):
         summarize([episode(crashed="hung"), episode(crashed="raised")])
 
 
@@ -211,17 +213,25 @@ def test_a_pair_with_a_crash_is_left_out():
         found = compare(one, other)
         assert (found.pairs, found.crashed) == (2, 1)
         assert found.differences["success"].mean == mean
-    with pytest.raises(ValueError, match="none of 1 pairs of episodes ended"):
+    with pytest.raises(ValueError, match="a pair of episodes must have ended, got 1 that crashed"):
         compare([episode(0)], [episode(0, crashed="hung")])
 
 
 @pytest.mark.parametrize(
     ("these", "others", "message"),
     [
-        ([0, 1], [0], "against lacks what episodes has: chess seed 1"),
-        ([0], [0, 4, 5], "episodes lacks what against has: chess seed 4, chess seed 5"),
+        ([0, 1], [0], "against must have the episodes of episodes, got none of chess seed 1"),
+        (
+            [0],
+            [0, 4, 5],
+            "episodes must have the episodes of against, got none of chess seed 4, chess seed 5",
+        ),
         (range(9), [0], "chess seed 5 and 3 more"),
-        ([0, 1, 1], [0, 1], "episodes has more than one of chess seed 1"),
+        (
+            [0, 1, 1],
+            [0, 1],
+            "episodes must have each episode once, got more than one of chess seed 1",
+        ),
     ],
 )
 def test_unmatched_seeds_are_refused_by_name(these, others, message):
@@ -230,7 +240,12 @@ def test_unmatched_seeds_are_refused_by_name(these, others, message):
 
 
 def test_the_same_seed_of_another_split_or_environment_is_no_match():
-    with pytest.raises(ValueError, match=r"against lacks what episodes has: chess \(test\) seed 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"against must have the episodes of episodes, got none of chess \(test\) seed 3",
+    ):
         compare([episode(3, split="test")], [episode(3, split="dev")])
-    with pytest.raises(ValueError, match="against lacks what episodes has: chess seed 3"):
+    with pytest.raises(
+        ValueError, match="against must have the episodes of episodes, got none of chess seed 3"
+    ):
         compare([episode(3)], [Episode("go", 3, observations=["a"], actions=["b"])])

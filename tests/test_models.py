@@ -435,7 +435,9 @@ def test_hidden_states_are_what_the_head_is_given_and_leave_the_model_as_it_was(
 def test_a_head_that_is_called_twice_is_refused():
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, args, _: module.forward(*args))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM calls .* 2 times in a forward"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM must call .* once in a forward, got 2 calls"
+    ):
         hidden_states(model, input_ids=torch.arange(3, 8)[None])
 
 

@@ -467,7 +467,7 @@ BAD_HEADS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"hidden_RH": torch.zeros(7, 5)},
         TypeError,
-        "weight_VH is torch.float64 but hidden_RH is torch.float32",
+        "weight_VH must have the dtype of hidden_RH, torch.float32, got torch.float64",
     ),
     (
         {"hidden_RH": torch.zeros(7, 5, dtype=torch.int64)},
@@ -488,34 +488,46 @@ BAD_HEADS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"labels_N": torch.tensor([0, -100, 3, 17, 99, 0, 0, 0, 0])},
         ValueError,
-        r"labels_N\[3\] = 17, but .*17\)",
+        r"labels_N\[3\] must lie in .*17\), .*, got 17",
     ),
-    ({"labels_N": torch.tensor([0, -1, 3, 17, 99, 0, 0, 0, 0])}, ValueError, r"labels_N\[1\] = -1"),
+    (
+        {"labels_N": torch.tensor([0, -1, 3, 17, 99, 0, 0, 0, 0])},
+        ValueError,
+        r"labels_N\[1\] must .*, got -1",
+    ),
     (
         {"rows_N": torch.tensor([0, 7, 0, 0, 0, 0, 0, 0, 0])},
         ValueError,
-        r"rows_N\[1\] = 7, but .*\[0, 7\)",
+        r"rows_N\[1\] must lie in \[0, 7\), .*, got 7",
     ),
-    ({"rows_N": torch.tensor([0, 1])}, ValueError, "rows_N has 2 entries but must have 9"),
-    ({"rows_N": None}, ValueError, "labels_N has 9 entries but must have 7"),
+    ({"rows_N": torch.tensor([0, 1])}, ValueError, "rows_N must have 9 entries, .*, got 2"),
+    ({"rows_N": None}, ValueError, "labels_N must have 7 entries, .*, got 9"),
     ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ({"temperature": float("nan")}, ValueError, "got nan"),
     ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
     ({"temperature": torch.ones(8)}, ValueError, r"shape \(\) or \(9,\), got \(8,\)"),
-    ({"temperature": torch.tensor([1.0] * 8 + [-2.0])}, ValueError, r"temperature\[8\] = -2.0"),
+    (
+        {"temperature": torch.tensor([1.0] * 8 + [-2.0])},
+        ValueError,
+        r"temperature\[8\] must be .*, got -2\.0",
+    ),
     ({"temperature": torch.ones(9, dtype=torch.int64)}, TypeError, "float tensor, got torch.int64"),
     ({"temperature": torch.ones(9, requires_grad=True)}, ValueError, "no gradient flows"),
-    ({"temperature": torch.ones(9, device="meta")}, ValueError, "temperature is on meta"),
+    (
+        {"temperature": torch.ones(9, device="meta")},
+        ValueError,
+        "temperature must be on cpu, got meta",
+    ),
     ({"softcap": -1.0}, ValueError, "softcap must be positive and finite, got -1.0"),
     (
         {"weight_VH": torch.zeros(17, 5, dtype=torch.float64, device="meta")},
         ValueError,
-        "weight_VH is on meta",
+        "weight_VH must be on the device of hidden_RH, cpu, got meta",
     ),
     (
         {"labels_N": torch.zeros(9, dtype=torch.int64, device="meta")},
         ValueError,
-        "labels_N is on meta",
+        "labels_N must be on cpu, got meta",
     ),
 ]
 
@@ -529,13 +541,15 @@ def test_linear_logprobs_refuses(
 
 
 def test_token_logprobs_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="labels_N has 2 entries but must have 3"):
+    with pytest.raises(ValueError, match=r"labels_N must have 3 entries, .*, got 2"):
         ops.token_logprobs(torch.zeros(3, 4), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"labels_N\[0\] = 4"):
+    with pytest.raises(ValueError, match=r"labels_N\[0\] must lie in .*, got 4"):
         ops.token_logprobs(torch.zeros(1, 4), torch.tensor([4]))
     with pytest.raises(ValueError, match="V >= 1"):
         ops.token_logprobs(torch.zeros(1, 0), torch.tensor([-100]))
-    with pytest.raises(ValueError, match=r"logits_NV is \(1, 4\) but ref_logits_NV is \(1, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"logits_NV must have the shape of ref_logits_NV, \(1, 5\), got \(1, 4\)"
+    ):
         ops.logprob_diff(torch.zeros(1, 4), torch.zeros(1, 5), torch.tensor([0]))
 
 
@@ -566,7 +580,7 @@ def test_unchecked_labels_outside_the_vocabulary_score_nan(label: int) -> None:
 
 @pytest.mark.parametrize("check", ["device", "sync"])
 def test_checked_labels_outside_the_vocabulary_are_named(check: str) -> None:
-    with pytest.raises(ValueError, match=r"labels_N\[1\] = 17, but labels are in \[0, 17\)"):
+    with pytest.raises(ValueError, match=r"labels_N\[1\] must lie in \[0, 17\), .*, got 17"):
         labelled(torch.tensor([3, 17, -100, 18]), check_labels=check)
 
 

@@ -93,19 +93,22 @@ def test_an_environment_of_ones_own_is_named_by_module_and_class(
 
 def test_what_is_no_environment_is_named(module: str) -> None:
     for name, message in (
-        (f"{module}:Nothing", f"module '{module}' has no 'Nothing' to make an environment"),
+        (f"{module}:Nothing", f"module '{module}' must have 'Nothing' to make an environment"),
         (f"{module}:number", f"{module}:number must be a class or a function, got 3"),
         (f"{module}:Half", "must make a stepagent.envs.TextEnv, what it made lacks actions, max"),
-        ("nowhere_at_all:Guess", "there is no module 'nowhere_at_all' here, and the registered"),
-        ("babyi:GoToLocal", "there is no module 'babyi' here, and the registered ones are"),
-        ("nonsense", "the registered ones are"),
-        ("babyai", "BabyAI needs a level, as babyai:GoToLocal; there are "),
+        (
+            "nowhere_at_all:Guess",
+            "of a module that is found here, got 'nowhere_at_all:Guess'",
+        ),
+        ("babyi:GoToLocal", "of a module that is found here, got 'babyi:GoToLocal'"),
+        ("nonsense", "or your own module:Class, got 'nonsense'"),
+        ("babyai", "level of BabyAI must be given, as babyai:GoToLocal, one of "),
     ):
         result = evaluate("--env", name, "--policy", "random", "--episodes", 1)
         assert result.exit_code == 1, name
         assert message in result.stderr
         assert result.stderr.startswith("Error: ")
-    with pytest.raises(ValueError, match=r"has no split 'test': register\(\) gives it some"):
+    with pytest.raises(ValueError, match=r"must be None, got 'test': register\(\) gives it some"):
         envs.factory("json:JSONDecoder", "test")
 
 

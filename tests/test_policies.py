@@ -338,7 +338,7 @@ class Fake:
 
 
 def test_chance_needs_a_finite_set_of_actions():
-    with pytest.raises(ValueError, match="fake has no finite set of actions"):
+    with pytest.raises(ValueError, match="fake must have a finite set of actions"):
         run_episodes(Fake, RandomPolicy(), [0])
 
 
@@ -364,7 +364,7 @@ def test_counts_of_zero_are_named(option):
 
 def test_environments_are_closed_after_an_error():
     Fake.closed = 0
-    with pytest.raises(ValueError, match="no finite set"):
+    with pytest.raises(ValueError, match="must have a finite set"):
         run_episodes(Fake, RandomPolicy(), [0, 1, 2])
     assert Fake.closed == 3
 
@@ -393,7 +393,7 @@ class SaysLeft(ExpertPolicy):
 
 @pytest.mark.parametrize("answer", [None, 3, ["left"]])
 def test_an_answer_that_is_no_text_is_an_error(answer):
-    with pytest.raises(TypeError, match=r"the expert answered .* in fake; .*must be a str"):
+    with pytest.raises(TypeError, match=r"the expert's answer in fake must be a str, .*, got"):
         run_episodes(Fake, SaysLeft(), [0], expert=lambda env: answer)
 
 

@@ -247,7 +247,7 @@ def test_sigterm_cleans_up_and_says_how_to_go_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "episodes are in" in errors
-    assert "the same command goes on" in errors
+    assert "the same command continues" in errors
 
 
 # ------------------------------------------------------------------ environments that hang

@@ -92,7 +92,10 @@ def test_a_message_that_was_changed_since_is_refused(index):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"action_spans": [[9, 12]]}, "1 action_spans for 2 assistant messages, of which 2 are sc"),
+        (
+            {"action_spans": [[9, 12]]},
+            "action_spans in meta must be one for each of the 2 .*, got 1",
+        ),
         ({"action_spans": []}, "must be"),
         ({"token_ids": ["a"]}, "token_ids|input_ids"),
         ({"token_ids": []}, "must"),

@@ -149,7 +149,11 @@ def test_a_run_is_a_folder_or_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("log", "reason"),
-    [("{", "is not JSON"), ("{}", "must hold a list"), ('[{"cycle": "one"}]', "a cycle is 'one'")],
+    [
+        ("{", "is not JSON"),
+        ("{}", "must hold a list"),
+        ('[{"cycle": "one"}]', "a cycle must be a whole number, got 'one'"),
+    ],
 )
 def test_a_log_that_is_none_is_named(tmp_path: Path, log: str, reason: str) -> None:
     folder = write_run(tmp_path / "run", [episode(1)])
@@ -161,18 +165,18 @@ def test_a_log_that_is_none_is_named(tmp_path: Path, log: str, reason: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("task", 5, "task is 5; it must be str or null"),
-        ("seed", True, "seed is True; it must be int"),
-        ("success", 1, "success is 1; it must be bool"),
-        ("rewards", [0.5, "1", 0, 0], r"rewards\[1\] is '1'; it must be float or int"),
-        ("valid", [True, True, None, True], r"valid\[2\] is None; it must be bool"),
+        ("task", 5, "task must be str or null, got 5"),
+        ("seed", True, "seed must be int, got True"),
+        ("success", 1, "success must be bool, got 1"),
+        ("rewards", [0.5, "1", 0, 0], r"rewards\[1\] must be float or int, got '1'"),
+        ("valid", [True, True, None, True], r"valid\[2\] must be bool, got None"),
         (
             "step_rewards",
             [None, {}, 0, 0],
-            r"step_rewards\[1\] is {}; it must be float or int or null",
+            r"step_rewards\[1\] must be float or int or null, got {}",
         ),
-        ("invalid", [None, ["<b>"], None, None], r"invalid\[1\] is"),
-        ("progress", [0.5], "has 4 steps, but its meta has 'progress'"),
+        ("invalid", [None, ["<b>"], None, None], r"invalid\[1\] must be"),
+        ("progress", [0.5], "'progress' in meta must have a value for each of the 4 steps"),
     ],
 )
 def test_a_value_of_another_type_is_named(
@@ -484,11 +488,9 @@ def test_hostile_text_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
 
 
 def test_a_baseline_that_is_no_run_and_no_runs_are_refused(tmp_path: Path, runs: list[Run]) -> None:
-    with pytest.raises(
-        ValueError, match="baseline is 'x'; it must be one of random, agent, expert"
-    ):
+    with pytest.raises(ValueError, match="baseline must be one of random, agent, expert, got 'x'"):
         write_report(tmp_path / "report.html", runs, baseline="x")
-    with pytest.raises(ValueError, match="runs is empty"):
+    with pytest.raises(ValueError, match="runs must hold at least one, got none"):
         write_report(tmp_path / "report.html", [])
 
 

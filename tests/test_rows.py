@@ -75,19 +75,19 @@ def test_bad_rows_are_skipped_and_named_when_asked(tmp_path):
     assert [where.rpartition(":")[2] for where, _ in found] == ["1", "2", "3", "4", "5"]
     assert [type(one) for _, one in found] == [Trajectory, Skipped, Skipped, Trajectory, Skipped]
     reasons = [one.reason for _, one in found if isinstance(one, Skipped)]
-    assert reasons[0].startswith("none of the 0 messages")
+    assert reasons[0].startswith("a message must be an assistant's")
     assert reasons[1].startswith("column 2: Expecting property name")
-    assert reasons[2] == "a trajectory must be a JSON object, not a list"
+    assert reasons[2] == "a trajectory must be a JSON object, got a list"
     with pytest.warns(UserWarning, match="skipped .*t.jsonl:[235]: ") as warned:
         assert load_trajectories(path, on_error="skip") == [Trajectory(GO)] * 2
     assert len(warned) == 3
-    with pytest.raises(ValueError, match=r"t\.jsonl:2: none of the 0"):
+    with pytest.raises(ValueError, match=r"t\.jsonl:2: a message must be an assistant's"):
         load_trajectories(path)
     with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', got 'ignore'"):
         load_trajectories(path, on_error="ignore")
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ValueError, match=r"no trajectories: .*:1: none of the 0"),
+        pytest.raises(ValueError, match=r"no trajectories: .*:1: a message must be an assistant's"),
     ):
         load_trajectories(write(tmp_path / "none", '{"messages": []}'), on_error="skip")
 
@@ -95,7 +95,7 @@ def test_bad_rows_are_skipped_and_named_when_asked(tmp_path):
 def test_a_list_of_rows_is_read_with_their_places():
     assert load_trajectories(ROWS) == load_trajectories(iter(ROWS)) == EXPECTED
     assert load_trajectories(EXPECTED) == EXPECTED
-    with pytest.raises(ValueError, match=r"rows\[1\]: none of the 0"):
+    with pytest.raises(ValueError, match=r"rows\[1\]: a message must be an assistant's"):
         load_trajectories([ROWS[0], {"messages": []}])
     with pytest.raises(ValueError, match="the source holds no trajectories"):
         load_trajectories([])
@@ -127,7 +127,7 @@ def test_parquet_and_datasets_give_what_json_lines_give(tmp_path):
 def test_a_broken_parquet_file_is_refused_with_its_name(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"x\.parquet is not a readable Parquet file"):
+    with pytest.raises(ValueError, match=r"x\.parquet must be a readable Parquet file"):
         load_trajectories(tmp_path / "x.parquet")
 
 
@@ -140,5 +140,5 @@ def test_parquet_without_pyarrow_names_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"is a directory; .* datasets\.load_from_disk"):
+    with pytest.raises(ValueError, match=r"got a directory: .* datasets\.load_from_disk"):
         load_trajectories(tmp_path)

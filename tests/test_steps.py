@@ -217,10 +217,10 @@ def test_a_broken_step_breaks_its_pairs_only() -> None:
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
-        ([1, 4], r"step_offsets\[0\] = 1, but the first must be 0"),
-        ([0, 3, 2, 4], r"step_offsets\[2\] = 2, but offsets must ascend"),
-        ([0, 3], r"step_offsets\[1\] = 3, but the last must be 4"),
-        ([0], r"step_offsets\[0\] = 0, but the last must be 4"),
+        ([1, 4], r"step_offsets\[0\] must be 0, as the first, got 1"),
+        ([0, 3, 2, 4], r"step_offsets\[2\] must not be less .*, got 2"),
+        ([0, 3], r"step_offsets\[1\] must be 4, .*, got 3"),
+        ([0], r"step_offsets\[0\] must be 4, .*, got 0"),
         ([], "at least|>= 1"),
     ],
 )
@@ -236,7 +236,9 @@ def test_step_rewards_refuse_beta(beta: float) -> None:
 
 
 def test_step_rewards_refuse_two_shapes() -> None:
-    with pytest.raises(ValueError, match=r"logps_N is \(2,\) but ref_logps_N is \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"logps_N must have the shape of ref_logps_N, \(3,\), got \(2,\)"
+    ):
         ops.step_rewards(torch.zeros(2), torch.zeros(3), np.array([0, 2]), beta=1.0)
 
 
@@ -246,21 +248,25 @@ def test_step_rewards_refuse_two_shapes() -> None:
         (
             {"expert_steps_P": np.array([0, 1, 5, 0])},
             ValueError,
-            r"expert_steps_P\[2\] = 5, but the steps are \[0, 5\)",
+            r"expert_steps_P\[2\] must lie in \[0, 5\), got 5",
         ),
         (
             {"agent_steps_P": torch.tensor([0, -1, 0, 0])},
             ValueError,
-            r"agent_steps_P\[1\] = -1, but the steps are",
+            r"agent_steps_P\[1\] must lie in .*, got -1",
         ),
-        ({"agent_steps_P": np.array([0])}, ValueError, "agent_steps_P has 1 entries .* have 4"),
+        (
+            {"agent_steps_P": np.array([0])},
+            ValueError,
+            "agent_steps_P must have 4 entries, .*, got 1",
+        ),
         ({"expert_steps_P": [0]}, TypeError, "expert_steps_P must be an int32 or int64"),
         ({"beta": -1.0}, ValueError, "beta must be positive"),
-        ({"ref_logps_N": torch.zeros(8)}, ValueError, r"ref_logps_N is \(8,\)"),
+        ({"ref_logps_N": torch.zeros(8)}, ValueError, r"logps_N must have the shape of .*"),
         (
             {"step_offsets": np.array([0, 1, 2, 3, 4, 8])},
             ValueError,
-            r"step_offsets\[5\] = 8, but the last",
+            r"step_offsets\[5\] must be .*, got 8",
         ),
     ],
 )

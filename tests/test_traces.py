@@ -141,14 +141,14 @@ def test_a_reward_that_was_not_computed_is_none():
 @pytest.mark.parametrize(
     ("index", "change", "match"),
     [
-        (1, {"parent": 7}, r"nodes\[1\] has parent 7; it must be that of an earlier node"),
-        (1, {"parent": 1}, r"nodes\[1\] has parent 1"),
-        (1, {"message": None}, r"nodes\[1\] has no message"),
-        (1, {"mask": [True]}, r"nodes\[1\] has \d+ token_ids and a mask of 1"),
-        (1, {"logprobs": [-1.0]}, "5 sampled tokens and 1 logprobs"),
-        (1, {"sampled": False}, "sampled is not true"),
+        (1, {"parent": 7}, r"nodes\[1\] parent must be an earlier node, got 7"),
+        (1, {"parent": 1}, r"nodes\[1\] parent must be an earlier node, got 1"),
+        (1, {"message": None}, r"nodes\[1\] message must be an object, got none"),
+        (1, {"mask": [True]}, r"nodes\[1\] mask must be as long as token_ids, \d+, got 1"),
+        (1, {"logprobs": [-1.0]}, "must have 5 logprobs, as sampled tokens, got 1"),
+        (1, {"sampled": False}, "sampled must be true where tokens are"),
         (1, {"message": {"role": "user", "content": "x"}}, "must be an assistant's"),
-        (2, {"token_ids": [], "mask": []}, r"nodes\[2\] has no token_ids beside nodes that have"),
+        (2, {"token_ids": [], "mask": []}, r"nodes\[2\] must have token_ids, as other nodes"),
     ],
 )
 def test_a_graph_that_is_none_is_refused_by_its_node(index, change, match):
@@ -162,9 +162,9 @@ def test_gaps_in_what_was_sampled_and_traces_without_any_are_refused():
     told = trace()
     told["nodes"][1]["mask"][-3] = False
     told["nodes"][1]["logprobs"].pop()
-    with pytest.raises(ValueError, match="sampled tokens with gaps"):
+    with pytest.raises(ValueError, match="sampled tokens must be one run, got gaps"):
         load_trajectories([told])
-    with pytest.raises(ValueError, match="no message that a model sampled"):
+    with pytest.raises(ValueError, match="must have a message that a model sampled, got none"):
         load_trajectories([trace(nodes=trace()["nodes"][:1])])
     with pytest.raises(ValueError, match="nodes must be a list"):
         load_trajectories([trace(nodes={})])

@@ -786,14 +786,16 @@ def test_arguments_must_be_a_step_agent_config(trajectories, tmp_path):
 
 
 def test_an_empty_dataset_is_an_error(config):
-    with pytest.raises(ValueError, match="train_dataset is empty"):
+    with pytest.raises(
+        ValueError, match="train_dataset must hold at least one trajectory, got none"
+    ):
         StepAgentTrainer(tiny_agent(), config(), [], TOKENIZER)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "go"}, r"train_dataset\[6\]: no 'messages'"),
+        ({"text": "go"}, r"train_dataset\[6\]: the row must have 'messages'"),
         ({"messages": [{"role": "user", "content": "red"}]}, r"train_dataset\[6\]: .*assistant"),
         (
             {
@@ -820,12 +822,14 @@ def test_what_does_not_fit_is_refused_before_any_work(trainer, trajectories):
     trunks = [encode(t, TOKENIZER) for t in trajectories]
     trunk = max(trunks, key=lambda trunk: len(trunk.input_ids))
     longest = len(trunk.input_ids)
-    with pytest.raises(ValueError, match=rf"train_dataset\[\d\] has {longest} tokens, more than"):
+    with pytest.raises(ValueError, match=rf"max_tokens must be .*\[\d\] has {longest} tokens, got"):
         trainer(method="sft", max_tokens=longest - 1)
     trainer(method="sft", max_tokens=longest)
     # Cycles also need room for the agent's actions, whatever it will say: 3 samples of 2 tokens.
     room = longest + 3 * 2 * trunk.num_steps
-    with pytest.raises(ValueError, match=f"sampled actions, .*; it must be at least {room}"):
+    with pytest.raises(
+        ValueError, match=f"max_tokens must be at least {room}, as .* sampled actions, got"
+    ):
         trainer(samples=3, max_tokens=room - 1)
     trainer(samples=3, max_tokens=room)
     with pytest.raises(ValueError, match=r"train_dataset\[0\] must fit .*, got \d+ positions"):

@@ -72,25 +72,33 @@ def test_reward_is_kept_as_a_float_and_meta_is_not_shared():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"messages": "go"}, TypeError, "messages is a str"),
-        ({"messages": []}, ValueError, "none of the 0 messages is an assistant's"),
-        ({"messages": GO[:1]}, ValueError, "none of the 1 messages is an assistant's"),
+        ({"messages": "go"}, TypeError, "messages must be a list of dicts, got a str"),
+        ({"messages": []}, ValueError, "a message must be an assistant's, got none among 0"),
+        ({"messages": GO[:1]}, ValueError, "a message must be an assistant's, got none among 1"),
         ({"messages": [*GO, "go"]}, TypeError, r"messages\[2\] must be a dict, got a str"),
-        ({"messages": [{"content": "go"}]}, ValueError, r"messages\[0\] has no 'role'"),
-        ({"messages": [{"role": "user"}]}, ValueError, r"messages\[0\] has no 'content'"),
+        ({"messages": [{"content": "go"}]}, ValueError, r"messages\[0\] must have a 'role'"),
+        (
+            {"messages": [{"role": "user"}]},
+            ValueError,
+            r"messages\[0\] must have a text as 'content'",
+        ),
         (
             {"messages": [*GO, {"role": "gpt", "content": "go"}]},
             ValueError,
-            r"messages\[2\] has role 'gpt'; it must be one of: system, developer, user, ",
+            r"messages\[2\] role must be one of: system, developer, user, .*, got 'gpt'",
         ),
-        ({"messages": [{"role": "assistant", "content": None}]}, ValueError, "has no 'content'"),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            ValueError,
+            "must have a text as 'content'",
+        ),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, ValueError, "not valid Unic"),
-        ({"messages": GO, "reward": math.nan}, ValueError, "reward is nan; it must be finite"),
-        ({"messages": GO, "reward": math.inf}, ValueError, "reward is inf; it must be finite"),
-        ({"messages": GO, "reward": True}, TypeError, "reward is True"),
-        ({"messages": GO, "reward": "1"}, TypeError, "reward is '1'"),
-        ({"messages": GO, "id": 7}, TypeError, "id is 7"),
-        ({"messages": GO, "meta": None}, TypeError, "meta is None"),
+        ({"messages": GO, "reward": math.nan}, ValueError, "reward must be finite, got nan"),
+        ({"messages": GO, "reward": math.inf}, ValueError, "reward must be finite, got inf"),
+        ({"messages": GO, "reward": True}, TypeError, "reward must be a float or None, got True"),
+        ({"messages": GO, "reward": "1"}, TypeError, "reward must be a float or None, got '1'"),
+        ({"messages": GO, "id": 7}, TypeError, "id must be a str or None, got 7"),
+        ({"messages": GO, "meta": None}, TypeError, "meta must be a dict, got None"),
     ],
 )
 def test_an_invalid_trajectory_is_refused_by_name(arguments, error, match):
@@ -128,9 +136,9 @@ def test_what_json_would_change_is_refused_and_the_old_file_kept(tmp_path, meta,
 
 
 def test_saving_nothing_or_something_else_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no trajectories to save"):
+    with pytest.raises(ValueError, match="trajectories must hold at least one to save"):
         save_trajectories(tmp_path / "t", [])
-    with pytest.raises(TypeError, match=r"trajectories\[0\] is a list"):
+    with pytest.raises(TypeError, match=r"trajectories\[0\] must be a Trajectory, got a list"):
         save_trajectories(tmp_path / "t", [GO])
 
 
@@ -174,23 +182,35 @@ def test_records_of_either_kind_may_stand_in_either_container(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("", "t.json is empty"),
-        (" \n\n", "t.json is empty"),
+        ("", "t.json must hold at least one row, got an empty file"),
+        (" \n\n", "t.json must hold at least one row, got an empty file"),
         ("[]", "t.json holds no trajectories"),
         (native() + "\n\n{oops}\n", r"t\.json:3: column 2: Expecting property name"),
         ('{"messages": [\n' + native(), r"t\.json:1: column 15: Expecting value"),
         ('[\n{"id": 1},\n{"id": }]', r"t\.json:3: column 8: Expecting value"),
         ('{\n"messages": }', r"t\.json:2: column 13: Expecting value"),
         (native() + "\n" + native(reward=math.nan), r"t\.json:2: NaN is not JSON"),
-        (native() + "\n" + native(reward="1"), r"t\.json:2: reward is '1'"),
+        (
+            native() + "\n" + native(reward="1"),
+            r"t\.json:2: reward must be a float or None, got '1'",
+        ),
         (native(reward=10**400), r"t\.json:1: int too large"),
-        ("7", r"t\.json:1: a trajectory must be a JSON object, not a int"),
-        ('{"prompt": 1, "chosen": 2}', r"no 'messages' and no 'conversations' among .*'chosen'"),
-        ([{"conversations": TURNS}, {"conversations": 3}], r"t\.json: item 1: conversations is a"),
-        ([{"conversations": TURNS[:1]}], r"t\.json: item 0: none of the 1 messages"),
-        ([{"conversations": ["go"]}], r"conversations\[0\] is 'go'"),
-        ([{"conversations": [{"from": "bot", "value": ""}]}], r"\[0\] is from 'bot'; allowed: sys"),
-        ([{"conversations": TURNS, "meta": 3}], r"t\.json: item 0: meta is 3"),
+        ("7", r"t\.json:1: a trajectory must be a JSON object, got a int"),
+        ('{"prompt": 1, "chosen": 2}', r"must have 'messages' or 'conversations', got .*'chosen'"),
+        (
+            [{"conversations": TURNS}, {"conversations": 3}],
+            r"t\.json: item 1: conversations must be a list",
+        ),
+        ([{"conversations": TURNS[:1]}], r"t\.json: item 0: a message must be an assistant's"),
+        (
+            [{"conversations": ["go"]}],
+            r"conversations\[0\] must be an object with 'from' and 'value', got 'go'",
+        ),
+        (
+            [{"conversations": [{"from": "bot", "value": ""}]}],
+            r"\[0\] must be from one of: sys.*, got 'bot'",
+        ),
+        ([{"conversations": TURNS, "meta": 3}], r"t\.json: item 0: meta must be a dict, got 3"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_and_the_reason(tmp_path, content, match):
@@ -201,8 +221,8 @@ def test_a_bad_file_is_refused_with_the_place_and_the_reason(tmp_path, content, 
 def test_a_path_that_is_no_text_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         load_trajectories(tmp_path / "missing")
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(ValueError, match="got a directory"):
         load_trajectories(tmp_path)
     (tmp_path / "latin").write_bytes(b'{"messages": "\xe9"}')
-    with pytest.raises(ValueError, match="latin is not valid UTF-8"):
+    with pytest.raises(ValueError, match="latin must be valid UTF-8"):
         load_trajectories(str(tmp_path / "latin"))

@@ -1,7 +1,7 @@
 """The process of the command line: its standard streams and signals, then the command.
 
 stdout is the report's alone: whatever else writes to it, a library in C or a process of an
-environment, reaches stderr. stderr is for people: a run goes on where it is closed or nobody reads.
+environment, reaches stderr. stderr is for people: a run continues where it is closed or unread.
 A reader of stdout that leaves ends the command as it ends other tools, with status 141 and no word.
 Ctrl-C and SIGTERM end it at any time, while modules are imported too: status 130 or 143, folders
 and processes cleaned up, no traceback.

@@ -2,13 +2,14 @@
 
 import math
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LABEL_CHECKS = ("sync", "device", "off")
+LabelCheck: TypeAlias = Literal["sync", "device", "off"]
+LABEL_CHECKS: tuple[LabelCheck, ...] = get_args(LabelCheck)
 IGNORE = -100  # the label that scores nothing: log-prob 0, entropy 0, no gradient
 
 Index = Tensor | np.ndarray[Any, np.dtype[Any]]
@@ -46,22 +47,29 @@ def check_floats(*arguments: tuple[str, object, int]) -> None:
         assert isinstance(first, Tensor)
         if tensor.dtype != first.dtype:
             raise TypeError(
-                f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one of them"
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"
             )
         if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}"
+            )
 
 
 def check_pair(name: str, tensor: Tensor, ref_name: str, ref: Tensor) -> None:
     if tensor.shape != ref.shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)} but {ref_name} is {tuple(ref.shape)}")
+        raise ValueError(
+            f"{name} must have the shape of {ref_name}, {tuple(ref.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
     if tensor.device != ref.device:
-        raise ValueError(f"{name} is on {tensor.device} but {ref_name} is on {ref.device}")
+        raise ValueError(
+            f"{name} must be on the device of {ref_name}, {ref.device}, got {tensor.device}"
+        )
 
 
 def check_length(name: str, tensor: Tensor, length: int, of: str) -> None:
     if tensor.shape[0] != length:
-        raise ValueError(f"{name} has {tensor.shape[0]} entries but must have {length}, as {of}")
+        raise ValueError(f"{name} must have {length} entries, as {of}, got {tensor.shape[0]}")
 
 
 def check_positive(name: str, value: object) -> None:
@@ -94,7 +102,7 @@ def check_finite(name: str, values: Tensor) -> None:
     """On CUDA, and under torch.compile, nothing is looked at."""
     if not torch.compiler.is_compiling():
         flat = values.detach().flatten()
-        _refuse(~flat.isfinite(), name, flat, "it must be finite")
+        _refuse(~flat.isfinite(), name, flat, "be finite")
 
 
 def as_index(name: str, index: object, device: torch.device, ndim: int = 1) -> Tensor:
@@ -107,14 +115,14 @@ def as_index(name: str, index: object, device: torch.device, ndim: int = 1) -> T
         dimensions = f"{ndim} dimension" + "s" * (ndim > 1)
         raise ValueError(f"{name} must have {dimensions}, got shape {tuple(index.shape)}")
     if index.device != device:
-        raise ValueError(f"{name} is on {index.device} but must be on {device}")
+        raise ValueError(f"{name} must be on {device}, got {index.device}")
     return index.to(torch.int64)
 
 
 def as_offsets(name: str, offsets: object, device: torch.device) -> Tensor:
     offsets = as_index(name, offsets, device)
     if offsets.shape[0] == 0:
-        raise ValueError(f"{name} must have at least one entry, the 0 it starts with")
+        raise ValueError(f"{name} must have at least one entry, the 0 it starts with, got none")
     return offsets
 
 
@@ -129,9 +137,9 @@ def as_temperature(temperature: float | Tensor, labels_N: Tensor, dtype: torch.d
         allowed, got = tuple(labels_N.shape), tuple(temperature.shape)
         raise ValueError(f"temperature must have shape () or {allowed}, got {got}")
     if temperature.device != labels_N.device:
-        raise ValueError(f"temperature is on {temperature.device} but must be on {labels_N.device}")
+        raise ValueError(f"temperature must be on {labels_N.device}, got {temperature.device}")
     if temperature.requires_grad:
-        raise ValueError("temperature requires grad, but no gradient flows to it; detach it")
+        raise ValueError("temperature must not require grad, as no gradient flows to it: detach it")
     return temperature.to(dtype)
 
 
@@ -146,16 +154,16 @@ def _refuse(bad_N: Tensor, name: str, values_N: Tensor, rule: str, *, wait: bool
     """Name the first value that breaks the rule; on CUDA, where that waits, only with `wait`."""
     if (wait or bad_N.device.type == "cpu") and bool(bad_N.any()):
         first = int(bad_N.nonzero()[0])
-        raise ValueError(f"{name}[{first}] = {values_N[first].item()}, but {rule}")
+        raise ValueError(f"{name}[{first}] must {rule}, got {values_N[first].item()}")
 
 
 def check_label_values(labels_N: Tensor, V: int, check: str, op: str) -> None:
     """As `check` says, one of LABEL_CHECKS; the device assertion cannot name the value."""
     if check == "off":
         return
-    rule = f"labels are in [0, {V}), or {IGNORE} to score nothing"
+    rule = f"lie in [0, {V}), or be {IGNORE} to score nothing"
     if check == "device" and labels_N.device.type != "cpu":
-        torch._assert_async(_known_on_device(labels_N, V), f"stepagent::{op}: {rule}")
+        torch._assert_async(_known_on_device(labels_N, V), f"stepagent::{op}: labels_N must {rule}")
     else:
         _refuse(_unknown(labels_N, V), "labels_N", labels_N, rule, wait=True)
 
@@ -178,22 +186,22 @@ def check_kept(labels_N: Tensor, kept_NK: Tensor, V: int, check: str, op: str) -
     """The labels; V, which scores NaN, for one outside its own set that may not be looked at."""
     unknown_NK = (kept_NK < -1) | (kept_NK >= V)
     absent_N = (labels_N != IGNORE) & ~(kept_NK == labels_N[:, None]).any(1)
-    rule = f"kept tokens are in [0, {V}), or -1 for none"
+    rule = f"lie in [0, {V}), or be -1 for none"
     if check == "sync" or (check == "device" and labels_N.device.type == "cpu"):
         if bool(unknown_NK.any()):
             n, k = unknown_NK.nonzero()[0].tolist()
-            raise ValueError(f"kept_NK[{n}, {k}] = {kept_NK[n, k].item()}, but {rule}")
+            raise ValueError(f"kept_NK[{n}, {k}] must {rule}, got {kept_NK[n, k].item()}")
         if bool(absent_N.any()):
             n = int(absent_N.nonzero()[0])
-            raise ValueError(f"labels_N[{n}] = {labels_N[n].item()} must be among kept_NK[{n}]")
+            raise ValueError(f"labels_N[{n}] must be among kept_NK[{n}], got {labels_N[n].item()}")
     elif check == "device":
-        torch._assert_async(~unknown_NK.any(), f"stepagent::{op}: {rule}")
+        torch._assert_async(~unknown_NK.any(), f"stepagent::{op}: kept_NK must {rule}")
     return labels_N.masked_fill(absent_N, V)
 
 
 def check_rows(name: str, rows_N: Tensor | None, of: str, R: int) -> None:
     if rows_N is not None and rows_N.device.type == "cpu":
-        _refuse((rows_N < 0) | (rows_N >= R), name, rows_N, f"{of} has rows [0, {R})")
+        _refuse((rows_N < 0) | (rows_N >= R), name, rows_N, f"lie in [0, {R}), the rows of {of}")
 
 
 def check_shard(size_n: Tensor, V: int) -> None:
@@ -207,20 +215,20 @@ def check_shard(size_n: Tensor, V: int) -> None:
 
 def check_temperature_values(temperature: Tensor) -> None:
     if temperature.device.type == "cpu":
-        flat, rule = temperature.reshape(-1), "it must be positive and finite"
+        flat, rule = temperature.reshape(-1), "be positive and finite"
         _refuse(~((flat > 0) & flat.isfinite()), "temperature", flat, rule)
 
 
 def check_steps(name: str, steps_P: Tensor, S: int) -> None:
-    _refuse((steps_P < 0) | (steps_P >= S), name, steps_P, f"the steps are [0, {S})")
+    _refuse((steps_P < 0) | (steps_P >= S), name, steps_P, f"lie in [0, {S})")
 
 
 def check_offsets(name: str, offsets: Tensor, N: int) -> None:
     ends = torch.zeros_like(offsets, dtype=torch.bool)
     ends[0] = offsets[0] != 0
-    _refuse(ends, name, offsets, "the first must be 0")
+    _refuse(ends, name, offsets, "be 0, as the first")
     falls = torch.zeros_like(ends)
     falls[1:] = offsets[1:] < offsets[:-1]
-    _refuse(falls, name, offsets, "offsets must ascend")
+    _refuse(falls, name, offsets, "not be less than the one before it")
     ends[-1] = offsets[-1] != N
-    _refuse(ends, name, offsets, f"the last must be {N}, the number of values")
+    _refuse(ends, name, offsets, f"be {N}, the number of values, as the last")

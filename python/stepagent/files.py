@@ -48,7 +48,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     end: whoever reads ``path`` meanwhile, or after a failure, finds it as it was.
 
     Raises:
-        OSError: where ``path`` is no regular file; see :func:`destination`.
+        OSError: where ``path`` is no regular file; see `destination`.
     """
     target = destination(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -65,6 +65,6 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 with ``\\n`` as it stands; as :func:`atomic`."""
+    """Write ``text`` as UTF-8 with ``\\n`` as it stands; as `atomic`."""
     with atomic(path) as file:
         file.write(text.encode())

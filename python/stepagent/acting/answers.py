@@ -38,7 +38,7 @@ class Answer(str):
 
 @dataclass(frozen=True)
 class Stop:
-    """No answer: the episode ends here, and the others go on.
+    """No answer: the episode ends here, and the others continue.
 
     Attributes:
         kind: ``context_limit`` where the prompt does not fit the model; the episode has the outcome

@@ -118,7 +118,7 @@ class Dialogues:
     def _resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
     ) -> tuple[list[Trunk], NDArray[np.int64]]:
-        """The trunks, each encoded once, and which of them each dialogue goes on from."""
+        """The trunks, each encoded once, and which of them each dialogue continues."""
         distinct = list({id(trajectory): trajectory for trajectory in trajectories}.values())
         trunks = [self._encode(trajectory) for trajectory in distinct]
         place = {id(trajectory): i for i, trajectory in enumerate(distinct)}

@@ -5,7 +5,7 @@
     y1 sees u o1         x1      y1              a branch that ended asks no more
 
 What is drawn stays on the model's device. Each token is one forward for all branches, and the host
-reads one byte a branch: whether it goes on.
+reads one byte a branch: whether it continues.
 
 Key: B trunks of a batch, N their branches, T their steps, R branches that grow together, C = B·Q
 cells of a forward of Q new tokens a row, S slots, H hidden, P tokens of an action, K rows along the

@@ -2,7 +2,7 @@
 
 An environment that crashes ends its own episode, which says so and has no outcome; so does a policy
 that fails at one episode alone. An answer in which the run's action format finds no action does not
-reach the environment: the agent is told so, and the step counts as an invalid one.
+reach the environment: the agent gets a message, and the step counts as an invalid one.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class Start:
         if own != given:
             roles = [message["role"] for message in self.trajectory.messages]
             raise ValueError(
-                f"{self.name} ({self.trajectory.id!r}) has roles {roles}, with the system message "
-                f"{own!r}; they must be user, assistant in turn, after the system message of the "
-                f"policy that goes on from them, {given!r}"
+                f"{self.name} ({self.trajectory.id!r}) must have user and assistant in "
+                f"turn, after the system message of the policy, {given!r}, got {roles} with the "
+                f"system message {own!r}"
             )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Those of :func:`stepagent.rollout.run_episodes`."""
+    """Those of `stepagent.rollout.run_episodes`."""
 
     expert: Expert | None
     max_steps: int | None
@@ -128,7 +128,7 @@ def _warn_of_crashes(episodes: Sequence[Episode]) -> None:
 
 
 class Lockstep:
-    """A batch of episodes that go on together; each has a row, which is its environment's place."""
+    """A batch of episodes that run together; each has a row, which is its environment's place."""
 
     def __init__(
         self,
@@ -399,8 +399,8 @@ def _ask(expert: Expert, envs: Sequence[TextEnv]) -> list[str | None]:
             continue
         if not isinstance(answer, str):
             raise TypeError(
-                f"the expert answered {answer!r} in {env.name}; an answer must be a str, "
-                "or ExpertUnavailable where it has none"
+                f"the expert's answer in {env.name} must be a str, or ExpertUnavailable where "
+                f"it has none, got {answer!r}"
             )
         answers.append(answer)
     return answers

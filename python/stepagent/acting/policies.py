@@ -58,7 +58,7 @@ class Policy(Protocol):
         """
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only these of the running episodes go on."""
+        """Only these of the running episodes continue."""
 
 
 class ExpertPolicy:
@@ -99,7 +99,7 @@ class RandomPolicy:
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
     ) -> None:
-        """Chance remembers nothing."""
+        """As `begin`: random actions do not depend on what came before."""
         self.begin(seeds)
 
     def act(self, observations: Sequence[str], envs: Sequence[TextEnv]) -> list[str | None]:
@@ -117,7 +117,7 @@ class RandomPolicy:
 def _choices(env: TextEnv) -> tuple[str, ...]:
     actions = env.actions  # once: it may be in another process
     if not actions:
-        raise ValueError(f"{env.name} has no finite set of actions to draw from")
+        raise ValueError(f"{env.name} must have a finite set of actions to draw from, got none")
     return actions
 
 
@@ -125,10 +125,11 @@ class ModelPolicy(Dialogues):
     """A language model in the chat format of its tokenizer, all episodes in one KV cache.
 
     Token ids are kept as they were sampled and never re-tokenized, so that
-    :meth:`record` holds exactly what the model saw and did. Its name is that of the model's folder.
-    An episode whose next answer might not fit the model's positions ends, and the others go on.
+    `record` holds exactly what the model saw and did. Its name is that of the model's folder.
+    An episode whose next answer might not fit the model's positions ends, and the others continue.
 
-    :param system: a first message to the model, such as what the actions are.
+    Args:
+        system: A first message to the model, such as what the actions are.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class ModelPolicy(Dialogues):
     def resume(
         self, seeds: Sequence[int], trajectories: Sequence[Trajectory], steps: Sequence[int]
     ) -> None:
-        """Each trajectory is encoded once, however many dialogues go on from it."""
+        """Each trajectory is encoded once, however many dialogues continue it."""
         trunks, origin_B = self._resume(seeds, trajectories, steps)
         width = 1 + max(dialogue.slots[-1] for dialogue in self._dialogues)
         with evaluation_mode(self._model):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from ..data.actions import PLAIN, ActionFormat
+from ..data.actions import PLAIN, ActionFormat, FormatName
 from ..data.actions import action_format as as_format
 from ..data.draws import check_count
 from ..data.encoding import encode
@@ -58,7 +58,7 @@ def run_episodes(
     progress: str | None = None,
     split: str | None = None,
     on_end: Callable[[Episode], None] | None = None,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
 ) -> list[Episode]:
     """One episode per seed, ``batch_size`` at a time in lock-step; in the order of ``seeds``.
 
@@ -126,7 +126,7 @@ def continue_rollouts(
     workers: int = 0,
     timeout: float | None = None,
     progress: bool = False,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
 ) -> list[Continuations]:
     """After each action of each trajectory, let ``policy`` act to the end, ``samples`` times.
 
@@ -164,10 +164,12 @@ def _env_seed(index: int, trajectory: Trajectory) -> int:
     name = f"trajectories[{index}] ({trajectory.id!r})"
     roles = [message["role"] for message in split_system(trajectory)[1]]
     if roles != ["user", "assistant"] * trajectory.num_steps:
-        raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+        raise ValueError(f"{name} roles must be user, assistant in turn, got {roles}")
     seed = trajectory.meta.get("seed")
     if not isinstance(seed, int):
-        raise ValueError(f"{name} has no seed of its environment: meta['seed'] is {seed!r}")
+        raise ValueError(
+            f"{name} must have the seed of its environment in meta['seed'], got {seed!r}"
+        )
     return seed
 
 
@@ -192,7 +194,7 @@ def rollout_and_query(
     workers: int = 0,
     timeout: float | None = None,
     progress: bool = False,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 

@@ -35,9 +35,10 @@ class EnginePolicy(Dialogues):
 
     Its episodes have the token ids as they were sampled, and the log-probs the engine reports.
 
-    :param eos_token_id: the tokens that end an action.
-    :param name: in the records of its episodes.
-    :param system: a first message to the model, such as what the actions are.
+    Args:
+        eos_token_id: The tokens that end an action.
+        name: In the records of its episodes.
+        system: A first message to the model, such as what the actions are.
     """
 
     def __init__(
@@ -117,9 +118,10 @@ class ChatPolicy:
     Its answer is the text without the white space around it; parts of text are joined, and tool
     calls are written after it as ``<tool_call>`` texts. Episodes have no token ids.
 
-    :param system: a first message to the model, such as what the actions are.
-    :param name: in the records of its episodes.
-    :param token_limit: the field of a request that has ``max_new_tokens``.
+    Args:
+        system: A first message to the model, such as what the actions are.
+        name: In the records of its episodes.
+        token_limit: The field of a request that has ``max_new_tokens``.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from .reading import Reading, on_error_option, read_all
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.trajectory import OnError
     from ..data.trunk import Trunk
 
 _SHOWN = 600
@@ -33,7 +34,7 @@ _SHOWN = 600
 )
 @on_error_option
 @reports
-def check(file: Path, model: str, show: int, on_error: str) -> tuple[dict[str, Any], str]:
+def check(file: Path, model: str, show: int, on_error: OnError) -> tuple[dict[str, Any], str]:
     """Tell what of FILE would be scored, and why what would not.
 
     Loads a tokenizer alone, no weights. With --on-error raise it fails where any row is refused.

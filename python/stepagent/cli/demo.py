@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..optional import require
 from .base import NEW_FOLDER, Interrupted, reports
+
+if TYPE_CHECKING:
+    from ..learning.options import Method
 
 
 @click.command()
@@ -22,7 +25,7 @@ from .base import NEW_FOLDER, Interrupted, reports
 )
 @click.option("--output", type=NEW_FOLDER, default="runs/demo", show_default=True)
 @reports
-def demo(seed: int, method: str, output: Path) -> tuple[dict[str, Any], str]:
+def demo(seed: int, method: Method, output: Path) -> tuple[dict[str, Any], str]:
     """Train an agent on a real environment, in minutes."""
     require("stepagent demo", "demo")
     from transformers.utils.logging import disable_progress_bar
@@ -35,6 +38,6 @@ def demo(seed: int, method: str, output: Path) -> tuple[dict[str, Any], str]:
     try:
         metrics = run_demo(output, Settings(seed=seed), method)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted("the same command goes on where it stopped") from interrupt
+        raise Interrupted("the same command continues where it stopped") from interrupt
     files = "metrics.json, report.html, the trajectories and the models"
     return metrics, f"{closing_table(metrics)}\nWrote {files} to {output}"

@@ -190,7 +190,7 @@ def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
     """Run episodes and save their trajectories.
 
     Of the expert's episodes, only those that succeeded are kept. Each is written as it ends, and
-    the same command goes on where it was stopped.
+    the same command continues where it was stopped.
     """
 
     from ..evaluation import success_rate
@@ -229,7 +229,7 @@ def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
 def evaluate(rollout: Rollout, against: Path | None) -> tuple[dict[str, Any], str]:
     """Measure an agent's success, progress and grounding in an environment.
 
-    With --output each episode is written as it ends, and the same command goes on where it was
+    With --output each episode is written as it ends, and the same command continues where it was
     stopped.
     """
     from ..evaluation.metrics import compare, summarize

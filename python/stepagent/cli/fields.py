@@ -32,7 +32,7 @@ def bool_or_text(value: str) -> bool | str:
 
 
 def options(fields: Iterable[Field[Any]], hints: Mapping[str, Any]) -> list[FieldOption]:
-    """The options of these fields, whose types ``hints`` tells."""
+    """The options of these fields, whose types ``hints`` gives."""
     return [option for field in fields for option in _options(field, hints[field.name])]
 
 
@@ -72,7 +72,7 @@ def check_names(arguments: Sequence[str], known: Iterable[str]) -> None:
 
 def inherited_names() -> list[str] | None:
     """The fields of transformers' TrainingArguments, read from its source without importing it:
-    that takes seconds. None where the source does not tell."""
+    that takes seconds. None where the source does not show them."""
     package = find_spec("transformers")
     if package is None or package.origin is None:
         return None

@@ -19,6 +19,7 @@ from .reading import on_error_option, read
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.trajectory import OnError
     from ..engines import Engine
     from ..records.branches import Shard
 
@@ -50,7 +51,7 @@ def _launched_shard() -> str:
     "--output",
     type=NEW_FILE,
     required=True,
-    help="JSONL, or .parquet, a record a trajectory. A run that was stopped goes on in it.",
+    help="JSONL, or .parquet, a record a trajectory. A run that was stopped continues in it.",
 )
 @click.option("--samples", type=POSITIVE, default=1, show_default=True, help="Actions a state.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True)
@@ -103,7 +104,7 @@ def inspect_command(
     action_format: ActionFormat,
     chunk: int,
     shard: Shard,
-    on_error: str,
+    on_error: OnError,
     max_new_tokens: int | None,
     max_batch_tokens: int | None,
     **sampling: Any,
@@ -144,7 +145,7 @@ def inspect_command(
     try:
         writer.write(output, chunks)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted("the same command goes on where it stopped") from interrupt
+        raise Interrupted("the same command continues where it stopped") from interrupt
     report = {
         "output": str(output),
         "samples": sampling["samples"],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..optional import require
 from .base import NEW_FILE, NEW_FOLDER, reports
 from .choices import OPS, PROVIDERS, SUITES
+
+if TYPE_CHECKING:
+    from ..tools.bench.problems import Suite
 
 
 @click.command()
@@ -29,7 +32,7 @@ from .choices import OPS, PROVIDERS, SUITES
 @click.option("--plots", type=NEW_FOLDER, help="Write a PNG for each op.")
 @click.option("--profile", type=NEW_FOLDER, help="Write a trace and a table of kernels of each.")
 @reports
-def bench(suite: str | None, plots: Path | None, **options: Any) -> tuple[dict[str, Any], str]:
+def bench(suite: Suite | None, plots: Path | None, **options: Any) -> tuple[dict[str, Any], str]:
     """Check every op against the reference, then time it against its rivals.
 
     Speed, memory, and the fraction of what this machine reaches. Where a check of ours fails,

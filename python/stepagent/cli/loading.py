@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..models.attention import TreeAttention
+
 
 # Of a model on the Hub; what else its folder has is not needed.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -62,7 +64,7 @@ def parse_format(ctx: click.Context, param: click.Parameter, value: str) -> Acti
 def load_model(
     path: str | Path,
     device: str | None = None,
-    attn_implementation: str | None = None,
+    attn_implementation: TreeAttention | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer; None: the attention that transformers chooses.

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..data.trajectory import Skipped, Trajectory
+    from ..data.trajectory import OnError, Skipped, Trajectory
     from ..data.trunk import Trunk
 
 on_error_option = click.option(
@@ -42,13 +42,13 @@ class Reading:
         return [{"where": row.where, "reason": row.reason} for row in self.skipped]
 
 
-def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: str) -> Reading:
+def read(path: Path, tokenizer: PreTrainedTokenizerBase, on_error: OnError) -> Reading:
     """Load and encode a file.
 
     Args:
-        path: As :func:`stepagent.load_trajectories` takes it.
+        path: As `stepagent.load_trajectories` takes it.
         tokenizer: Whose chat template writes the conversations.
-        on_error: "raise", or "skip" to list bad rows on stderr and go on.
+        on_error: "raise", or "skip" to list bad rows on stderr and continue.
 
     Raises:
         ValueError: With the place and the reason, for the first bad row, or where none is left.

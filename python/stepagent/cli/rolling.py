@@ -75,7 +75,8 @@ class Rollout:
     def run(self, keep: Callable[[Episode], bool] = lambda _: True) -> list[Episode]:
         """The episodes, in the order of seeds; those of the file, where it has them.
 
-        :param keep: which of them go to the file.
+        Args:
+            keep: Which of them go to the file.
         """
         from ..records.episode_file import open_episodes
         from ..records.provenance import sitting
@@ -93,7 +94,7 @@ class Rollout:
             except BaseException as stop:
                 if not file.ended:
                     raise
-                note = f"{self._progress(len(file.ended))}; the same command goes on"
+                note = f"{self._progress(len(file.ended))}; the same command continues"
                 if isinstance(stop, KeyboardInterrupt):
                     raise Interrupted(note) from stop
                 click.echo(note, err=True)

@@ -23,7 +23,9 @@ from .reading import on_error_option, read
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from ..data.trajectory import OnError
     from ..learning.config import StepAgentConfig
+    from ..models.attention import TreeAttention
 
 _TRAINING_ARGUMENTS = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -92,10 +94,10 @@ def train(
     eval_data: Path | None,
     env: str | None,
     lora_rank: int | None,
-    attn_implementation: str | None,
+    attn_implementation: TreeAttention | None,
     engine: str | None,
     resume: bool,
-    on_error: str,
+    on_error: OnError,
     inherited: tuple[str, ...],
     **own: Any,
 ) -> tuple[dict[str, Any], str] | None:
@@ -117,7 +119,7 @@ def train(
     agent, tokenizer = load_model(
         model, attn_implementation=attn_implementation, dtype=loading_dtype(config, adapter)
     )
-    # Whoever loads the trained model is told by it what ends an action.
+    # Whoever loads the trained model finds there what ends an action.
     agent.generation_config.eos_token_id = ends_of(reading.trunks)
     from ..learning.trainer import StepAgentTrainer
 
@@ -166,7 +168,7 @@ train.params += options(fields(StepAgentOptions), get_type_hints(StepAgentOption
 def _training_config(inherited: Sequence[str], own: dict[str, Any]) -> StepAgentConfig:
     """From StepAgent's own options and the arguments that are none of them."""
     known = inherited_names()
-    if known is not None:  # a typo is told before transformers is imported
+    if known is not None:  # a typo is an error before transformers is imported
         mine = [field.name for field in fields(StepAgentOptions)]
         check_names(inherited, [*known, *(f"no_{name}" for name in known), *mine])
     from transformers import TrainingArguments

@@ -1,7 +1,7 @@
 """What an agent's text does: the action formats, in which a model writes thought and action.
 
-A format reads a text as thought and action, or says in a word why it cannot. The agent is then told
-so by the format's ``refusal`` in place of an observation, as AgentBench and ETO do, and the step
+A format reads a text as thought and action, or says in a word why it cannot. The agent then
+gets the format's ``refusal`` in place of an observation, as AgentBench and ETO do, and the step
 counts as invalid. The text itself is never changed: it is what the model wrote, and is learnt from.
 """
 
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 _THINK = re.compile(r"\A\s*(?:<think>)?(?P<thought>(?:(?!<think>).)*?)</think>", re.DOTALL)
 # At the start of a line; a thought may quote the words.
@@ -22,6 +22,9 @@ _THOUGHT = re.compile(r"\A[ \t>*#]*Thought[ \t]*:(?:\*\*)?[ \t]*", re.IGNORECASE
 _FENCE = re.compile(r"```[^\S\n]*[\w+-]*[^\S\n]*\n(.*?)\n?[^\S\n]*```", re.DOTALL)
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _QUOTES = ("**", '"', "'", "`", "“”", "‘’", "«»")
+
+
+FormatName: TypeAlias = Literal["plain", "react", "json", "tool_call"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class ActionFormat:
         name: as in records and settings.
         read: the action of a text; raises `NoAction` (or ValueError) where it holds none.
         write: the text of an action alone, as the expert's; without a thought.
-        refusal: what the agent is told of a text without an action.
-        instructions: tells a model to write so; empty where there is nothing to tell.
+        refusal: what the agent reads after a text without an action.
+        instructions: asks a model to write so; may be empty.
     """
 
     name: str
@@ -195,7 +198,7 @@ def _called(name: str, arguments: dict[str, Any]) -> str:
     return " ".join([name, *map(str, arguments.values())]).strip()
 
 
-FORMATS = {
+FORMATS: dict[str, ActionFormat] = {
     "plain": ActionFormat("plain", _plain, instructions="Answer with one action and nothing else."),
     "react": ActionFormat(
         "react",

@@ -21,6 +21,7 @@ from .. import _core
 from ..checks import as_numpy
 
 Step: TypeAlias = Any  # a str, token ids, or whatever `cost` compares
+AlignmentMethod: TypeAlias = Literal["nw", "lcs", "dtw"]
 Cost: TypeAlias = Callable[[Step, Step], float]
 INT32 = np.iinfo(np.int32)
 
@@ -167,7 +168,7 @@ def edit_distance(a: ArrayLike | str, b: ArrayLike | str, *, cutoff: int | None 
         TypeError: for ids or a cutoff that are no integers, and for a string against ids.
     """
     if isinstance(a, str) != isinstance(b, str):
-        raise TypeError("a and b must both be strings, or both token ids")
+        raise TypeError("a and b must both be strings, or both token ids, got one of each")
     limit = 2**62 if cutoff is None else min(_integer("cutoff", cutoff), 2**62)
     return _core.edit_distance(_ids("a", a), _ids("b", b), limit)
 
@@ -179,7 +180,7 @@ def align_steps(
     expert: Sequence[Step],
     agent: Sequence[Step],
     *,
-    method: Literal["nw", "lcs", "dtw"] = "nw",
+    method: AlignmentMethod = "nw",
     cost: Cost | ArrayLike | None = None,
     band: int | None = None,
     cutoff: float | None = None,

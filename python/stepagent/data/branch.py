@@ -22,7 +22,7 @@ class Branch:
 
     Attributes:
         token_ids: (n,) int32, the end token included where it was produced.
-        logps: (n,) float32, the policy's log-prob of each, at temperature 1 whatever the sampling
+        logps: (n,) float32, the policy's log-prob of each, at temperature 1 for any sampling
             temperature.
     """
 
@@ -39,11 +39,14 @@ def agreement(
 ) -> float:
     """The share of actions tried that equal the trunk's own; nan if none.
 
+    Of trunks and branches: the ``agreement`` that training logs, and what `expert_agreement` of
+    `stepagent.evaluation` gives for greedy actions. `stepagent.metrics.agreement` is of an episode.
+
     Args:
         trunks: of which each step has an action of its own.
         branches: ``[i][t]``: the actions tried at step t of ``trunks[i]``.
         form: plain compares token for token; in another format the actions that it reads in the
-            texts are compared, whatever the thoughts. A text without an action equals none.
+            texts are compared, without the thoughts. A text without an action equals none.
         tokenizer: which made the tokens; needed by a format that is not plain.
 
     Raises:

@@ -54,7 +54,7 @@ class ChatTemplate:
     ) -> None:
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no chat template; set its chat_template"
+                f"{type(tokenizer).__name__} must have a chat template, got none: set chat_template"
             )
         self.tokenizer, self.tools, self.arguments = tokenizer, tools, dict(arguments or {})
         self.source = str(tokenizer.get_chat_template(None, tools))
@@ -72,8 +72,8 @@ class ChatTemplate:
         for name in self.arguments:
             if name not in known:
                 raise ValueError(
-                    f"chat_template_kwargs has {name!r}, which the chat template does not know; it "
-                    f"must be one of: {', '.join(sorted(known - _OWN))}"
+                    f"chat_template_kwargs must be among those that the chat template knows, "
+                    f"{', '.join(sorted(known - _OWN))}, got {name!r}"
                 )
         return self.arguments
 

@@ -97,7 +97,7 @@ class ControlTokens:
         """The tokens of a text in which control tokens may be marked.
 
         Raises:
-            ValueError: Where it cannot be told which control tokens the template wrote.
+            ValueError: Where it is unknown which control tokens the template wrote.
         """
         if not self._has_marks(text):
             ids = self.ids(text)

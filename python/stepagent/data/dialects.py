@@ -1,6 +1,6 @@
 """Rows as other tools write them, as the fields of trajectories.
 
-A row is told by its keys: ``messages`` (this package, OpenAI, Hugging Face), ``conversations``
+Its keys say what a row is: ``messages`` (this package, OpenAI, Hugging Face), ``conversations``
 (ShareGPT and who follows it: LLaMA-Factory, axolotl, ETO, AgentGym), ``prompt`` and ``completion``
 (TRL), ``nodes`` (verifiers' Trace). docs/data.md has the table of what is read and refused.
 """
@@ -60,7 +60,7 @@ _HINTS = {
     "instruction": "an Alpaca row has no steps; write it as messages",
     "role": "this is a single message; a row holds a whole conversation",
     "segments": "axolotl's segments have no messages; write them as such, with a loss flag",
-    "text": "a text alone does not tell who said what",
+    "text": "a text alone does not say who said what",
 }
 
 
@@ -75,13 +75,13 @@ def fields_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             `Trajectory`.
     """
     if not isinstance(row, Mapping):
-        raise TypeError(f"a trajectory must be a JSON object, not a {type(row).__name__}")
+        raise TypeError(f"a trajectory must be a JSON object, got a {type(row).__name__}")
     rest = {key: value for key, value in row.items() if value is not None}
     if "nodes" in rest and not {"messages", "conversations"} & rest.keys():
         return from_trace(rest)
     for key in _REFUSED.keys() & rest.keys():
         if rest[key] and ("messages" in rest or "conversations" in rest):
-            raise ValueError(f"the row has {key!r}, which must be absent: {_REFUSED[key]}")
+            raise ValueError(f"the row must be without {key!r}: {_REFUSED[key]}")
     messages, sharegpt = _conversation(rest)
     messages = _with_system(messages, rest.pop("system", ""))
     messages = _apply_settings(messages, rest)
@@ -99,18 +99,19 @@ def _conversation(rest: dict[str, Any]) -> tuple[list[Any], bool]:
     """The messages, taken out of the row, and whether they are ShareGPT's."""
     found = [key for key in ("messages", "conversations") if key in rest]
     if len(found) == 2:
-        raise ValueError("the row has both 'messages' and 'conversations'; it must have one")
+        raise ValueError("the row must have one of 'messages' and 'conversations', got both")
     if not found and {"prompt", "completion"} <= rest.keys():
         return _prompt_completion(rest.pop("prompt"), rest.pop("completion")), False
     if not found:
         hint = next((f": {hint}" for key, hint in _HINTS.items() if key in rest), "")
         raise ValueError(
-            f"no 'messages' and no 'conversations' among the keys {sorted(map(str, rest))}{hint}"
+            "the row must have 'messages' or 'conversations', got the keys "
+            f"{sorted(map(str, rest))}{hint}"
         )
     (key,) = found
     turns = _decoded(key, rest, [])
     if not isinstance(turns, list):
-        raise TypeError(f"{key} is a {type(turns).__name__}; it must be a list of turns")
+        raise TypeError(f"{key} must be a list of turns, got a {type(turns).__name__}")
     if key == "messages" and _have_roles(turns):
         return turns, False
     return [_turn(f"{key}[{i}]", turn) for i, turn in enumerate(turns)], key == "conversations"
@@ -128,7 +129,7 @@ def _prompt_completion(prompt: Any, completion: Any) -> list[Any]:
     """TRL's: what the prompt holds is state only."""
     for name, turns in (("prompt", prompt), ("completion", completion)):
         if not isinstance(turns, list):
-            raise TypeError(f"{name} is a {type(turns).__name__}; it must be a list of messages")
+            raise TypeError(f"{name} must be a list of messages, got a {type(turns).__name__}")
     state = [
         {**turn, "loss": False}
         if isinstance(turn, dict) and turn.get("role") == "assistant"
@@ -142,7 +143,7 @@ def _turn(name: str, turn: Any) -> Any:
     """A turn as a message; one with a role is one already, and checked by `Trajectory`."""
     if isinstance(turn, dict) and turn.get("role") is not None:
         if turn.get("from") is not None and turn.get("value") is not None:
-            raise ValueError(f"{name} has both 'from' and 'role'; it must have one of them")
+            raise ValueError(f"{name} must have one of 'from' and 'role', got both")
         if turn["role"] in CALLERS:  # ms-swift's
             return _caller(name, {**turn, "role": "assistant"}, turn.get("content"))
         if turn["role"] in ("tool_response", "function_response", "observation"):
@@ -151,16 +152,16 @@ def _turn(name: str, turn: Any) -> Any:
     if name.startswith("messages") and not (isinstance(turn, dict) and "from" in turn):
         return turn
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-        raise ValueError(f"{name} is {turn!r}; it must be an object with 'from' and 'value'")
+        raise ValueError(f"{name} must be an object with 'from' and 'value', got {turn!r}")
     rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
     speaker, value = rest.pop("from"), rest.pop("value")
     if turn.get("content") is not None:
-        raise ValueError(f"{name} has both 'value' and 'content'; it must have one of them")
+        raise ValueError(f"{name} must have one of 'value' and 'content', got both")
     if speaker in CALLERS:
         return _caller(name, {"role": "assistant", **rest}, value)
     if speaker not in SPEAKERS:
         allowed = ", ".join((*SPEAKERS, *CALLERS))
-        raise ValueError(f"{name} is from {speaker!r}; allowed: {allowed}")
+        raise ValueError(f"{name} must be from one of: {allowed}, got {speaker!r}")
     return {"role": SPEAKERS[speaker], "content": value, **rest}
 
 
@@ -184,14 +185,14 @@ def _caller(name: str, message: dict[str, Any], text: Any) -> dict[str, Any]:
 def _with_system(messages: list[Any], system: Any) -> list[Any]:
     """The system column is the first message."""
     if not isinstance(system, str):
-        raise TypeError(f"system is {system!r}; it must be a str")
+        raise TypeError(f"system must be a str, got {system!r}")
     if not system:
         return messages
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if first.get("role") in ("system", "developer"):
         if first.get("content") != system:
             raise ValueError(
-                "the row has a 'system' column and another system message; they must agree"
+                "the 'system' column must agree with the system message, got another text"
             )
         return messages
     return [{"role": "system", "content": system}, *messages]
@@ -203,12 +204,12 @@ def _apply_settings(messages: list[Any], rest: dict[str, Any]) -> list[Any]:
         value, allowed = rest.pop(key), _SETTINGS[key]
         if value not in allowed:
             raise ValueError(
-                f"the row has {key} {value!r}; it must be absent or {allowed[0]!r}: every "
-                "assistant message is scored, its end included, unless it has a loss flag"
+                f"{key} must be absent or {allowed[0]!r}, got {value!r}: every assistant message "
+                "is scored, its end included, unless it has a loss flag"
             )
     history = rest.pop("mask_history", False)
     if not isinstance(history, bool):
-        raise TypeError(f"mask_history is {history!r}; it must be true or false")
+        raise TypeError(f"mask_history must be true or false, got {history!r}")
     if not history:
         return messages
     said = [turn.get("role") if isinstance(turn, dict) else None for turn in messages]
@@ -232,10 +233,10 @@ def _tools(rest: dict[str, Any]) -> Any:
     tools = _decoded("tools", rest, [])
     functions = _decoded("functions", rest, [])  # OpenAI's name until 2023
     if tools and functions:
-        raise ValueError("the row has both 'tools' and 'functions'; it must have one")
+        raise ValueError("the row must have one of 'tools' and 'functions', got both")
     tools = tools or functions
     if not isinstance(tools, list):
-        raise TypeError(f"tools is a {type(tools).__name__}; it must be a list")
+        raise TypeError(f"tools must be a list, got a {type(tools).__name__}")
     bare = [isinstance(tool, dict) and "name" in tool and "function" not in tool for tool in tools]
     wrapped = [
         {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
@@ -263,19 +264,19 @@ def _reward_and_meta(rest: dict[str, Any], sharegpt: bool) -> dict[str, Any]:
     """The reward where a row says it by that name, and all else as meta."""
     meta = rest.pop("meta", {})
     if not isinstance(meta, dict):
-        raise TypeError(f"meta is {meta!r}; it must be a dict")
+        raise TypeError(f"meta must be a dict, got {meta!r}")
     reward = rest.pop("reward", None)
     meta = dict(meta)
     if sharegpt and meta.get("reward") is not None:  # a rollout of ETO's
         if reward is not None and reward != meta["reward"]:
             raise ValueError(
-                f"the row has reward {reward!r} and in meta {meta['reward']!r}; they must agree"
+                f"reward must agree with that in meta, {meta['reward']!r}, got {reward!r}"
             )
         reward = meta["reward"]
     if sharegpt:
         meta.pop("reward", None)
     for key, value in rest.items():
         if key in meta and meta[key] != value:
-            raise ValueError(f"the row and its meta have different {key!r}; they must agree")
+            raise ValueError(f"{key!r} of the row must agree with that in meta, got {value!r}")
         meta[key] = value
     return {"reward": reward, "meta": meta}

@@ -35,7 +35,7 @@ def uniforms(seed: int, *keys: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) that depend on ``seed`` and the integer ``keys`` alone.
 
     A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014, over the keys in
-    turn): the number for (trunk, step, sample, token) is the same whatever else is in the batch.
+    turn): the number for (trunk, step, sample, token) does not depend on the batch.
     """
     return next_uniforms(streams(seed, *keys[:-1]), np.asarray(keys[-1], dtype=np.int64))
 

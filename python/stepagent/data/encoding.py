@@ -9,7 +9,7 @@ produce is what the chat template writes of its message after that:
 
 So the second must begin with the first, in tokens too, and must end with a control token, after
 which white space alone may follow. It needs no ``{% generation %}`` in the template. Where the next
-state does not go on from what was produced, the trunk branches (:class:`stepagent.Trunk`).
+state does not continue what was produced, the trunk branches (`stepagent.Trunk`).
 
 docs/encoding.md has the contract, and which templates keep it.
 """
@@ -54,7 +54,7 @@ def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
             part state and part action.
     """
     if not isinstance(trajectory, Trajectory):
-        raise TypeError(f"trajectory is a {type(trajectory).__name__}; it must be a Trajectory")
+        raise TypeError(f"trajectory must be a Trajectory, got a {type(trajectory).__name__}")
     try:
         if "token_ids" in trajectory.meta:
             return _recorded(trajectory, tokenizer)
@@ -155,7 +155,7 @@ class _Conversation:
         prompt, written = (self._control.plain(t[same : same + 40]) for t in (state, text))
         before = self._control.plain(state[max(0, same - 40) : same])
         return ValueError(
-            f"the prompt for messages[{index}] goes on with {prompt!r} after {before!r}, but the "
+            f"the prompt for messages[{index}] continues with {prompt!r} after {before!r}, but the "
             f"chat template writes the message with {written!r} there, so the agent would be "
             "trained on a state that it never sees; template arguments (chat_template_kwargs) may "
             "change that, as may thoughts in reasoning_content"
@@ -181,22 +181,22 @@ class _Conversation:
         unknown = self._tokenizer.unk_token_id
         if unknown is not None and unknown in ids[1:-1]:
             raise ValueError(
-                f"{name} holds {self._unknown(step)!r}, unknown to the tokenizer; an action must "
-                "be made of known tokens"
+                f"{name} must be made of tokens that the tokenizer knows, got "
+                f"{self._unknown(step)!r}"
             )
         ends = self._ends(trunk)
         for token in ids[1:-1]:
             if token in ends:
                 raise ValueError(
-                    f"{name} holds the special token {self._control.contents[token]!r}, which ends "
-                    "a turn; an action must not: it would be read as the template's"
+                    f"{name} must not hold a special token that ends a turn, as it would be read "
+                    f"as the template's, got {self._control.contents[token]!r}"
                 )
         # After the token before: Llama 2's decoder drops the space at the start of a text.
         decoded = self._control.decode(ids)[len(self._control.decode(ids[:1])) :]
         if not self._reads_as(decoded, step.action):
             raise ValueError(
-                f"the tokens of {name} decode to {decoded!a}, but its rendered text is "
-                f"{step.action!a}; the tokenizer must give the text back"
+                f"the tokens of {name} must decode to its rendered text, {step.action!a}, got "
+                f"{decoded!a}"
             )
 
     def _ends(self, trunk: Trunk) -> set[int]:

@@ -88,8 +88,8 @@ class _Fields:
             for token in (t for text in _texts(message) for t in self._control.find(text)):
                 if token in opening:
                     raise ValueError(
-                        f"messages[{index}] holds the special token {token!r}, which opens a turn; "
-                        "an action must not: it would be read as the template's"
+                        f"messages[{index}] must not hold a special token that opens a turn, as it "
+                        f"would be read as the template's, got {token!r}"
                     )
 
     def _check_action(self, step: Step) -> None:
@@ -134,9 +134,8 @@ class _Fields:
         escaped = _squeeze(json.dumps(said, ensure_ascii=False)[1:-1])
         if said not in text and escaped not in text:
             raise ValueError(
-                f"the chat template rewrites messages[{step.index}] (assistant): its {name} is "
-                f"{self._messages[step.index][name]!r}, what it writes is {step.action!r}; it must "
-                "keep contents as they are, or stripped"
+                f"the chat template must keep the {name} of messages[{step.index}] (assistant) as "
+                f"it is, or stripped, {self._messages[step.index][name]!r}, got {step.action!r}"
             )
 
     def _check_observations(self) -> None:
@@ -151,8 +150,8 @@ class _Fields:
             if self._shows(index, message):
                 continue
             raise ValueError(
-                f"the chat template does not write the content of messages[{index}] "
-                f"({message['role']}) in its place; it must write each content"
+                f"the chat template must write the content of messages[{index}] "
+                f"({message['role']}) in its place, got a text without it"
             )
 
     def _shows(self, index: int, message: Message) -> bool:

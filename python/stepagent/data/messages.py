@@ -39,9 +39,9 @@ INVERTED_FLAGS = ("masked",)
 
 # Keys that change what a message means and that no template writes.
 REFUSED = {
-    "prefix": "the beginning of a turn that the model is to go on with has no end to be scored",
-    "partial": "the beginning of a turn that the model is to go on with has no end to be scored",
-    "prefill": "the beginning of a turn that the model is to go on with has no end to be scored",
+    "prefix": "the beginning of a turn that the model is to continue has no end to be scored",
+    "partial": "the beginning of a turn that the model is to continue has no end to be scored",
+    "prefill": "the beginning of a turn that the model is to continue has no end to be scored",
     "train_detail": "parts of an action cannot be left out; give the whole message a loss flag",
     "training_detail": "parts of an action cannot be left out; give the whole message a loss flag",
     "refusal": "put what the model said into content",
@@ -84,9 +84,7 @@ def normalize(name: str, message: Any) -> dict[str, Any]:
     if not (message.keys() == {"role", "content"} and isinstance(message["content"], str)):
         plain = _unfold(name, {key: value for key, value in message.items() if value is not None})
     if plain["role"] not in ROLES:
-        raise ValueError(
-            f"{name} has role {plain['role']!r}; it must be one of: {', '.join(ROLES)}"
-        )
+        raise ValueError(f"{name} role must be one of: {', '.join(ROLES)}, got {plain['role']!r}")
     for key in ("content", "reasoning_content"):
         if key in plain:
             _check_unicode(f"{name} has {key}", plain[key])
@@ -101,10 +99,10 @@ def is_step(message: dict[str, Any]) -> bool:
 def _unfold(name: str, message: dict[str, Any]) -> dict[str, Any]:
     """The form of a message that is more than a role and a text."""
     if "role" not in message:
-        raise ValueError(f"{name} has no 'role'")
+        raise ValueError(f"{name} must have a 'role', got none")
     for key, reason in REFUSED.items():
         if message.get(key):
-            raise ValueError(f"{name} has {key!r}, which must be absent: {reason}")
+            raise ValueError(f"{name} must be without {key!r}: {reason}")
     message = {key: value for key, value in message.items() if key not in REFUSED}
     if message["role"] == "function":  # OpenAI's name for the tool until 2023
         message["role"] = "tool"
@@ -118,7 +116,7 @@ def _unfold(name: str, message: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name} has {what}, which must be an assistant's, got {message['role']}")
     if content is None and not (calls or reasoning):
         beside = " or tool_calls" if assistant else ""
-        raise ValueError(f"{name} has no 'content'; it must have a text{beside}")
+        raise ValueError(f"{name} must have a text as 'content'{beside}, got none")
     plain: dict[str, Any] = {"role": message.pop("role"), "content": content or ""}
     if reasoning:
         plain["reasoning_content"] = reasoning
@@ -133,8 +131,7 @@ def _text(name: str, content: Any) -> tuple[str | None, str]:
         return content, ""
     if not isinstance(content, list):
         raise TypeError(
-            f"{name} has content of type {type(content).__name__}; it must be a str, or a list of "
-            "text parts"
+            f"{name} content must be a str, or a list of text parts, got a {type(content).__name__}"
         )
     texts: list[str] = []
     thoughts: list[str] = []
@@ -143,12 +140,12 @@ def _text(name: str, content: Any) -> tuple[str | None, str]:
         kind, value = _part(place, part)
         if kind in ("thinking", "reasoning"):
             if texts:
-                raise ValueError(f"{place} is a thought, which must stand before the text")
+                raise ValueError(f"{place} must stand before the text, got a thought after it")
             thoughts.append(value)
         elif kind in TEXT_PARTS:
             texts.append(value)
         else:
-            raise ValueError(f"{place} is of type {kind!r}; it must be text: only that is scored")
+            raise ValueError(f"{place} must be text, as only that is scored, got type {kind!r}")
     return "".join(texts), "".join(thoughts)
 
 
@@ -172,11 +169,13 @@ def _reasoning(name: str, message: dict[str, Any], thoughts: str) -> str:
     for key in REASONING:
         value = message.pop(key, "")
         if not isinstance(value, str):
-            raise TypeError(f"{name} has {key} of type {type(value).__name__}; it must be a str")
+            raise TypeError(f"{name} {key} must be a str, got a {type(value).__name__}")
         if value:
             found[key] = value
     if len(set(found.values())) > 1:
-        raise ValueError(f"{name} has different thoughts in {', '.join(found)}; they must agree")
+        raise ValueError(
+            f"{name} must have one text of thoughts, got different ones in {', '.join(found)}"
+        )
     return next(iter(found.values()), "")
 
 
@@ -186,17 +185,17 @@ def _loss(name: str, message: dict[str, Any], assistant: bool) -> bool:
     for key, value in told.items():
         if value not in (0, 1):  # True and False are 1 and 0
             raise ValueError(
-                f"{name} has {key} {value!r}; it must be true or false, 1 or 0: a step is scored "
-                "whole or not at all"
+                f"{name} {key} must be true or false, 1 or 0, as a step is scored whole or not at "
+                f"all, got {value!r}"
             )
     scored = {key: bool(value) != (key in INVERTED_FLAGS) for key, value in told.items()}
     if len(set(scored.values())) > 1:
-        raise ValueError(f"{name} has loss flags that contradict each other: {told}")
+        raise ValueError(f"{name} must have loss flags that agree, got {told}")
     if not assistant and any(scored.values()):
         key = next(iter(scored))
         raise ValueError(
-            f"{name} ({message['role']}) has {key} {told[key]!r}; only assistant messages are "
-            "scored, so it must be absent or say no"
+            f"{name} {key} must be absent or say no, as only assistant messages are scored, got "
+            f"{told[key]!r} of role {message['role']}"
         )
     return not assistant or all(scored.values())
 
@@ -209,9 +208,9 @@ def _calls(name: str, message: dict[str, Any]) -> list[dict[str, Any]]:
         calls = _json(f"{name} tool_calls", calls)
     calls = calls or []
     if not isinstance(calls, list):
-        raise TypeError(f"{name} has tool_calls of type {type(calls).__name__}; it must be a list")
+        raise TypeError(f"{name} tool_calls must be a list, got a {type(calls).__name__}")
     if calls and legacy:
-        raise ValueError(f"{name} has both tool_calls and function_call; it must have one of them")
+        raise ValueError(f"{name} must have one of tool_calls and function_call, got both")
     calls = calls or ([legacy] if legacy else [])
     return [tool_call(f"{name} tool_calls[{i}]", call) for i, call in enumerate(calls)]
 
@@ -227,7 +226,7 @@ def tool_call(name: str, call: Any) -> dict[str, Any]:
         raise TypeError(f"{name} must be a dict, got a {type(call).__name__}")
     outer = {key: value for key, value in call.items() if value is not None}
     if outer.setdefault("type", "function") != "function":
-        raise ValueError(f"{name} has type {outer['type']!r}; it must be 'function'")
+        raise ValueError(f"{name} type must be 'function', got {outer['type']!r}")
     inner = outer.pop("function", None)
     if inner is None:
         inner = {key: outer.pop(key) for key in ("name", "arguments") if key in outer}

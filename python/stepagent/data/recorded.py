@@ -46,8 +46,8 @@ def scored_spans(
     actions = [i for i, m in enumerate(trajectory.messages) if m["role"] == "assistant"]
     if len(spans) not in (len(steps), len(actions)):
         raise ValueError(
-            f"meta has {len(spans)} action_spans for {len(actions)} assistant messages, of which "
-            f"{len(steps)} are scored; there must be one each"
+            f"action_spans in meta must be one for each of the {len(actions)} assistant messages, "
+            f"or of the {len(steps)} that are scored, got {len(spans)}"
         )
     known = len(tokenizer)
     if token_ids.max() >= known:

@@ -1,6 +1,6 @@
 """Rows of what trajectories are read from: files, datasets, lists; each with its place for errors.
 
-The format of a file is told from its content, never from its name.
+The format of a file is found in its content, never from its name.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def without_nulls(value: Any) -> Any:
 def _file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         raise ValueError(
-            f"{path} is a directory; it must be a JSONL, JSON or Parquet file, or what "
+            f"{path} must be a JSONL, JSON or Parquet file, got a directory: pass what "
             "datasets.load_from_disk makes of it"
         )
     content = path.read_bytes()
@@ -85,9 +85,9 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8: {error}") from error
+        raise ValueError(f"{path} must be valid UTF-8: {error}") from error
     if not text.strip():
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} must hold at least one row, got an empty file")
     yield from _json(path, text)
 
 
@@ -102,7 +102,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for index, row in enumerate(rows):
                 yield f"{path}: row {index}", without_nulls(row)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+        raise ValueError(f"{path} must be a readable Parquet file: {error}") from error
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ def from_trace(trace: dict[str, Any]) -> list[dict[str, Any]]:
     branches = [_branch(trace, nodes, path, seen) for path in _paths(nodes)]
     found = [branch for branch in branches if branch is not None]
     if not found:
-        raise ValueError("the trace has no message that a model sampled; one must be scored")
+        raise ValueError("the trace must have a message that a model sampled, got none")
     if len(found) > 1:
         for number, branch in enumerate(found):
             branch["id"] = f"{branch['id']}/{number}"
@@ -42,21 +42,25 @@ def from_trace(trace: dict[str, Any]) -> list[dict[str, Any]]:
 def _check_node(name: str, node: dict[str, Any], index: int) -> None:
     parent = node.get("parent")
     if parent is not None and not (type(parent) is int and 0 <= parent < index):
-        raise ValueError(f"{name} has parent {parent!r}; it must be that of an earlier node")
+        raise ValueError(f"{name} parent must be an earlier node, got {parent!r}")
     if not isinstance(node.get("message"), dict):
-        raise TypeError(f"{name} has no message; it must be an object")
+        raise TypeError(f"{name} message must be an object, got none")
     ids, mask = node.get("token_ids", []), node.get("mask", [])
     if len(ids) != len(mask):
-        raise ValueError(f"{name} has {len(ids)} token_ids and a mask of {len(mask)}")
+        raise ValueError(f"{name} mask must be as long as token_ids, {len(ids)}, got {len(mask)}")
     if any(mask) and not node.get("sampled"):
-        raise ValueError(f"{name} has sampled tokens, but sampled is not true")
+        raise ValueError(
+            f"{name} sampled must be true where tokens are, got {node.get('sampled')!r}"
+        )
     if any(mask) and node["message"].get("role") != "assistant":
-        raise ValueError(f"{name} has sampled tokens, so it must be an assistant's")
+        raise ValueError(f"{name} must be an assistant's where tokens are sampled")
     logprobs = node.get("logprobs", [])
     if logprobs and len(logprobs) != sum(mask):
-        raise ValueError(f"{name} has {sum(mask)} sampled tokens and {len(logprobs)} logprobs")
+        raise ValueError(
+            f"{name} must have {sum(mask)} logprobs, as sampled tokens, got {len(logprobs)}"
+        )
     if sum(a != b for a, b in zip([False, *mask], [*mask, False], strict=True)) > 2:
-        raise ValueError(f"{name} has sampled tokens with gaps; they must be one run")
+        raise ValueError(f"{name} sampled tokens must be one run, got gaps")
 
 
 def _paths(nodes: list[dict[str, Any]]) -> Iterator[list[int]]:
@@ -122,8 +126,7 @@ def _check_whole(nodes: list[dict[str, Any]], path: list[int]) -> None:
     for index in path:
         if not nodes[index].get("token_ids"):
             raise ValueError(
-                f"nodes[{index}] has no token_ids beside nodes that have some; the tokens of a "
-                "branch must be whole"
+                f"nodes[{index}] must have token_ids, as other nodes of its branch do, got none"
             )
 
 

@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ..files import write_text
 from .dialects import fields_of
 from .messages import ROLES as ROLES
 from .messages import is_plain, is_step, normalize
 from .rows import Source, rows_of
+
+OnError: TypeAlias = Literal["raise", "skip"]  # of a row that is no trajectory
 
 # Arguments of apply_chat_template that are no template's own.
 _RESERVED = frozenset(
@@ -62,13 +64,15 @@ class Trajectory:
         self.messages = _checked_messages(self.messages)
         self.reward = _finite_reward(self.reward)
         if not isinstance(self.id, str | None):
-            raise TypeError(f"id is {self.id!r}; it must be a str or None")
+            raise TypeError(f"id must be a str or None, got {self.id!r}")
         for name in ("meta", "chat_template_kwargs"):
             value = getattr(self, name)
             if not isinstance(value, dict):
-                raise TypeError(f"{name} is {value!r}; it must be a dict")
+                raise TypeError(f"{name} must be a dict, got {value!r}")
         for name in _RESERVED & self.chat_template_kwargs.keys():
-            raise ValueError(f"chat_template_kwargs has {name!r}, which must not be given there")
+            raise ValueError(
+                f"chat_template_kwargs must hold arguments of the template alone, got {name!r}"
+            )
         _check_tools(self.tools)
 
     @property
@@ -113,7 +117,7 @@ def iterate_trajectories(
 ) -> Iterator[tuple[str, Trajectory | Skipped]]:
     """Each trajectory of a source with its place there; a `Skipped` for a row that is none.
 
-    Takes and raises what :func:`load_trajectories` does, except for bad rows; ``name`` is that of
+    Takes and raises what `load_trajectories` does, except for bad rows; ``name`` is that of
     a source that is no file, in places.
     """
     for where, row in rows_of(source, split, name):
@@ -131,16 +135,16 @@ def load_trajectories(
     source: Source,
     *,
     split: str | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
 ) -> list[Trajectory]:
     """Read the trajectories of a file, a dataset or a list of rows; at least one.
 
     Args:
-        source: A path (JSONL, JSON or Parquet, told from its content), a ``datasets.Dataset`` or
+        source: A path (JSONL, JSON or Parquet, by its content), a ``datasets.Dataset`` or
             ``DatasetDict``, or an iterable of rows. docs/data.md lists the forms of a row.
         split: Which of a ``DatasetDict``; it may be left out where there is one.
         on_error: With "skip", rows that are no trajectory are left out, each with a
-            :class:`UserWarning` that names place and reason.
+            `UserWarning` that names place and reason.
 
     Raises:
         FileNotFoundError: For a file that is not there.
@@ -175,13 +179,13 @@ def save_trajectories(path: str | os.PathLike[str], trajectories: Iterable[Traje
     """
     lines = [_to_line(index, trajectory) for index, trajectory in enumerate(trajectories)]
     if not lines:
-        raise ValueError(f"no trajectories to save to {path}; an empty file cannot be loaded")
+        raise ValueError(f"trajectories must hold at least one to save to {path}, got none")
     write_text(path, "".join(lines))
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
-        raise TypeError(f"messages is a {type(messages).__name__}; it must be a list of dicts")
+        raise TypeError(f"messages must be a list of dicts, got a {type(messages).__name__}")
     checked = [
         message if is_plain(message) else normalize(f"messages[{index}]", message)
         for index, message in enumerate(messages)
@@ -189,21 +193,21 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if any(map(is_step, checked)):
         return checked
     if any(message["role"] == "assistant" for message in checked):
-        raise ValueError("every assistant message has a loss flag that says no; one must be scored")
-    raise ValueError(f"none of the {len(messages)} messages is an assistant's; one must be")
+        raise ValueError("an assistant message must be scored, got loss flags that say no in all")
+    raise ValueError(f"a message must be an assistant's, got none among {len(messages)}")
 
 
 def _check_tools(tools: Any) -> None:
     if tools is None:
         return
     if not isinstance(tools, list) or not tools:
-        raise TypeError(f"tools is {tools!r}; it must be a non-empty list of dicts, or None")
+        raise TypeError(f"tools must be a non-empty list of dicts, or None, got {tools!r}")
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(
-                f"tools[{index}] is {tool!r}; it must be a dict with 'type': 'function' and a "
-                "'function' that has a name"
+                f"tools[{index}] must be a dict with 'type': 'function' and a 'function' that has "
+                f"a name, got {tool!r}"
             )
 
 
@@ -211,9 +215,9 @@ def _finite_reward(reward: Any) -> float | None:
     if reward is None:
         return None
     if isinstance(reward, bool) or not isinstance(reward, Real):
-        raise TypeError(f"reward is {reward!r}; it must be a float or None")
+        raise TypeError(f"reward must be a float or None, got {reward!r}")
     if not math.isfinite(reward):
-        raise ValueError(f"reward is {reward!r}; it must be finite")
+        raise ValueError(f"reward must be finite, got {reward!r}")
     return float(reward)
 
 
@@ -227,7 +231,9 @@ def _trajectories_of(row: Any) -> list[Trajectory]:
 
 def _to_line(index: int, trajectory: Trajectory) -> str:
     if not isinstance(trajectory, Trajectory):
-        raise TypeError(f"trajectories[{index}] is a {type(trajectory).__name__}, no Trajectory")
+        raise TypeError(
+            f"trajectories[{index}] must be a Trajectory, got a {type(trajectory).__name__}"
+        )
     try:
         line = json.dumps(vars(trajectory), allow_nan=False)
         same = json.loads(line) == vars(trajectory)

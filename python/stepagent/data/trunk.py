@@ -1,13 +1,13 @@
 """Trunks: a trajectory's tokens, and which of them are its actions.
 
 Mostly a trunk is one line of tokens. Where a chat template rewrites history, as Qwen3's leaves out
-the thoughts of earlier turns, the next state does not go on from what was produced; then the line
+the thoughts of earlier turns, the next state does not continue what was produced; then the line
 goes back to the last token that both have in common, and on from there:
 
     input_ids   u o₁ t₁ a₁ │ a₁ o₂ t₂ a₂     u task, o observation, t thought, a action
     rewinds                 └ after u o₁
 
-Each action hangs on exactly the state that the agent saw. docs/encoding.md draws the tree.
+Each action follows exactly the state that the agent saw. docs/encoding.md draws the tree.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Trunk:
         action_spans: (T, 2), T ≥ 1, each ``[start, end)`` with 1 ≤ start < end ≤ L, ascending, not
             overlapping; the end-of-turn token is inside the span. A span starts at 1 at the
             earliest because a row must predict its first token.
-        rewinds: (K, 2), each ``[at, depth]``: the token ``at`` and those after it go on from the
+        rewinds: (K, 2), each ``[at, depth]``: the token ``at`` and those after it follow the
             first ``depth`` tokens of the line before it. Ascending, after the action before and
             before the last token of a state, each back: ``depth`` is less than the tokens before.
             Empty where the trunk is one line.
@@ -72,7 +72,7 @@ class Trunk:
 
     @property
     def action_mask(self) -> NDArray[np.bool_]:
-        """(L,), True for the tokens of actions, as :func:`stepagent.pack_sequences` takes it."""
+        """(L,), True for the tokens of actions, as `stepagent.pack_sequences` takes it."""
         mask = np.zeros(len(self.input_ids), dtype=bool)
         for start, end in self.action_spans:
             mask[start:end] = True
@@ -134,9 +134,9 @@ def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except ValueError as error:  # ragged lists
-        raise ValueError(f"{name} is not an array: {error}") from error
+        raise ValueError(f"{name} must be an array: {error}") from error
     if array.size and array.dtype not in (np.int32, np.int64):
-        raise TypeError(f"{name} has dtype {array.dtype}; it must be int32 or int64")
+        raise TypeError(f"{name} must be int32 or int64, got {array.dtype}")
     return array.astype(np.int64)
 
 
@@ -148,14 +148,14 @@ def _frozen_int32(array: NDArray[np.int64]) -> NDArray[np.int32]:
 
 def _check_ids(ids: NDArray[np.int64]) -> None:
     if ids.ndim != 1:
-        raise ValueError(f"input_ids has shape {ids.shape}; it must be one-dimensional")
+        raise ValueError(f"input_ids must be one-dimensional, got shape {ids.shape}")
     for index in np.flatnonzero((ids < 0) | (ids > INT32_MAX))[:1]:
-        raise ValueError(f"input_ids[{index}] is {ids[index]}; ids must lie in [0, {INT32_MAX}]")
+        raise ValueError(f"input_ids[{index}] must lie in [0, {INT32_MAX}], got {ids[index]}")
 
 
 def _check_spans(spans: NDArray[np.int64], length: int) -> None:
     if spans.ndim != 2 or spans.shape[1] != 2 or len(spans) == 0:
-        raise ValueError(f"action_spans has shape {spans.shape}; it must be (T, 2) with T >= 1")
+        raise ValueError(f"action_spans must be (T, 2) with T >= 1, got shape {spans.shape}")
     previous_end = 1
     for index, (start, end) in enumerate(spans.tolist()):
         if start < 1:
@@ -169,12 +169,12 @@ def _check_spans(spans: NDArray[np.int64], length: int) -> None:
         else:
             previous_end = end
             continue
-        raise ValueError(f"action_spans[{index}] is [{start}, {end}); it {rule}")
+        raise ValueError(f"action_spans[{index}] {rule}, got [{start}, {end})")
 
 
 def _check_rewinds(rewinds: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
     if rewinds.ndim != 2 or rewinds.shape[1] != 2:
-        raise ValueError(f"rewinds has shape {rewinds.shape}; it must be (K, 2)")
+        raise ValueError(f"rewinds must be (K, 2), got shape {rewinds.shape}")
     before, depth = 0, 0
     for index, (at, back) in enumerate(rewinds.tolist()):
         step = int(np.searchsorted(spans[:, 0], at, side="right"))  # the next action's
@@ -189,4 +189,4 @@ def _check_rewinds(rewinds: NDArray[np.int64], spans: NDArray[np.int64]) -> None
         else:
             before, depth = at, back
             continue
-        raise ValueError(f"rewinds[{index}] is [{at}, {back}]; it {rule}")
+        raise ValueError(f"rewinds[{index}] {rule}, got [{at}, {back}]")

@@ -33,17 +33,18 @@ _TOO_LONG = re.compile(
 class Server:
     """A running server.
 
-    :param url: as `stepagent.address.Address` reads it: with or without ``/v1``, with
-        another base path, or with an endpoint; a query string goes with every request, a user and
-        password as basic authentication.
-    :param model: the name under which the model is served; None: the only one there is.
-    :param api_key: sent as a bearer token, where there is one.
-    :param concurrency: requests under way at once.
-    :param timeout: seconds to wait for a connection, and for an answer, before another try.
-    :param retries: further tries after a lost connection, a timeout, or status 408, 409, 425, 429
-        or 5xx, the first after ``backoff`` seconds, each after twice the time of the one before it
-        with a random part on top; or after the seconds, or at the date, of ``Retry-After``.
-    :param budget: seconds after which no further try of a request begins.
+    Args:
+        url: As `stepagent.address.Address` reads it: with or without ``/v1``, with another base
+            path, or with an endpoint; a query string goes with every request, a user and password
+            as basic authentication.
+        model: The name under which the model is served; None: the only one there is.
+        api_key: Sent as a bearer token, where there is one.
+        concurrency: Requests under way at once.
+        timeout: Seconds to wait for a connection, and for an answer, before another try.
+        retries: Further tries after a lost connection, a timeout, or status 408, 409, 425, 429 or
+            5xx, the first after ``backoff`` seconds, each after twice the time of the one before it
+            with a random part on top; or after the seconds, or at the date, of ``Retry-After``.
+        budget: Seconds after which no further try of a request begins.
     """
 
     def __init__(
@@ -78,11 +79,14 @@ class Server:
         read: Callable[[int, Any], T],
         refused: Callable[[int, RequestRefused], T] | None = None,
     ) -> list[T]:
-        """What ``read`` makes of each answer, told the request's place; the first failure ends all.
+        """What ``read`` makes of each answer and its request's place; the first failure ends all.
 
-        :param refused: what comes of a request that the server refuses for what it holds, as one
-            that is too long (status 400, 413, 422); None: it ends all too.
-        :raises EngineError: where the server cannot be reached or refuses.
+        Args:
+            refused: What comes of a request that the server refuses for what it holds, as one that
+                is too long (status 400, 413, 422); None: it ends all too.
+
+        Raises:
+            EngineError: Where the server cannot be reached or refuses.
         """
 
         async def ask_all(client: AsyncClient) -> list[T]:
@@ -106,7 +110,7 @@ class Server:
         return self._connected(ask_all)
 
     def tell(self, path: str, request: dict[str, Any]) -> None:
-        """One request whose answer is its status alone; EngineError as :meth:`post`."""
+        """One request whose answer is its status alone; EngineError as `post`."""
         self._connected(lambda client: self._answered(client, "POST", path, request))
 
     def models(self) -> dict[str, str | None]:
@@ -140,7 +144,7 @@ class Server:
             async with client:
                 return await work(client)
 
-        # A loop in a thread of its own: a notebook's loop is in the way of none, and Ctrl-C here
+        # A loop in a thread of its own: it works beside a notebook's loop, and Ctrl-C here
         # cancels what is under way there, which tells the server to stop.
         with start_blocking_portal("asyncio") as portal:
             return portal.call(connect)

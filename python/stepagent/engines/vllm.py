@@ -25,7 +25,7 @@ class VLLMEngine(Engine):
     def __init__(self, llm: Any) -> None:
         mode = llm.llm_engine.model_config.logprobs_mode
         if mode != "raw_logprobs":
-            raise ValueError(f"logprobs_mode must be 'raw_logprobs', the llm has {mode!r}")
+            raise ValueError(f"logprobs_mode must be 'raw_logprobs', got {mode!r}")
         self._llm = llm
         self._adapters: dict[str, Any] = {}  # by name, as requests are given them
         self._adapter: Any = None

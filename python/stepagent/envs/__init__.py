@@ -32,15 +32,18 @@ _splits: dict[str, tuple[str, ...]] = {}  # of those that have some
 def register(prefix: str, factory: Callable[..., TextEnv], *, splits: Sequence[str] = ()) -> None:
     """Let ``make("prefix:task")`` return ``factory("task")``; without a task it is ``""``.
 
-    :param splits: the names of the parts that its episodes are split into, where they are. The
-        factory is then called with one of them too, ``factory("task", "train")``: with the first
-        where none is asked for.
-    :raises ValueError: for a prefix that is empty, holds a ":" or is taken.
+    Args:
+        splits: The names of the parts that its episodes are split into, where they are. The factory
+            is then called with one of them too, ``factory("task", "train")``: with the first where
+            none is asked for.
+
+    Raises:
+        ValueError: For a prefix that is empty, holds a ":" or is taken.
     """
     if not prefix or ":" in prefix:
         raise ValueError(f"prefix must be a non-empty text without ':', got {prefix!r}")
     if prefix in _factories:
-        raise ValueError(f"environment {prefix!r} is already registered")
+        raise ValueError(f"prefix must be a new one, got {prefix!r}, which is already registered")
     _factories[prefix] = factory
     if splits:
         _splits[prefix] = tuple(splits)
@@ -64,8 +67,8 @@ def factory(name: str, split: str | None = None) -> Callable[[], TextEnv]:
         return _own_factory(name, split)
     splits = _splits.get(prefix, ())
     if split is not None and split not in splits:
-        has = f"it has {', '.join(splits)}" if splits else "it has none"
-        raise ValueError(f"environment {prefix!r} has no split {split!r}: {has}")
+        allowed = f"one of {', '.join(splits)}" if splits else "None"
+        raise ValueError(f"split of environment {prefix!r} must be {allowed}, got {split!r}")
     chosen = [split or splits[0]] if splits else []
     return partial(_factories[prefix], task, *chosen)
 
@@ -76,17 +79,19 @@ def shown_name(name: str) -> str:
 
 
 def _own_factory(name: str, split: str | None) -> Callable[[], TextEnv]:
-    """Of ``module:Class``, which is imported here so that a wrong name is told at once."""
+    """Of ``module:Class``, which is imported here so that a wrong name is an error at once."""
     own = _OWN.fullmatch(name)
     if own is None:
         registered = ", ".join(sorted(_factories))
         raise ValueError(
-            f"unknown environment {shown_name(name)!r}: the registered ones are {registered}, and "
-            "your own is module:Class"
+            f"environment must be one of {registered}, or your own module:Class, got "
+            f"{shown_name(name)!r}"
         )
     _maker(own["module"], own["maker"])
     if split is not None:
-        raise ValueError(f"environment {name!r} has no split {split!r}: register() gives it some")
+        raise ValueError(
+            f"split of environment {name!r} must be None, got {split!r}: register() gives it some"
+        )
     return partial(_make_own, own["module"], own["maker"], own["task"])
 
 
@@ -99,11 +104,13 @@ def _maker(module: str, maker: str) -> Callable[..., TextEnv]:
             raise  # the module is there, and what it imports is not
         registered = ", ".join(sorted(_factories))
         raise ValueError(
-            f"unknown environment {f'{module}:{maker}'!r}: there is no module {module!r} here, and "
-            f"the registered ones are {registered}"
+            f"environment must be one of {registered}, or of a module that is found here, got "
+            f"{f'{module}:{maker}'!r}"
         ) from error
     except AttributeError as error:
-        raise ValueError(f"module {module!r} has no {maker!r} to make an environment") from error
+        raise ValueError(
+            f"module {module!r} must have {maker!r} to make an environment, got none"
+        ) from error
     if not callable(found):
         raise TypeError(f"{module}:{maker} must be a class or a function, got {found!r}")
     return found  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """A client of AgentGym's environment servers: ``agentgym:http://host:port``.
 
-The servers speak one of two dialects, told apart by the answer to ``POST /create``:
+The servers speak one of two dialects, known by the answer to ``POST /create``:
 
 * ``{"id": 0}`` (BabyAI, ScienceWorld, ALFWorld, TextCraft, …): ``POST /reset`` and ``/step`` name
   the environment by ``id`` and answer ``{"observation", "reward", "score", "done", …}``;
@@ -44,12 +44,15 @@ class AgentGymTextEnv:
     The task is done where the episode ends with the score 1. Servers have no expert, and few say
     that a text was no action: ``valid`` is False where the observation is a refusal known to us.
 
-    :param address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100.
-        A user and password in it are sent, and are no part of the name.
-    :param timeout: seconds to wait for an answer.
-    :raises ValueError: for another address.
-    :raises AgentGymError: where the server cannot be reached or fails, or gives an environment that
-        another client on this machine holds; so do the methods.
+    Args:
+        address: ``http://host:port``; ``?scale=100`` for a server whose full score is 100. A user
+            and password in it are sent, and are no part of the name.
+        timeout: Seconds to wait for an answer.
+
+    Raises:
+        ValueError: For another address.
+        AgentGymError: Where the server cannot be reached or fails, or gives an environment that
+            another client on this machine holds; so do the methods.
     """
 
     actions: tuple[str, ...] = ()  # servers do not list them
@@ -227,8 +230,8 @@ def parse_address(address: str) -> tuple[str, float]:
         scale = 0.0
     if parts.scheme not in ("http", "https") or not parts.hostname or query or not scale > 0:
         raise ValueError(
-            f"{without_user(address)!r} is no AgentGym server: it is http://host:port, "
-            "and ?scale=100 where its full score is 100"
+            f"address must be http://host:port, with ?scale=100 where its full score is 100, got "
+            f"{without_user(address)!r}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}", scale
 

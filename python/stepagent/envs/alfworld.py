@@ -20,7 +20,8 @@ def game_files(task: str, split: str) -> list[Path]:
     They lie in ``$ALFWORLD_DATA/json_2.1.1/SPLIT/TASK-…/TRIAL/game.tw-pddl``, where the package's
     ``alfworld-download`` puts them. Movable receptacles and slices are left out, as ALFWorld does.
 
-    :raises FileNotFoundError: where there are none, naming the folder and how to get them.
+    Raises:
+        FileNotFoundError: Where there are none, naming the folder and how to get them.
     """
     data = Path(os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")).expanduser()
     folder = data / "json_2.1.1" / split
@@ -84,7 +85,7 @@ class ALFWorldTextEnv:
     def check_seed(self, seed: int) -> None:
         """ValueError for a seed beyond the split."""
         if not 0 <= seed < len(self._games):
-            raise ValueError(f"{self.name} has no seed {seed}: it has {len(self._games)}, from 0")
+            raise ValueError(f"seed of {self.name} must lie in [0, {len(self._games)}), got {seed}")
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by an admissible command; ``info["invalid"]`` is "inadmissible action"."""

@@ -87,10 +87,12 @@ def level_id(level: str) -> str:
     """The gymnasium id of a BabyAI level: ``GoToObjS6`` is ``BabyAI-GoToObjS6-v1``."""
     ids = {id.split("-")[1]: id for id in gymnasium.registry if id.startswith("BabyAI-")}
     if not level:
-        raise ValueError(f"BabyAI needs a level, as babyai:GoToLocal; there are {', '.join(ids)}")
+        raise ValueError(
+            f"level of BabyAI must be given, as babyai:GoToLocal, one of {', '.join(ids)}"
+        )
     if level not in ids:
         near = ", ".join(difflib.get_close_matches(level, ids, n=5, cutoff=0.3)) or "GoToLocal"
-        raise ValueError(f"unknown BabyAI level {level!r}: there is, for example, {near}")
+        raise ValueError(f"level of BabyAI must be a known one, for example {near}, got {level!r}")
     return ids[level]
 
 
@@ -257,7 +259,7 @@ class _Bot(BabyAIBot):
 
 
 class _Expert:
-    """minigrid's bot, told every action the agent takes, so that it can answer at any state.
+    """minigrid's bot, given every action the agent takes, so that it can answer at any state.
 
     The bot keeps a plan and repairs it after actions that were not its own. Where that fails (the
     agent opened, so destroyed, a box; it closed the door to what it had seen), a new bot starts

@@ -76,9 +76,10 @@ class EnvPool(Protocol):
 def open_pool(make: EnvFactory, workers: int, timeout: float | None) -> Iterator[EnvPool]:
     """A pool in this process (``workers=0``) or in that many others, closed in the end.
 
-    :param timeout: seconds that one call may take; None: `WORKER_TIMEOUT` in a worker, any time in
-        this process. Here a call is interrupted where it runs Python code or waits: one that never
-        leaves a library's C code is not, for which there are workers.
+    Args:
+        timeout: Seconds that one call may take; None: `WORKER_TIMEOUT` in a worker, any time in
+            this process. Here a call is interrupted where it runs Python code or waits: one that
+            never leaves a library's C code is not, for which there are workers.
     """
     pool: LocalPool | WorkerPool
     if workers:
@@ -229,7 +230,7 @@ class WorkerPool:
         return outcomes
 
     def expert_actions(self, places: Sequence[int]) -> list[str | None]:
-        """As :func:`expert_actions`, of the environments at these places."""
+        """As `expert_actions`, of the environments at these places."""
         answers = self._exchange([(place, "expert_action", ()) for place in places])
         crashes = [answer for answer in answers if isinstance(answer, EnvCrash)]
         self._lost |= {crash.place: crash for crash in crashes[1:]}

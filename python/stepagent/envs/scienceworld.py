@@ -73,9 +73,13 @@ class ScienceWorldTextEnv:
 
     def __init__(self, task: str = "", split: str = "train") -> None:
         if task and task not in TASKS:
-            raise ValueError(f"unknown ScienceWorld task {task!r}: there are {', '.join(TASKS)}")
+            raise ValueError(
+                f"task of ScienceWorld must be one of {', '.join(TASKS)}, got {task!r}"
+            )
         if split not in SPLITS:
-            raise ValueError(f"ScienceWorld has no split {split!r}: there are {', '.join(SPLITS)}")
+            raise ValueError(
+                f"split of ScienceWorld must be one of {', '.join(SPLITS)}, got {split!r}"
+            )
         self.name = f"scienceworld:{task}" if task else "scienceworld"
         self._tasks = (task,) if task else TASKS
         self._split = split
@@ -104,8 +108,8 @@ class ScienceWorldTextEnv:
         variations = self._open_java().variations(task, self._split)
         if not 0 <= rank < len(variations):
             raise ValueError(
-                f"{self.name} has no seed {seed}: it is variation {rank} of {task}, of which "
-                f"the {self._split} split has {len(variations)}, from 0"
+                f"seed of {self.name} must be of a variation in [0, {len(variations)}) of {task}, "
+                f"those of the {self._split} split, got {seed}, variation {rank}"
             )
         return task, variations[rank]
 

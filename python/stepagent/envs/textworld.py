@@ -31,7 +31,7 @@ SIZES = {
 """The named sizes. ``quest`` is the number of actions that the quest takes."""
 
 INSTRUCTIONS = """\
-You play a text game: you walk through rooms and have to reach the goal that is told first.
+You play a text game: you walk through rooms and have to reach the goal that is stated first.
 The actions are, with the names of things as you see them: look, inventory, examine OBJ, \
 go north, go south, go east, go west, take OBJ, take OBJ from OBJ, drop OBJ, put OBJ on OBJ, \
 insert OBJ into OBJ, open OBJ, close OBJ, unlock OBJ with OBJ, lock OBJ with OBJ, eat OBJ."""
@@ -68,8 +68,8 @@ def parse_size(task: str) -> dict[str, int]:
         key, _, number = part.partition("=")
         if key not in size or not re.fullmatch("[1-9][0-9]*", number):
             raise ValueError(
-                f"unknown TextWorld size {task!r}: it is {' or '.join(SIZES)} or, for example, "
-                "rooms=3,objects=6,quest=4"
+                f"size of TextWorld must be {' or '.join(SIZES)} or, for example, "
+                f"rooms=3,objects=6,quest=4, got {task!r}"
             )
         size[key] = int(number)
     return size
@@ -174,7 +174,7 @@ class TextWorldTextEnv:
     def check_seed(self, seed: int) -> None:
         """ValueError for a seed that TextWorld does not take."""
         if not 0 <= seed < _SEEDS:
-            raise ValueError(f"{self.name} has no seed {seed}: it has 0 to {_SEEDS - 1}")
+            raise ValueError(f"seed of {self.name} must lie in [0, {_SEEDS}), got {seed}")
 
     def prepare(self, seeds: Sequence[int]) -> None:
         """Make the games of these seeds that are not kept, some at once."""

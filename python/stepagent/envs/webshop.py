@@ -18,7 +18,8 @@ SPLITS = {"train": slice(1500, None), "dev": slice(500, 1500), "test": slice(0, 
 def invalid_kind(action: str, available: dict[str, Any]) -> str | None:
     """Why WebShop would do nothing, or None.
 
-    :param available: its ``get_available_actions()``: ``has_search_bar`` and ``clickables``.
+    Args:
+        available: Its ``get_available_actions()``: ``has_search_bar`` and ``clickables``.
     """
     match = re.fullmatch(r"(search|click)\[(.+)\]", action, re.DOTALL)
     if match is None:
@@ -49,7 +50,7 @@ class WebShopTextEnv:
 
     def __init__(self, task: str = "", split: str = "train") -> None:
         if task:
-            raise ValueError(f"WebShop has no task {task!r}: its name is webshop")
+            raise ValueError(f"task of webshop must be empty, got {task!r}")
         try:
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
         except ImportError as error:
@@ -71,7 +72,7 @@ class WebShopTextEnv:
     def check_seed(self, seed: int) -> None:
         """ValueError for a seed beyond the split."""
         if not 0 <= seed < len(self._goals):
-            raise ValueError(f"webshop has no seed {seed}: it has {len(self._goals)}, from 0")
+            raise ValueError(f"seed of webshop must lie in [0, {len(self._goals)}), got {seed}")
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by ``search[words]`` or ``click[what is on the page]``."""

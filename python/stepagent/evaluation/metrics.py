@@ -30,7 +30,10 @@ _NAMED = 5  # seeds in an error
 
 
 def success(episode: Episode) -> float:
-    """1 where the task was done, otherwise 0."""
+    """1 where the task was done, otherwise 0; of one episode.
+
+    `stepagent.evaluation.success_rate` is its mean over the episodes that did not crash.
+    """
     return float(episode.success)
 
 
@@ -77,7 +80,7 @@ def repetition(episode: Episode) -> float | None:
 
     That is 1/T · |{t ≥ 1: a_t = a_{t-1} and o_t = o_{t-1}}|, where o_t is the observation to
     which a_t is the answer. Texts are compared exactly; of an answer in an action format, what was
-    read in it, whatever the thought.
+    read in it, without the thoughts.
     """
     turns = list(zip(episode.observations, episode.done, strict=True))
     if not turns:
@@ -86,8 +89,11 @@ def repetition(episode: Episode) -> float | None:
 
 
 def agreement(episode: Episode) -> float | None:
-    """Of the steps at which the expert was asked and had an answer: those at which it is the
-    action taken, word for word, whatever the thought before it."""
+    """The share of the steps with an answer of the expert at which it is the action taken.
+
+    The actions are compared word for word, without the thoughts. This is of an episode, at the
+    agent's own states; `stepagent.evaluation.expert_agreement` is of a model, at the expert's.
+    """
     answered = [
         action == answer
         for action, answer in zip(episode.done, episode.expert_actions, strict=False)
@@ -148,7 +154,10 @@ def summarize(episodes: Sequence[Episode]) -> Summary:
         raise ValueError("episodes must hold at least one, got none")
     ended = [episode for episode in episodes if episode.crashed is None]
     if not ended:
-        raise ValueError(f"all {len(episodes)} episodes crashed, the first: {episodes[0].crashed}")
+        raise ValueError(
+            f"an episode must have ended, got {len(episodes)} that crashed, the first: "
+            f"{episodes[0].crashed}"
+        )
     return Summary(
         episodes=len(ended),
         crashed=len(episodes) - len(ended),
@@ -166,7 +175,7 @@ def mean_progress_curve(
 ) -> NDArray[np.float64]:
     """The mean of the progress curves after 0, 1, …, ``length`` steps, (length + 1,).
 
-    A curve that ended goes on with its last value. length: None is the longest episode's; a
+    A curve that ended keeps its last value. length: None is the longest episode's; a
     smaller one cuts. Without any progress recorded it is empty.
     """
     curves = [progress_curve(e) for e in episodes if e.progress and e.crashed is None]
@@ -230,7 +239,7 @@ def compare(episodes: Sequence[Episode], against: Sequence[Episode]) -> PairedCo
     pairs = [(these[place], others[place]) for place in these]
     ended = [(a, b) for a, b in pairs if a.crashed is None and b.crashed is None]
     if not ended:
-        raise ValueError(f"none of {len(pairs)} pairs of episodes ended; one must have")
+        raise ValueError(f"a pair of episodes must have ended, got {len(pairs)} that crashed")
     differences = {
         name: [_difference(metric(a), metric(b)) for a, b in ended]
         for name, metric in METRICS.items()
@@ -249,7 +258,9 @@ _Place = tuple[str, str | None, int]
 def _by_place(name: str, episodes: Sequence[Episode]) -> dict[_Place, Episode]:
     places = [(e.environment, e.split, e.seed) for e in episodes]
     if twice := [place for place, count in Counter(places).items() if count > 1]:
-        raise ValueError(f"{name} has more than one of {_describe(twice)}")
+        raise ValueError(
+            f"{name} must have each episode once, got more than one of {_describe(twice)}"
+        )
     return dict(zip(places, episodes, strict=True))
 
 
@@ -257,7 +268,9 @@ def _refuse_unmatched(
     name: str, these: dict[_Place, Episode], other_name: str, others: dict[_Place, Episode]
 ) -> None:
     if alone := [place for place in these if place not in others]:
-        raise ValueError(f"{other_name} lacks what {name} has: {_describe(alone)}")
+        raise ValueError(
+            f"{other_name} must have the episodes of {name}, got none of {_describe(alone)}"
+        )
 
 
 def _describe(places: Sequence[_Place]) -> str:

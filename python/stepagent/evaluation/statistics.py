@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..acting.inspection import inspect
-from ..data.actions import ActionFormat
+from ..data.actions import ActionFormat, FormatName
 from ..data.actions import action_format as as_format
 from ..data.branch import agreement
 from ..data.trunk import Trunk
@@ -27,7 +27,7 @@ _HALVINGS = 60  # of the range of a difference: down to the last bit
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval; both ends are None where the values do not tell any."""
+    """A mean with its 95 % interval; both ends are None where the values give none."""
 
     mean: float
     low: float | None
@@ -35,12 +35,19 @@ class Interval:
 
 
 def success_rate(episodes: Sequence[Episode]) -> float:
-    """The share of episodes that succeeded, of those that did not crash; ValueError for none."""
+    """The share of episodes that succeeded, of those that did not crash.
+
+    It is the mean of `stepagent.metrics.success`, which `stepagent.metrics.summarize` gives with
+    its interval.
+
+    Raises:
+        ValueError: For no episodes, or none that ended.
+    """
     if not episodes:
-        raise ValueError("episodes is empty; a rate needs at least one")
+        raise ValueError("episodes must hold at least one, got none")
     ended = [episode.success for episode in episodes if episode.crashed is None]
     if not ended:
-        raise ValueError(f"all {len(episodes)} episodes crashed; a rate needs one that ended")
+        raise ValueError(f"an episode must have ended, got {len(episodes)} that crashed")
     return float(np.mean(ended))
 
 
@@ -52,7 +59,7 @@ def mean_interval(
     Values that all lie at a bound are counts: Wilson's score interval. Others are resampled, and
     where there are bounds the interval takes in what n values cannot have shown: at 95 %, a share
     of up to z² / (n + z²) of all episodes is of a kind that none of n showed (Wilson's bound for 0
-    of n), and those may lie at either bound. Equal values without bounds tell no interval.
+    of n), and those may lie at either bound. Equal values without bounds give no interval.
 
     Args:
         values: one of each episode, or one difference of each pair.
@@ -129,7 +136,7 @@ def stratified_bootstrap(groups: Sequence[ArrayLike], *, seed: int = 0) -> Inter
         ValueError: for no groups, an empty group or values that are not finite.
     """
     if not len(groups):
-        raise ValueError("groups is empty; at least one is needed")
+        raise ValueError("groups must hold at least one, got none")
     arrays = [_finite(f"group {i}", group) for i, group in enumerate(groups)]
     mean = float(np.mean([array.mean() for array in arrays]))
     if all((array == array[0]).all() for array in arrays):
@@ -189,17 +196,23 @@ def expert_agreement(
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
-    action_format: str | ActionFormat | Callable[[str], str] = "plain",
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> float:
     """The share of the expert's steps at which the greedy agent acts exactly as the expert.
 
-    :param action_format: plain compares the tokens, others the actions that they read in the texts,
-        for which they need the ``tokenizer``.
-    :raises ValueError: for no trunks, and as :func:`stepagent.inspect`.
+    This is of a model, at the states of the expert's trunks. `stepagent.metrics.agreement` is of an
+    episode: at the agent's own states, with the answers of the expert recorded there.
+
+    Args:
+        action_format: "plain" compares the tokens, others the actions that they read in the texts,
+            for which they need the ``tokenizer``.
+
+    Raises:
+        ValueError: For no trunks, and as `stepagent.inspect`.
     """
     if not trunks:
-        raise ValueError("trunks is empty; agreement needs at least one")
+        raise ValueError("trunks must hold at least one, got none")
     branches = inspect(
         model, trunks, max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=eos_token_id
     )

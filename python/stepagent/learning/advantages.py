@@ -47,7 +47,9 @@ def leave_one_out(rewards_S: Tensor, groups_S: Index) -> Tensor:
     alone = count_G[group_S] == 1
     if bool(alone.any()):
         s = int(alone.nonzero()[0])
-        raise ValueError(f"step {s} is the only one of its group; leave-one-out needs two or more")
+        raise ValueError(
+            f"groups must have two steps or more for leave-one-out, got step {s} alone"
+        )
     count_S = count_G[group_S]
     return count_S / (count_S - 1) * _centred(rewards_S, group_S, count_G)
 
@@ -249,7 +251,8 @@ def mt_grpo(
     if bool(outside.any()):
         b = int(outside.nonzero()[0])
         raise ValueError(
-            f"tool_steps_B[{b}] is {int(tool_B[b])}: that trajectory has {int(lengths_B[b])} steps"
+            f"tool_steps_B[{b}] must fit the trajectory's {int(lengths_B[b])} steps, "
+            f"got {int(tool_B[b])}"
         )
     outcome_B = group_relative(outcomes_B, trajectory_groups_B)
     turn_B = group_relative(turn_rewards_B, trajectory_groups_B)

@@ -21,10 +21,14 @@ class CycleData(Dataset["Comparison | None"]):
     """A dataset of fixed length whose items are chosen anew each epoch."""
 
     def __init__(self, count: int, args: StepAgentConfig) -> None:
-        """:param count: items of an epoch; more where all processes shall have as many batches.
+        """An epoch of ``count`` items, or more, so that all processes have as many batches.
 
         accelerate would take the first items a second time, and they would count twice; so what is
         missing is None.
+
+        Args:
+            count: Items of an epoch.
+            args: The batch size, the number of processes, the seed.
         """
         size = args.per_device_train_batch_size
         whole = args.world_size * size if args.world_size > 1 else 1

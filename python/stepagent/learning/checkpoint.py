@@ -20,6 +20,7 @@ from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig
+    from .options import Method, States
 
 CYCLE_FILE = "cycle.safetensors"
 _RUN_FILE = "stepagent.json"
@@ -43,13 +44,13 @@ class Place:
 
 @dataclass(frozen=True)
 class RunSizes:
-    """By what a run counts: resumed with another of them, it would go on somewhere else."""
+    """By what a run counts: resumed with another of them, it would continue somewhere else."""
 
     trajectories_a_step: int
     trajectories_an_epoch: int
     epochs_per_cycle: int
-    method: str
-    states: str
+    method: Method
+    states: States
     dataset_rows: int
     dataset_sum: str
 
@@ -105,7 +106,7 @@ def check_same_run(folder: Path, sizes: RunSizes) -> None:
 
 
 def check_same_step(folder: Path, before: int, now: int) -> None:
-    """As :func:`check_same_run`, of a checkpoint that has only the size of a step."""
+    """As `check_same_run`, of a checkpoint that has only the size of a step."""
     if now != before:
         raise ValueError(
             f"{_WHAT_TO_DO['trajectories_a_step']} must be {before} as in the run that {folder} is "
@@ -114,7 +115,7 @@ def check_same_step(folder: Path, before: int, now: int) -> None:
 
 
 def _sum_of(trunks: Sequence[Trunk]) -> str:
-    """A number that tells other data: the first half of a SHA-256 of all tokens and spans."""
+    """A number that other data changes: the first half of a SHA-256 of all tokens and spans."""
     digest = hashlib.sha256()
     for trunk in trunks:
         for array in (trunk.input_ids, trunk.action_spans):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .config import StepAgentConfig
 
-_PROBES = 8  # actions at one state, by which an engine is told from another policy
+_PROBES = 8  # actions at one state, by which an engine is found to be another policy
 # Whose adapter is whole in each process; FSDP2's is gathered.
 _TRAINED_WITH_ENGINE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 

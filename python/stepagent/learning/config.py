@@ -51,7 +51,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclass
 class StepAgentConfig(StepAgentOptions, TrainingArguments):
-    """Options of :class:`stepagent.StepAgentTrainer`.
+    """Options of `stepagent.StepAgentTrainer`.
 
     One *cycle* is inspect → reflect: the agent acts at every state, then learns from the comparison
     for ``epochs_per_cycle`` passes. Total passes are ``cycles × epochs_per_cycle``; with cycles,

@@ -29,7 +29,7 @@ from ..checks import check_choice
 from ..models import read_trees, text_config, unwrapped
 from ..ops import step_sums
 from ..trees.tree import on_host
-from .options import BODIES
+from .options import BODIES, DiscriminatorBody
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +117,7 @@ def _head(width: int) -> nn.Sequential:
     return head
 
 
-def critic_body(policy: PreTrainedModel, kind: str) -> nn.Module:
+def critic_body(policy: PreTrainedModel, kind: DiscriminatorBody) -> nn.Module:
     """A decoder to judge with, which starts as the policy is now.
 
     ``frozen``: never trained, the heads alone are; the weights that the policy does not train

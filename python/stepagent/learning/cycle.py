@@ -30,13 +30,14 @@ def _nothing() -> NDArray[np.float32]:
 class Comparison:
     """One trajectory of a cycle.
 
-    :param branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
-    :param expert_trunk: the trunk is the expert's and the branches the agent's; else the reverse.
-    In the order of the trunk's tree, and empty where the method needs none:
+    The last three are in the order of the trunk's tree, and empty where the method needs none.
 
-    :param ref_logps: (N,) fp32 log-probs under the reference.
-    :param old_logps: (N,) fp32 log-probs under the policy that acted.
-    :param advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
+    Args:
+        branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
+        expert_trunk: The trunk is the expert's and the branches the agent's; else the reverse.
+        ref_logps: (N,) fp32 log-probs under the reference.
+        old_logps: (N,) fp32 log-probs under the policy that acted.
+        advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
     """
 
     trunk: Trunk
@@ -81,9 +82,13 @@ def split_by_trunk(
 class StepTable:
     """The steps of a batch of trees, and which of them are compared.
 
-    offsets: (S+1,) into the scored tokens. trunk_S: the trajectory of a step; state_S: a number for
-    its state, the same for all actions there. expert_S: the step is the expert's action.
-    expert_P, agent_P: (P,) the two steps of each compared pair. same_P: they are the same tokens.
+    Attributes:
+        offsets: (S+1,) into the scored tokens.
+        trunk_S: The trajectory of each step.
+        state_S: A number for its state, the same for all actions there.
+        expert_S: True where the step is the expert's action.
+        expert_P, agent_P: (P,) the two steps of each compared pair.
+        same_P: True where both are the same tokens.
     """
 
     offsets: Tensor
@@ -96,7 +101,12 @@ class StepTable:
 
     @classmethod
     def of(cls, trees: Sequence[TokenTree], expert_trunk: Tensor) -> StepTable:
-        """:param expert_trunk: (I,) bool per trunk: the trunk is the expert's."""
+        """The steps of ``trees``.
+
+        Args:
+            trees: Packed from trunks and branches.
+            expert_trunk: (I,) bool per trunk: the trunk is the expert's.
+        """
 
         def joined(name: str) -> Tensor:
             return torch.cat([torch.as_tensor(getattr(tree, name)).cpu() for tree in trees]).long()
@@ -173,7 +183,8 @@ def save_comparisons(
 ) -> None:
     """Write a cycle as one safetensors file of flat arrays, so that an interrupted cycle resumes.
 
-    :param progress: what else the cycle's resumption needs, as JSON in the file's metadata.
+    Args:
+        progress: What else the cycle's resumption needs, as JSON in the file's metadata.
     """
     steps = [step for c in comparisons for step in c.branches]
     branches = [branch for step in steps for branch in step]
@@ -197,9 +208,10 @@ def save_comparisons(
 
 
 def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
-    """Read what :func:`save_comparisons` wrote.
+    """Read what `save_comparisons` wrote.
 
-    :raises FileNotFoundError: naming the file; a checkpoint without it cannot be resumed.
+    Raises:
+        FileNotFoundError: Naming the file; a checkpoint without it cannot be resumed.
     """
     if not path.exists():
         raise FileNotFoundError(

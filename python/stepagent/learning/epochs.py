@@ -1,4 +1,4 @@
-"""Counts a run's epochs, and tells the trainer where they begin and end."""
+"""Counts a run's epochs, and calls the trainer where they begin and end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EpochCallback(TrainerCallback):
         self._next = place
 
     def place(self, global_step: int, control: Any) -> Place:
-        """Where a run goes on that is at this step now."""
+        """Where a run continues that is at this step now."""
         if self._ended or control.should_epoch_stop:
             return Place(self._place.epoch + 1, 0)
         return Place(self._place.epoch, global_step - self._first_step)

@@ -1,9 +1,9 @@
 """A cycle's reflection in the inverse form: what a discriminator makes of the agent's steps.
 
-Once a cycle, before the policy learns: discriminators are fitted to tell the agent's actions from
-the expert's at the same states; their verdict is the reward of each of the agent's steps; rewards
-become advantages, which the policy's update (PPO) then follows. All of it happens here, between two
-updates of the policy, with an optimiser of its own.
+Once a cycle, before the policy learns: discriminators are fitted to distinguish the agent's actions
+from the expert's at the same states; their verdict is the reward of each of the agent's steps;
+rewards become advantages, which the policy's update (PPO) then follows. All of it happens here,
+between two updates of the policy, with an optimiser of its own.
 
 StepAgent: arXiv 2411.03817. Several discriminators with a pessimistic or an optimistic aggregate:
 after OPARL, arXiv 2312.15965, which does so with critics.

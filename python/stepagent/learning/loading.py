@@ -106,7 +106,7 @@ def encode_all(
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not trunks:
-        raise ValueError(f"{name} is empty; at least one expert trajectory is needed")
+        raise ValueError(f"{name} must hold at least one trajectory, got none")
     return trunks
 
 

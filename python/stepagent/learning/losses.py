@@ -20,7 +20,14 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
-from stepagent.learning.options import KL_ESTIMATORS, RATIOS, REWARD_FORMS
+from stepagent.learning.options import (
+    KL_ESTIMATORS,
+    RATIOS,
+    REWARD_FORMS,
+    KLEstimator,
+    Ratio,
+    RewardForm,
+)
 from stepagent.ops import step_rewards, step_sums
 from stepagent.ops.kl import k3, ratios_of
 
@@ -78,7 +85,9 @@ def discriminator_loss(
     check_floats(*((name, logits, 1) for name, logits in sides))
     for name, logits in sides:
         if not len(logits):
-            raise ValueError(f"{name} is empty: a discriminator needs actions of both sides")
+            raise ValueError(
+                f"{name} must not be empty, as a discriminator needs actions of both sides"
+            )
         check_finite(name, logits)
     if not 0 <= smoothing < 0.5:
         raise ValueError(f"smoothing must be in [0, 0.5), got {smoothing}")
@@ -88,7 +97,7 @@ def discriminator_loss(
     return agent + expert
 
 
-def inverse_step_reward(agent_logits_S: Tensor, *, form: str = "agent") -> Tensor:
+def inverse_step_reward(agent_logits_S: Tensor, *, form: RewardForm = "agent") -> Tensor:
     """The reward of an action that a discriminator takes for the expert's (arXiv 2411.03817).
 
     ``agent``: r = −log D ≥ 0, the paper's. ``expert``: r = log(1 − D) ≤ 0, the opposite labelling
@@ -147,10 +156,10 @@ def ppo_loss(
     step_offsets: Index,
     *,
     clip: float = 0.2,
-    ratio: str = "step",
+    ratio: Ratio = "step",
     ref_logps_N: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl: str = "k3",
+    kl: KLEstimator = "k3",
 ) -> Tensor:
     """PPO's clipped objective (arXiv 1707.06347) with an action of the agent as one decision.
 
@@ -161,7 +170,7 @@ def ppo_loss(
     token's d = log π − log π_ref: k2 = d²/2, k3 = exp(−d) − 1 + d
     (http://joschu.net/blog/kl-approx.html).
 
-    Where the exponent x of a ratio, or of k3, is above 40, exp(x) goes on along its tangent,
+    Where the exponent x of a ratio, or of k3, is above 40, exp(x) follows its tangent,
     e⁴⁰ (1 + x − 40): exp alone is infinite in float32 from 88.8 on, and its product with an
     advantage of 0, or with the 0 that a clipped ratio has for a gradient, would be NaN.
 
@@ -192,7 +201,7 @@ def ppo_loss(
     check_nonnegative("kl_coef", kl_coef)
     check_choice("kl", kl, KL_ESTIMATORS)
     if kl == "k1":
-        raise ValueError("kl is 'k1', whose gradient as a loss has mean 0: use 'k2' or 'k3'")
+        raise ValueError("kl must be 'k2' or 'k3', got 'k1', whose gradient as a loss has mean 0")
     offsets = as_offsets("step_offsets", step_offsets, logps_N.device)
     check_length("advantages_S", advantages_S, len(offsets) - 1, "step_offsets has steps")
 
@@ -206,7 +215,7 @@ def ppo_loss(
     loss = _clipped(log_ratios, advantages, clip).sum() / count
     if kl_coef:
         if ref_logps_N is None:
-            raise ValueError(f"kl_coef={kl_coef} needs ref_logps_N")
+            raise ValueError(f"ref_logps_N must be given with kl_coef={kl_coef}, got None")
         loss = loss + kl_coef * kl_terms(logps_N, ref_logps_N, kl).sum() / count
     return loss
 
@@ -218,10 +227,10 @@ def _clipped(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
     )
 
 
-def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: str) -> Tensor:
+def kl_terms(logps_N: Tensor, ref_logps_N: Tensor, kl: KLEstimator) -> Tensor:
     """(N,) k1 = d, k2 = d²/2 or k3 = exp(−d) − 1 + d, of d = log π − log π_ref, π_ref constant.
 
-    float32, float64 where an input is; in k3 exp goes on along its tangent where d < −40, as in
+    float32, float64 where an input is; in k3 exp follows its tangent where d < −40, as in
     `ppo_loss`.
     """
     check_floats(("ref_logps_N", ref_logps_N, 1))

@@ -1,31 +1,45 @@
 """StepAgent's own training options: names, types, defaults, choices, and what each is for.
 
-They stand apart from transformers' TrainingArguments, which :class:`stepagent.StepAgentConfig`
+They stand apart from transformers' TrainingArguments, which `stepagent.StepAgentConfig`
 adds, so that the command line can list and check them without importing transformers or torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
-METHODS = ("sft", "implicit", "inverse")
-STATES = ("expert", "agent")
-BASELINES = ("value", "leave_one_out", "group")
-AGGREGATES = ("pessimistic", "mean", "optimistic")
-KL_PLACES = ("loss", "reward")
-FORMATS = ("plain", "react", "json", "tool_call")
-MODEL_DTYPES = ("float32", "bfloat16", "float16", "checkpoint")
-BODIES = ("own", "adapter", "frozen")
-REWARD_FORMS = ("agent", "expert", "difference")
-RATIOS = ("step", "token")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+from ..data.actions import FormatName
+
+Method: TypeAlias = Literal["sft", "implicit", "inverse"]
+States: TypeAlias = Literal["expert", "agent"]
+Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
+Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
+KLPlace: TypeAlias = Literal["loss", "reward"]
+ModelDtype: TypeAlias = Literal["float32", "bfloat16", "float16", "checkpoint"]
+DiscriminatorBody: TypeAlias = Literal["own", "adapter", "frozen"]
+RewardForm: TypeAlias = Literal["agent", "expert", "difference"]
+Ratio: TypeAlias = Literal["step", "token"]
+KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+STATES: tuple[States, ...] = get_args(States)
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
+KL_PLACES: tuple[KLPlace, ...] = get_args(KLPlace)
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+MODEL_DTYPES: tuple[ModelDtype, ...] = get_args(ModelDtype)
+BODIES: tuple[DiscriminatorBody, ...] = get_args(DiscriminatorBody)
+REWARD_FORMS: tuple[RewardForm, ...] = get_args(RewardForm)
+RATIOS: tuple[Ratio, ...] = get_args(Ratio)
+KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 
 
 @dataclass
 class StepAgentOptions:
-    """The fields that :class:`stepagent.StepAgentConfig` adds to TrainingArguments."""
+    """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
-    method: str = field(
+    method: Method = field(
         default="implicit",
         metadata={
             "help": "implicit: StepAgent's implicit step rewards; inverse: a discriminator's "
@@ -33,7 +47,7 @@ class StepAgentOptions:
             "choices": METHODS,
         },
     )
-    states: str = field(
+    states: States = field(
         default="expert",
         metadata={
             "help": "whose states are compared: the expert's (the paper), or the agent's own, "
@@ -43,7 +57,7 @@ class StepAgentOptions:
     )
     cycles: int = field(default=5, metadata={"help": "inspect → reflect cycles"})
     epochs_per_cycle: int = field(default=1, metadata={"help": "passes over one cycle's data"})
-    model_dtype: str = field(
+    model_dtype: ModelDtype = field(
         default="float32",
         metadata={
             "help": "of the weights of a model that is given by name; float32 is what small steps "
@@ -82,7 +96,7 @@ class StepAgentOptions:
             "8192 on the CPU, on CUDA up to 131072 as memory allows"
         },
     )
-    action_format: str = field(
+    action_format: FormatName = field(
         default="plain",
         metadata={
             "help": "how the agent writes an action: plain, react, json or tool_call; read in its "
@@ -116,7 +130,7 @@ class StepAgentOptions:
 
     # -- of method="inverse" alone ---------------------------------------------------------------
 
-    discriminator_body: str = field(
+    discriminator_body: DiscriminatorBody = field(
         default="own",
         metadata={
             "help": "what the discriminator reads with: a copy of the policy, all of it trained "
@@ -125,7 +139,7 @@ class StepAgentOptions:
         },
     )
     discriminators: int = field(default=1, metadata={"help": "heads, each a discriminator"})
-    reward_aggregate: str = field(
+    reward_aggregate: Aggregate = field(
         default="pessimistic",
         metadata={
             "help": "of several discriminators' rewards the least (pessimistic), the mean, or the "
@@ -133,7 +147,7 @@ class StepAgentOptions:
             "choices": AGGREGATES,
         },
     )
-    reward_form: str = field(
+    reward_form: RewardForm = field(
         default="agent",
         metadata={
             "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum",
@@ -155,7 +169,7 @@ class StepAgentOptions:
     discriminator_replay: int = field(
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
     )
-    baseline: str = field(
+    baseline: Baseline = field(
         default="value",
         metadata={
             "help": "what an action is compared with: the state's value (generalised advantage "
@@ -166,12 +180,14 @@ class StepAgentOptions:
     gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
     gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
     clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
-    ratio: str = field(
+    ratio: Ratio = field(
         default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
     )
     kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference"})
-    kl_estimator: str = field(default="k3", metadata={"help": "of KL", "choices": KL_ESTIMATORS})
-    kl_in: str = field(
+    kl_estimator: KLEstimator = field(
+        default="k3", metadata={"help": "of KL", "choices": KL_ESTIMATORS}
+    )
+    kl_in: KLPlace = field(
         default="loss",
         metadata={
             "help": "add the KL to the loss, or take it from the rewards (needs a ref_model)",

@@ -105,8 +105,8 @@ def check_budget(
         if length + tried > args.max_tokens:
             actions = f" and up to {tried} of sampled actions" if tried else ""
             raise ValueError(
-                f"{what} has {length} tokens{actions}, more than max_tokens={args.max_tokens}; "
-                f"it must be at least {length + tried}"
+                f"max_tokens must be at least {length + tried}, as {what} has {length} "
+                f"tokens{actions}, got {args.max_tokens}"
             )
         starts = trunk.position_ids[trunk.action_spans[:, 0]]
         deepest = int(starts.max()) + new_tokens if inspects else 0

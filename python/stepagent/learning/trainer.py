@@ -74,31 +74,32 @@ if TYPE_CHECKING:
 class StepAgentTrainer(EvaluatingTrainer):
     """Train an agent towards an expert's trajectories.
 
-    :param model: a causal language model, or the name or path of one, which is then loaded with
-        float32 weights (``args.model_dtype``).
-    :param train_dataset: the expert's :class:`Trajectory` objects, or rows in any form of
-        :func:`stepagent.load_trajectories`; an ``IterableDataset`` or a generator is read once.
-    :param processing_class: the tokenizer, with a chat template.
-    :param ref_model: a fixed reference, or the name or path of one; None resets the reference to
-        the policy at each cycle's start, as the paper does. Its log-probs are computed once a
-        cycle, so no copy is kept. The model that a policy's adapter lies in stands for the policy
-        without its adapter.
-    :param peft_config: train this adapter instead of the whole model.
-    :param env: environment name or factory, needed for ``states="agent"``.
-    :param expert: answers at the agent's states; None: the environment's own expert.
-    :param discriminator: a decoder of the same tokenizer for the discriminator and the value
-        function of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
-    :param engine: acts in place of the model here, which only learns: an engine of
-        :mod:`stepagent.engines`, or the URL of a server. It is given the adapter in training where
-        a cycle begins, and is left without it where training ends. See docs/engines.md.
-    :param eval_dataset: held-out trajectories in any form of ``train_dataset``, or a dict of them,
-        for :meth:`evaluate`; the options ``eval_episodes`` and ``env`` also measure success.
-    :param compute_metrics: given a ``transformers.EvalPrediction`` of each set, whose
-        ``predictions[i][t]`` is the text of the greedy policy at state t of trajectory i, and
-        ``label_ids[i][t]`` the expert's; with ``include_for_metrics`` also ``losses[i]``, (T,)
-        float64, −log π of the expert's actions, and ``inputs[i]``, the :class:`Trunk`. It returns
-        numbers by name.
-    :param optimizers: (optimiser, scheduler), either None, of ``model``'s own parameters.
+    Args:
+        model: A causal language model, or the name or path of one, which is then loaded with
+            float32 weights (``args.model_dtype``).
+        train_dataset: The expert's `Trajectory` objects, or rows in any form of
+            `stepagent.load_trajectories`; an ``IterableDataset`` or a generator is read once.
+        processing_class: The tokenizer, with a chat template.
+        ref_model: A fixed reference, or the name or path of one; None resets the reference to the
+            policy at each cycle's start, as the paper does. Its log-probs are computed once a
+            cycle, so no copy is kept. The model that a policy's adapter lies in stands for the
+            policy without its adapter.
+        peft_config: Train this adapter instead of the whole model.
+        env: Environment name or factory, needed for ``states="agent"``.
+        expert: Answers at the agent's states; None: the environment's own expert.
+        discriminator: A decoder of the same tokenizer for the discriminator and the value function
+            of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
+        engine: Acts in place of the model here, which only learns: an engine of
+            `stepagent.engines`, or the URL of a server. It is given the adapter in training where a
+            cycle begins, and is left without it where training ends. See docs/engines.md.
+        eval_dataset: Held-out trajectories in any form of ``train_dataset``, or a dict of them, for
+            `evaluate`; the options ``eval_episodes`` and ``env`` also measure success.
+        compute_metrics: Given a ``transformers.EvalPrediction`` of each set, whose
+            ``predictions[i][t]`` is the text of the greedy policy at state t of trajectory i, and
+            ``label_ids[i][t]`` the expert's; with ``include_for_metrics`` also ``losses[i]``, (T,)
+            float64, −log π of the expert's actions, and ``inputs[i]``, the `Trunk`. It returns
+            numbers by name.
+        optimizers: (optimiser, scheduler), either None, of ``model``'s own parameters.
     """
 
     args: StepAgentConfig
@@ -306,7 +307,7 @@ class StepAgentTrainer(EvaluatingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """As transformers'; ``num_items_in_batch`` is the step's :class:`Counts`."""
+        """As transformers'; ``num_items_in_batch`` is the step's `Counts`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [counts_of(batch["steps"]) for batch in batches]
         return batches, Counts.of_step(counts, self.accelerator)
@@ -335,11 +336,12 @@ class StepAgentTrainer(EvaluatingTrainer):
     ) -> Any:
         """The batch's share of the loss of its step, by ``args.method`` (``objectives.py``).
 
-        All means are over the items of the whole optimiser's step, whatever the batches and
+        All means are over the items of the whole optimiser's step, for any batches and
         processes that it is divided over. Where the model's configuration asks for the auxiliary
         loss of its experts (``output_router_logits``), its mean over the step's batches is added.
 
-        :param num_items_in_batch: their :class:`Counts`; None: those of this batch.
+        Args:
+            num_items_in_batch: Their `Counts`; None: those of this batch.
         """
         if return_outputs:
             raise ValueError("the loss is computed on trees, which have no per-example outputs")

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from .wrappers import text_config, unwrapped
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-TREE_ATTENTION = ("eager", "flex_attention", "sdpa")
+TreeAttention: TypeAlias = Literal["eager", "flex_attention", "sdpa"]
+TREE_ATTENTION: tuple[TreeAttention, ...] = get_args(TreeAttention)
 # Without `layer_types`, these apply one `sliding_window` to every layer.
 UNIFORM_WINDOW_MODELS = {"mistral", "mixtral", "phi3", "starcoder2"}
 
@@ -50,7 +51,7 @@ class MaskChoice(NamedTuple):
     why: str
 
 
-def choose_mask(implementation: str, device: torch.device | str) -> MaskChoice:
+def choose_mask(implementation: TreeAttention, device: torch.device | str) -> MaskChoice:
     """The mask for trees in a model with this ``attn_implementation`` on this device."""
     cuda = torch.device(device).type == "cuda"
     if implementation != "flex_attention":
@@ -310,7 +311,7 @@ def tree_attention(model: nn.Module) -> Iterator[None]:
             yield
 
 
-def _dense_implementation(model: nn.Module) -> str:
+def _dense_implementation(model: nn.Module) -> TreeAttention:
     """sdpa, or eager where sdpa leaves something out: soft caps, attention sinks."""
     capped = getattr(text_config(model), "attn_logit_softcapping", None)
     return "sdpa" if unwrapped(model)._supports_sdpa and not capped else "eager"

@@ -235,7 +235,7 @@ def compute_at_head(
         inputs: of the model's forward.
 
     Raises:
-        ValueError: as :func:`lm_head`; where the forward does not call the head once.
+        ValueError: as `lm_head`; where the forward does not call the head once.
     """
     base, module = unwrapped(model), check_head(model)
     own_forward, head_own = base.forward, module.forward
@@ -257,8 +257,8 @@ def compute_at_head(
         model(**inputs)
     if len(results) != 1:
         raise ValueError(
-            f"{type(base).__name__} calls its language-model head {len(results)} times in a "
-            "forward; it must be once"
+            f"{type(base).__name__} must call its language-model head once in a forward, got "
+            f"{len(results)} calls"
         )
     # Not what the call returned: FSDP2 rounds that to the dtype of its mixed precision.
     return results[0]
@@ -284,7 +284,7 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def check_head(model: nn.Module) -> Any:
-    """The head's module; errors are those of :func:`lm_head`."""
+    """The head's module; errors are those of `lm_head`."""
     base = unwrapped(model)
     head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):

@@ -3,16 +3,15 @@
 N scored tokens, R hidden rows, H hidden size, V vocabulary.
 """
 
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from stepagent.checks import Index, as_index, check_floats, check_length
+from stepagent.checks import LabelCheck as LabelCheck
 from stepagent.ops.head import UNASKED
-
-LabelCheck: TypeAlias = Literal["sync", "device", "off"]
 
 
 class LogitOptions(TypedDict, total=False):

@@ -210,14 +210,14 @@ def _check_batch_invariance(
 ) -> None:
     if not paths.runs_triton(hidden_RH):
         raise ValueError(
-            "batch_invariant needs Triton's kernel, which takes float32 and halves on a GPU (a "
-            "math library rounds a row by the rows beside it); hidden_RH is "
+            "hidden_RH must be float32 or a half on a GPU for batch_invariant=True, which needs "
+            "Triton's kernel (a math library rounds a row by the rows beside it), got "
             f"{hidden_RH.dtype} on {hidden_RH.device}"
         )
     if group is not None:
-        raise ValueError("batch_invariant does not go with a group: its kernel knows no shards")
+        raise ValueError("group must be None with batch_invariant=True: its kernel knows no shards")
     if kept_NK is not None:
-        raise ValueError("batch_invariant does not go with kept_NK: its kernel knows no sets")
+        raise ValueError("kept_NK must be None with batch_invariant=True: its kernel knows no sets")
 
 
 class LinearInputs(NamedTuple):

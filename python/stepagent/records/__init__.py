@@ -1,1 +1,1 @@
-"""What was done, on disk: episodes, branches, and files that a stopped run goes on with."""
+"""What was done, on disk: episodes, branches, and files that a stopped run continues."""

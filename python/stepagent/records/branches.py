@@ -1,6 +1,6 @@
 """Branch files: what an agent tried at every state, one trajectory a record.
 
-JSONL is written by appending, chunk by chunk of trajectories, so a run that was killed goes on
+JSONL is written by appending, chunk by chunk of trajectories, so a run that was killed continues
 where it stopped: what is computed together is the same whether it was or not, and so is the file.
 Parquet has its table of contents at the end; it is made of such a JSONL when that is complete.
 
@@ -75,14 +75,17 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise ValueError(f"shard {self.index}/{self.count} is none of 0/{self.count} and on")
+            raise ValueError(
+                f"shard must be 0/{self.count} to {self.count - 1}/{self.count}, "
+                f"got {self.index}/{self.count}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Shard:
         """From ``INDEX/COUNT``."""
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal()):
-            raise ValueError(f"a shard is INDEX/COUNT, such as 0/4, got {text!r}")
+            raise ValueError(f"shard must be INDEX/COUNT, such as 0/4, got {text!r}")
         return cls(int(index), int(count))
 
     def path(self, output: Path) -> Path:

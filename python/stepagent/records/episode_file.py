@@ -1,4 +1,4 @@
-"""A run's episodes on disk, each written as it ends, so that a run that was stopped goes on.
+"""A run's episodes on disk, each written as it ends, so that a run that was stopped continues.
 
 While the run is under way, its lines are in the order in which episodes ended; when it is complete,
 in the order of its seeds. So the file of a run that was stopped and went on is that of one that
@@ -44,7 +44,7 @@ def open_episodes(path: Path, run: dict[str, Any], seeds: Sequence[int]) -> Iter
 
 
 class EpisodeFile:
-    """See :func:`open_episodes`."""
+    """See `open_episodes`."""
 
     def __init__(self, journal: Journal, run: dict[str, Any], seeds: Sequence[int]) -> None:
         self._journal = journal

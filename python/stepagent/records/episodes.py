@@ -1,7 +1,7 @@
 """The record of an episode, and its one format on disk: a trajectory line of JSONL.
 
 What can be trained on is the trajectory itself; all that an evaluation knows beside it is in its
-``meta``, per step a list of T. What a record does not tell is absent there, and empty or None here.
+``meta``, per step a list of T. What a record does not hold is absent there, and empty or None here.
 
     messages  (system,) user o_0, assistant a_0, user o_1, …, assistant a_T-1
     meta      last_observation: o_T
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _REQUIRED = ("environment", "seed", "success")
 _LABELS = ("policy", "split", "task", "difficulty")  # str or None, always written
 _PER_STEP = ("rewards", "progress", "valid", "invalid")
-# Written only where there are any, or where they tell something.
+# Written only where there are any, or where they say something.
 _PER_STEP_ASKED = ("expert_actions", "step_rewards", "taken", "truncated")
 _TOLD = ("crashed", "gave_up", "terminate_reason", "action_format")
 
@@ -89,7 +89,7 @@ class Episode:
         return f"{self.environment}/{self.seed}"
 
     def trajectory(self) -> Trajectory:
-        """The episode as chat messages, all else in ``meta``; :meth:`of` gives the same back.
+        """The episode as chat messages, all else in ``meta``; `of` gives the same back.
 
         One that crashed has no reward, and the reason in ``meta["crashed"]``. Raises ValueError
         where it took no step.
@@ -99,7 +99,9 @@ class Episode:
             messages.append({"role": "user", "content": observation})
             messages.append({"role": "assistant", "content": action})
         if not self.actions:
-            raise ValueError(f"episode {self.id} took no step, which a trajectory cannot hold")
+            raise ValueError(
+                f"episode {self.id} must have taken a step to become a trajectory, got none"
+            )
         return Trajectory(
             messages=messages,
             reward=sum(self.rewards) if self.crashed is None else None,
@@ -128,25 +130,30 @@ class Episode:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Episode:
-        """The episode of a trajectory: the inverse of :meth:`trajectory`.
+        """The episode of a trajectory: the inverse of `trajectory`.
 
         Keys of ``meta`` that are no part of an episode are passed over, and those that an older
         file lacks stay empty. Raises ValueError, naming trajectory and key, where a trajectory
-        does not tell its environment, seed and success, or a list has another length than T.
+        does not hold its environment, seed and success, or a list has another length than T.
         """
         name, meta, T = f"trajectory {trajectory.id!r}", trajectory.meta, trajectory.num_steps
         system, turns = split_system(trajectory)
         roles = [message["role"] for message in turns]
         if roles != ["user", "assistant"] * T:
-            raise ValueError(f"{name} has roles {roles}; they must be user, assistant in turn")
+            raise ValueError(f"{name} roles must be user, assistant in turn, got {roles}")
         for key in _REQUIRED:
             if key not in meta:
-                raise ValueError(f"{name} is no record of an episode: its meta has no {key!r}")
+                raise ValueError(
+                    f"{name} must be a record of an episode, with {key!r} in its meta, got none"
+                )
         lists = {key: meta.get(key) or [] for key in (*_PER_STEP, *_PER_STEP_ASKED)}
         logps = [np.array(step, dtype=np.float32) for step in meta.get("logps", [])]
         for key, values in {**lists, "logps": logps}.items():
             if not isinstance(values, list) or len(values) not in (0, T):
-                raise ValueError(f"{name} has {T} steps, but its meta has {key!r}: {values!r}")
+                raise ValueError(
+                    f"{name}: {key!r} in meta must have a value for each of the {T} steps, or "
+                    f"none, got {values!r}"
+                )
         contents = [message["content"] for message in turns]
         labels = (*_REQUIRED, *_LABELS, "last_observation", *_TOLD)
         trunk = None
@@ -176,6 +183,6 @@ def split_system(trajectory: Trajectory) -> tuple[str | None, list[dict[str, Any
 def load_episodes(path: str | os.PathLike[str]) -> list[Episode]:
     """The episodes of a file that ``stepagent evaluate`` or ``collect`` wrote, in its order.
 
-    Raises as :func:`stepagent.load_trajectories` and :meth:`Episode.of`.
+    Raises as `stepagent.load_trajectories` and `Episode.of`.
     """
     return [Episode.of(trajectory) for trajectory in load_trajectories(path)]

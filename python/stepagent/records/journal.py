@@ -1,6 +1,6 @@
 """Files of JSON lines of one run, written by appending, by a process that may be killed any moment.
 
-A line that was written is on the disk; a last line that is cut short is dropped by whoever goes on.
+A line that was written is on the disk; a last line that is cut short is dropped on resuming.
 Each record says in ``run`` what it depends on: a file holds one run.
 """
 
@@ -28,7 +28,7 @@ def open_journal(path: Path, beginning: bytes, writer: str) -> Iterator[Journal]
 
     Raises:
         OSError: where another process writes it, and where ``path`` is a device, a FIFO or a
-            folder: see :mod:`stepagent.files`.
+            folder: see `stepagent.files`.
     """
     target = destination(path)
     file, made = _open(target)
@@ -55,7 +55,7 @@ def _open(target: Path) -> tuple[BinaryIO, bool]:
 
 
 class Journal:
-    """See :func:`open_journal`."""
+    """See `open_journal`."""
 
     def __init__(
         self, file: BinaryIO, path: Path, beginning: bytes, writer: str, made: bool
@@ -124,7 +124,7 @@ def check_run(where: str, recorded: Mapping[str, Any], run: Mapping[str, Any]) -
 
 
 def refuse_run(where: str, found: str) -> NoReturn:
-    """ValueError: the file goes on with another run than the one that is asked for."""
+    """ValueError: the file is of another run than the one that is asked for."""
     raise ValueError(
         f"{where} is of another run: it has {found}; write to another file, or delete this one"
     )

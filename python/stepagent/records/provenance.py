@@ -56,7 +56,7 @@ def sitting(output: Path, **told: Any) -> Iterator[None]:
 
 
 def sittings(output: Path) -> list[dict[str, Any]]:
-    """What :func:`sitting` wrote, in order; empty where there is no such file.
+    """What `sitting` wrote, in order; empty where there is no such file.
 
     Raises:
         ValueError: for a file that holds something else.

@@ -1,6 +1,6 @@
 """Runs as one self-contained HTML page: what agents did, step by step, and how well.
 
-:func:`load_runs` reads runs, :func:`write_report` writes the board. The page has its data, script
+`load_runs` reads runs, `write_report` writes the board. The page has its data, script
 and style within and loads nothing. ``demo.py`` adds the demo's own summary to the board.
 """
 

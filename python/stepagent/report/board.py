@@ -75,7 +75,7 @@ class Bar:
 class Picture:
     title: str
     svg: Markup | None
-    """None where there is one place on the x axis only, which the table tells better."""
+    """None where there is one place on the x axis only, which the table shows better."""
     head: list[str]
     """Of the same numbers as a table: its columns."""
     rows: list[list[str]]
@@ -129,7 +129,7 @@ def _means(episodes: Sequence[Episode]) -> dict[str, Interval]:
 
 
 def _told(means: Sequence[dict[str, Interval]]) -> list[str]:
-    """The metrics that any run tells, in the board's order, then any others."""
+    """The metrics that any run has, in the board's order, then any others."""
     told = {name for metrics in means for name in metrics}
     return [name for name in dict.fromkeys([*_METRICS, *METRICS]) if name in told]
 
@@ -228,7 +228,7 @@ def _signed(value: float) -> str:
 
 
 def progress_picture(runs: Sequence[Run]) -> Picture | None:
-    """Mean progress after each step; None where no run tells its progress."""
+    """Mean progress after each step; None where no run recorded it."""
     steps = max(len(e.actions) for run in runs for e in run.episodes)
     curves = [mean_progress_curve(run.episodes, steps) for run in runs]
     lines = [
@@ -331,7 +331,7 @@ def _split_cell(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def _mean(name: str, episodes: Sequence[Episode]) -> float:
-    """Of those that ended and tell; NaN for none."""
+    """Of those that ended and have one; NaN for none."""
     told = [METRICS[name](episode) for episode in episodes if episode.crashed is None]
     values = [value for value in told if value is not None]
     return sum(values) / len(values) if values else math.nan

@@ -27,7 +27,7 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], *, title: str, x_label: str, percent: bool = False) -> Markup:
-    """The lines in one pair of axes; a dot tells its value when pointed at."""
+    """The lines in one pair of axes; a dot shows its value when pointed at."""
     xs = [x for line in lines for x in line.xs]
     ys = [y for line in lines for y in line.ys if not math.isnan(y)]
     x_ticks = ticks(min(xs, default=0), max(xs, default=1), whole=True)

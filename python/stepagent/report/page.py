@@ -22,8 +22,11 @@ from .runs import Run
 def write_report(path: Path, runs: Sequence[Run], *, baseline: str | None = None) -> None:
     """Write the board of ``runs`` to ``path``: one HTML file that loads nothing.
 
-    :param baseline: the name of the run that others are compared with; the first by default.
-    :raises ValueError: for no runs, and for a baseline that is none of them.
+    Args:
+        baseline: The name of the run that others are compared with; the first by default.
+
+    Raises:
+        ValueError: For no runs, and for a baseline that is none of them.
     """
     write_page(path, "board.html.jinja", runs, baseline=baseline)
 
@@ -39,9 +42,9 @@ def write_page(
     """Fill a template that shows the board, and whatever else of ``values``."""
     names = [run.name for run in runs]
     if not runs:
-        raise ValueError("runs is empty; a report needs at least one")
+        raise ValueError("runs must hold at least one, got none")
     if baseline is not None and baseline not in names:
-        raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(names)}")
+        raise ValueError(f"baseline must be one of {', '.join(names)}, got {baseline!r}")
     compared_with = runs[0 if baseline is None else names.index(baseline)]
     index, blocks = payload(runs)
     script = _text("board.js")

@@ -118,7 +118,7 @@ def _blocks(
 
 
 def _steps(episode: Episode, divergence: Divergence | None, texts: _Texts) -> dict[str, Any]:
-    """An episode's steps; what its record does not tell is left out."""
+    """An episode's steps; what its record does not hold is left out."""
     found: dict[str, Any] = {
         "observations": texts.of(episode.observations),
         "actions": texts.of(episode.actions),

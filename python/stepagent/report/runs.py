@@ -41,10 +41,13 @@ class Run:
 def load_run(path: Path, name: str | None = None, *, expert: bool | None = None) -> Run:
     """Read a JSONL of episodes, or a folder with ``episodes.jsonl`` and perhaps ``log.json``.
 
-    :param name: by default the folder's, or the file's without its suffix.
-    :param expert: by default, whether every episode says that its policy is "expert".
-    :raises ValueError: for a folder without episodes, for a log that is none, for an episode whose
-        record holds a value of another type, naming both, and as `load_episodes`.
+    Args:
+        name: By default the folder's, or the file's without its suffix.
+        expert: By default, whether every episode says that its policy is "expert".
+
+    Raises:
+        ValueError: For a folder without episodes, for a log that is none, for an episode whose
+            record holds a value of another type, naming both, and as `load_episodes`.
     """
     file = path / "episodes.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -126,11 +129,11 @@ def _check_types(file: Path, episode: Episode) -> None:
         # True is an int to Python, and no number here.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             allowed = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-            raise ValueError(f"{file}: {episode.id}: {name} is {value!r}; it must be {allowed}")
+            raise ValueError(f"{file}: {episode.id}: {name} must be {allowed}, got {value!r}")
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each path's run; where names are equal, the whole paths tell them apart."""
+    """Each path's run; where names are equal, the whole paths distinguish them."""
     names = [_name(path) for path in paths]
     taken = Counter(names)
     names = [str(p) if taken[n] > 1 else n for p, n in zip(paths, names, strict=True)]
@@ -147,7 +150,7 @@ def _name(path: Path) -> str:
 
 
 def _logged(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of a trainer's log that tell of a cycle, in order; and those of updates."""
+    """The entries of a trainer's log of a cycle, in order; and those of updates."""
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -157,7 +160,7 @@ def _logged(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     cycles = [entry for entry in log if "cycle" in entry]
     for entry in cycles:
         if not isinstance(entry["cycle"], int):
-            raise ValueError(f"{path}: a cycle is {entry['cycle']!r}; it must be a whole number")
+            raise ValueError(f"{path}: a cycle must be a whole number, got {entry['cycle']!r}")
     updates = [
         entry
         for entry in log

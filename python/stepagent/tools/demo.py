@@ -2,7 +2,7 @@
 
 Collect the BabyAI bot's trajectories → tokenizer → supervised training of a small transformer →
 StepAgent cycles, beside their fair rivals → evaluation on held-out episodes → report. Each stage
-leaves its result in its own folder; a run that was interrupted goes on where it stopped, and one
+leaves its result in its own folder; a run that was interrupted continues where it stopped, and one
 that is run again with the other method adds that method's stages.
 """
 
@@ -36,6 +36,7 @@ from ..data.trunk import Trunk
 from ..evaluation import expert_agreement, paired_rate_interval, rate_interval, success_rate
 from ..files import write_text
 from ..learning.config import StepAgentConfig
+from ..learning.options import Method
 from ..learning.trainer import StepAgentTrainer
 from ..models import score_trees
 from ..ops import step_sums
@@ -56,7 +57,7 @@ _STAGES = {
     "inverse": "StepAgent, inverse RL at the agent's own states",
 }
 # The last of a method's stages is the one that the others are compared with.
-_METHOD_STAGES = {
+_METHOD_STAGES: dict[Method, tuple[str, ...]] = {
     "implicit": ("stepagent_expert_states", "dagger", "stepagent"),
     "inverse": ("inverse_expert_states", "inverse"),
 }
@@ -154,7 +155,7 @@ def stage_options(settings: Settings, stage: str) -> dict[str, Any]:
     return shared | by_stage[stage]
 
 
-def run_demo(output: Path, settings: Settings, method: str = "implicit") -> dict[str, Any]:
+def run_demo(output: Path, settings: Settings, method: Method = "implicit") -> dict[str, Any]:
     """Run the demo into ``output``, or finish it there; returns what ``metrics.json`` holds.
 
     Args:
@@ -173,7 +174,7 @@ def run_demo(output: Path, settings: Settings, method: str = "implicit") -> dict
 class _Demo:
     """The stages, in order, each reading what the one before it left in the run's folder."""
 
-    def __init__(self, folder: Path, settings: Settings, method: str) -> None:
+    def __init__(self, folder: Path, settings: Settings, method: Method) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _check_same_run(folder / "settings.json", asdict(settings))
         self.folder, self.settings, self.method = folder, settings, method
@@ -238,7 +239,7 @@ class _Demo:
             shutil.rmtree(best)
 
     def _train(self, name: str) -> None:
-        """One way to go on from the supervised model, with the same number of updates."""
+        """One way to continue from the supervised model, with the same number of updates."""
         self._run_stage(
             name,
             self.model("sft"),

@@ -23,7 +23,7 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     }
     if unknown := sorted(set(layer_types) - LAYER_TYPES.keys()):
         raise ValueError(
-            f"{type(config).__name__} has {', '.join(unknown)} layers; a tree has masks for "
-            f"{' and '.join(LAYER_TYPES)}"
+            f"layers of {type(config).__name__} must be {' or '.join(LAYER_TYPES)}, got "
+            f"{', '.join(unknown)}"
         )
     return {kind: windows[kind] for kind in dict.fromkeys(layer_types)}

@@ -123,9 +123,13 @@ def train_flops(lengths: ArrayLike, config: Any) -> NDArray[np.float64]:
 def _check_countable(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := sorted(kinds - LAYER_TYPES.keys()):
-        raise ValueError(f"{type(config).__name__} has {', '.join(unknown)} layers: not counted")
+        raise ValueError(
+            f"layers of {type(config).__name__} must be attention, got {', '.join(unknown)}"
+        )
     if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{type(config).__name__} has multi-head latent attention: not counted")
+        raise ValueError(
+            f"{type(config).__name__} must have keys per head, got multi-head latent attention"
+        )
 
 
 def _intermediate_size(config: Any) -> int:

@@ -9,11 +9,12 @@ Dimensions: N tokens, of which n have a label to score, H hidden size, V vocabul
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+Suite: TypeAlias = Literal["tiny", "cpu", "gpu"]
 LOGIT_SCALE = 3.0
 STEP_TOKENS = 16
 BETA = 0.1
@@ -38,7 +39,7 @@ class Shape:
 
 
 # gpu: the heads of Llama 3 8B and of Qwen2.5 7B; and a batch of an agent's, who mostly observes.
-SUITES = {
+SUITES: dict[Suite, list[Shape]] = {
     "tiny": [
         Shape(N=96, H=32, V=500, dtype=torch.float32),
         Shape(N=960, H=32, V=500, dtype=torch.float32, scored=0.1),

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .checks import Check, Errors
 from .clocks import MODES, Probe, Times, ceilings, measure, peak_bytes
 from .output import CsvFile, write_plots
-from .problems import OPS, SUITES, Problem, Shape, make_problem, product
+from .problems import OPS, SUITES, Problem, Shape, Suite, make_problem, product
 from .profiles import write_profile
 from .providers import OURS, PROVIDERS, Implementation, Unsuitable
 
@@ -34,7 +34,7 @@ Case = tuple[str, Shape]  # an op, by name, at a shape
 
 
 def run_bench(
-    suite: str,
+    suite: Suite,
     ops: Sequence[str] = (),
     providers: Sequence[str] = (),
     *,
@@ -98,7 +98,7 @@ def run_bench(
 
 @dataclass
 class _Run:
-    suite: str
+    suite: Suite
     device: torch.device
     asked: list[str]
     by_name: set[str]  # the providers that were asked for by name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .base import FILE, reports
-from .loading import load_tokenizer
+from .loading import load_tokenizer, template_option
 from .reading import Reading, on_error_option, read_all
 
 if TYPE_CHECKING:
@@ -31,14 +31,21 @@ _SHOWN = 600
     show_default=True,
     help="How many trajectories to print, from the first.",
 )
+@template_option
 @on_error_option
 @reports
-def check(file: Path, model: str, show: int, on_error: str) -> tuple[dict[str, Any], str]:
+def check(
+    file: Path,
+    model: str,
+    show: int,
+    chat_template_kwargs: dict[str, Any] | None,
+    on_error: str,
+) -> tuple[dict[str, Any], str]:
     """Tell what of FILE would be scored, and why what would not.
 
     Loads a tokenizer alone, no weights. With --on-error raise it fails where any row is refused.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, chat_template_kwargs)
     reading = read_all(file, tokenizer)
     report = {"file": str(file), "model": model, **_counts(reading, tokenizer)}
     refused = len(reading.skipped)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
+from ..data.arguments import parse_arguments
 from ..files import write_text
 from ..learning.options import StepAgentOptions
 from ..optional import require
@@ -103,7 +104,9 @@ def train(
         raise click.UsageError(f"--env is of no use with --states {config.states}")
     import_from_here()  # an environment of one's own
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
-    reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
+    given_kwargs = parse_arguments(config.chat_template_kwargs)
+    # first: a bad row need not wait
+    reading = read(data, load_tokenizer(model, given_kwargs), on_error)
     adapter = None if lora_rank is None else _lora(lora_rank)
     from ..data.ends import ends_of
     from ..learning.precision import loading_dtype

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
 
+from ..data.arguments import parse_arguments
 from ..data.draws import check_count
 from .options import StepAgentOptions
 
@@ -58,6 +59,7 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     """
 
     def __post_init__(self) -> None:
+        self.chat_template_kwargs = parse_arguments(self.chat_template_kwargs)
         self._check()
         if self.has_cycles:
             self._set_epochs(float(self.cycles * self.epochs_per_cycle))

@@ -46,7 +46,7 @@ from .config import StepAgentConfig
 from .cycle import Comparison, load_comparisons, naive_tokens, save_comparisons, unique_tokens
 from .epochs import EpochCallback
 from .inverse import InverseReflection
-from .loading import encode_all, load_policy, load_reference
+from .loading import encode_run, load_policy, load_reference
 from .noise import check_quiet
 from .objectives import batch_loss
 from .preflight import (
@@ -73,7 +73,9 @@ class StepAgentTrainer(Trainer):
         float32 weights (``args.model_dtype``).
     :param train_dataset: the expert's :class:`Trajectory` objects, or rows in any form of
         :func:`stepagent.load_trajectories`.
-    :param processing_class: the tokenizer, with a chat template.
+    :param processing_class: the tokenizer, with a chat template. Where the run has template
+        arguments (``args.chat_template_kwargs``, or what all of ``train_dataset`` gives alike), the
+        trainer has and saves a copy that carries them.
     :param ref_model: a fixed reference, or the name or path of one; None resets the reference to
         the policy at each cycle's start, as the paper does. Its log-probs are computed once a
         cycle, so no copy is kept. The model that a policy's adapter lies in stands for the policy
@@ -120,7 +122,7 @@ class StepAgentTrainer(Trainer):
         check_quiet(policy, args)
         if engine is not None:
             check_adapter(policy)
-        trunks = encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
+        trunks, processing_class = encode_run(train_dataset, processing_class, args)
         self._collector = Collector(trunks, processing_class, args, env, expert)
         check_budget(policy, trunks, args, self._collector.max_new_tokens)
         self._trunks = trunks

@@ -63,7 +63,7 @@ def parse_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any] | N
 
 def run_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Those that a tokenizer carries."""
-    return check_arguments(tokenizer.init_kwargs.get(NAME) or {})
+    return check_arguments(getattr(tokenizer, "init_kwargs", {}).get(NAME) or {})
 
 
 def with_arguments(

@@ -114,8 +114,7 @@ def _text(
 
 _REMARKS = {
     "unscored_assistant_messages": "{} assistant messages are state only, as their loss flags say",
-    "rewritten": "{} trajectories branch: the chat template rewrites their history, so a state does "
-    "not go on from what was produced",
+    "rewritten": "{} trajectories branch: the chat template rewrites their history",
     "recorded": "{} trajectories hold the token ids that were sampled, which are used as they are",
     "with_tools": "{} trajectories have tools",
     "with_reward": "{} trajectories have a reward",

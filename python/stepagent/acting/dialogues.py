@@ -20,6 +20,7 @@ from ..data.control import ControlTokens
 from ..data.draws import check_count, check_temperature
 from ..data.encoding import encode
 from ..data.ends import ends_of, without_end
+from ..data.recorded import made_with
 from ..data.trunk import Trunk
 from .answers import Answer
 
@@ -103,6 +104,11 @@ class Dialogues:
     def chat_template_kwargs(self) -> dict[str, Any]:
         """What the chat template is given, with the moment that it takes for now."""
         return self._template.fixed_arguments
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """Hashes of the tokenizer and of its chat template, for the records of its ids."""
+        return made_with(self._tokenizer)
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed."""

@@ -372,6 +372,7 @@ class Lockstep:
                 episode.chat_template_kwargs = dict(given)
             if told and isinstance(self._policy, Dialogues):
                 episode.trunk, episode.logps = self._policy.record(place)
+                episode.made_with = self._policy.made_with
             self._close(row)
         if len(going) < len(self._active):
             self._active = [self._active[place] for place in going]

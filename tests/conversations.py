@@ -53,8 +53,12 @@ TOOLS = [
 @cache
 def tokenizer_of(name: str) -> Any:
     """A byte-level tokenizer with a model's chat template and its control tokens."""
-    source = TEMPLATES[name]
-    tokenizer = tiny_tokenizers.byte_level_bpe(source, trim_offsets=False)
+    return with_template(tiny_tokenizers.byte_level_bpe(None, trim_offsets=False), name)
+
+
+def with_template(tokenizer: Any, name: str) -> Any:
+    """The tokenizer itself, with a model's chat template and its control tokens."""
+    source = tokenizer.chat_template = TEMPLATES[name]
     tokens = sorted(set(_CONTROL.findall(source)) | {"<tool_call>", "</tool_call>"})
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     return tokenizer

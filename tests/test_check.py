@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny_tokenizers import CHATML, LLAMA3, byte_level_bpe
+from test_thinking import thinking_agent
+from tiny_tokenizers import CHATML, LLAMA3, THINKING, byte_level_bpe
 
+from stepagent import encode
 from stepagent.cli import main
 
 AGENTGYM = {
@@ -130,6 +132,35 @@ def test_records_of_rollouts_are_told(tmp_path, model):
     code, counts = report(tmp_path / "data.json", "--model", other)
     assert code == 1
     assert "made with another tokenizer, template or tools" in counts["refused"][0]["reason"]
+
+
+def test_a_branching_trajectory_is_counted_and_shown_as_the_agent_sees_it(tmp_path):
+    folder = save(tmp_path / "model", THINKING, "<|im_end|>")
+    trajectory, tokenizer = thinking_agent(3), byte_level_bpe(THINKING)
+    path = write(tmp_path, {"messages": trajectory.messages})
+    code, counts = report(path, "--model", folder)
+    trunk = encode(trajectory, tokenizer)
+    steps = [
+        (trunk.state_ids(t).tolist(), trunk.input_ids[a:b].tolist())
+        for t, (a, b) in enumerate(trunk.action_spans)
+    ]
+    assert (code, counts["steps"], counts["rewritten"]) == (0, 3, 1)
+    assert counts["scored_tokens"] == sum(len(action) for _, action in steps)
+    beginnings = {tuple(s[: i + 1]) for s, _ in steps for i in range(len(s))}
+    inner = {tuple(s + a[:i]) for s, a in steps for i in range(1, len(a) + 1)}
+    behind = len(trunk.input_ids) - int(trunk.action_spans[-1, 1])
+    assert counts["state_tokens"] == len(beginnings - inner) + behind  # each once, as in the tree
+    assert counts["longest"] == max(len(s + a) for s, a in steps) + behind
+    text = check(path, "--model", folder).stdout
+    for turn, message in enumerate(trajectory.messages[1::2]):
+        assert f"action | {message['reasoning_content']}\n" in text
+        assert f"action | {message['content']}<|im_end|>\n" in text
+        rewritten = f"state  | {message['content']}<|im_end|>\nstate  | <|im_start|>user\n"
+        assert (rewritten in text) == (turn < 2)  # the next state has it without its thought
+    kept = len(steps[0][0])
+    assert f"back   | to token {kept}, from which the history is rewritten:" in text
+    assert text.count("back   |") == 2
+    assert "1 trajectories branch: the chat template rewrites their history" in text
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "llama3", "phi3", "gemma"])

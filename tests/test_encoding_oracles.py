@@ -20,9 +20,9 @@ DOCS = Path(__file__).parents[1] / "docs" / "encoding.md"
 BEGIN, END = "<!-- table: made by tests/test_encoding_oracles.py -->\n", "<!-- end of the table -->"
 
 
-def check(name: str, fields: dict) -> str:
+def check(name: str, fields: dict, tokenizer=None) -> str:
     """ "exact", or the reason of the refusal; AssertionError where anything differs in silence."""
-    tokenizer, trajectory = tokenizer_of(name), Trajectory(**fields)
+    tokenizer, trajectory = tokenizer or tokenizer_of(name), Trajectory(**fields)
     try:
         trunk = encode(trajectory, tokenizer)
     except ValueError as error:

@@ -162,6 +162,7 @@ def test_keys_are_written_only_where_there_is_something_to_say():
         "token_ids",
         "action_spans",
         "logps",
+        "made_with",
         "truncated",  # the model has not learnt to end
     }
 

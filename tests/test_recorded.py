@@ -7,8 +7,13 @@ import copy
 import numpy as np
 import pytest
 from tiny_tokenizers import CHATML, GEMMA, LLAMA2, byte_level_bpe, metaspace_bpe, word_level
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from stepagent import Trajectory, encode, load_trajectories, save_trajectories
+from stepagent.records.episodes import Episode
+
+MADE = "made_with"
 
 
 def sampled(tokenizer, *, end=True):
@@ -161,3 +166,104 @@ def test_what_a_rollout_records_is_what_is_trained(tmp_path):
         trunk = encode(trajectory, tokenizer)
         assert np.array_equal(trunk.input_ids, episode.trunk.input_ids)
         assert np.array_equal(trunk.action_spans, episode.trunk.action_spans)
+
+
+# ------------------------------------------------------------------ what a record says of itself
+
+
+def rolled_out(template):
+    """The record of a rollout of a tiny model under a template, with its tokenizer."""
+    from tiny_models import tiny_model
+
+    from stepagent.acting.policies import ModelPolicy
+    from stepagent.acting.rollout import run_episodes
+
+    tokenizer = byte_level_bpe(template)
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    policy = ModelPolicy(model, tokenizer, max_new_tokens=5, eos_token_id=end)
+    (episode,) = run_episodes(Rooms, policy, [0])
+    return episode.trajectory(), tokenizer
+
+
+class Rooms:
+    """Four rooms, whatever is done."""
+
+    name, max_steps, actions = "rooms", 4, ()
+
+    def reset(self, seed):
+        self._steps = 0
+        return "You are in room 0.", {"valid": True, "success": False, "progress": 0.0}
+
+    def step(self, action):
+        self._steps += 1
+        info = {"valid": True, "success": False, "progress": 0.0}
+        return f"You are in room {self._steps}.", 0.0, False, self._steps >= 4, info
+
+    def expert_action(self):
+        return "go"
+
+    def close(self):
+        pass
+
+
+# What an agent says is written in capitals once it is history.
+LOUD = CHATML.replace(
+    "message['content'] +",
+    "(message['content'] if loop.last or message['role'] == 'user' else 'then') +",
+)
+
+
+def test_a_rollout_says_what_its_ids_were_made_with_and_another_is_refused_by_name():
+    record, tokenizer = rolled_out(CHATML)
+    assert record.meta["made_with"].keys() == {"tokenizer", "chat_template"}
+    assert Episode.of(record).trajectory().meta == record.meta
+    assert encode(record, tokenizer).input_ids.tolist() == record.meta["token_ids"]
+    same_text = byte_level_bpe(CHATML + "{#- the same text -#}")
+    with pytest.raises(ValueError, match="they were made with another chat_template; use the mod"):
+        encode(record, same_text)
+    other = byte_level_bpe(CHATML)
+    other.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(ValueError, match="they were made with another tokenizer; use the model"):
+        encode(record, other)
+    old = Trajectory(record.messages, meta={k: v for k, v in record.meta.items() if k != MADE})
+    for reader in (same_text, other):  # an old record is read where it decodes alike
+        assert encode(old, reader).input_ids.tolist() == record.meta["token_ids"]
+
+
+def test_a_copy_from_disk_and_a_token_for_padding_are_the_same_tokenizer(tmp_path):
+    record, tokenizer = rolled_out(CHATML)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.add_special_tokens({"pad_token": "<pad>"})
+    loaded(["a", "a b c"], padding=True, truncation=True, max_length=5)
+    assert encode(record, loaded).input_ids.tolist() == record.meta["token_ids"]
+
+
+def test_every_state_of_a_record_with_rewinds_is_compared_with_its_own_prompt():
+    record, tokenizer = rolled_out(LOUD)
+    trunk = encode(record, tokenizer)
+    assert len(trunk.rewinds) == 3
+    assert trunk.input_ids.tolist() == record.meta["token_ids"]
+    ids, then = record.meta["token_ids"], tokenizer("then").input_ids
+    place = next(i for i in range(len(ids)) if ids[i : i + len(then)] == then)
+    changed = [*ids[:place], *reversed(then), *ids[place + len(then) :]]
+    with pytest.raises(ValueError, match=r"recorded tokens before messages\[3\] read as"):
+        encode(with_meta(record, token_ids=changed), tokenizer)  # no message, no action is another
+    for depth in (1, 2, 3):
+        rewinds = [list(pair) for pair in record.meta["rewinds"]]
+        rewinds[-1][1] -= depth
+        match = r"before messages\[7\] (read as|must be those of the prompt)"
+        with pytest.raises(ValueError, match=match):
+            encode(with_meta(record, rewinds=rewinds), tokenizer)
+
+
+def with_meta(record, **changes):
+    return Trajectory(record.messages, meta=record.meta | changes)
+
+
+def test_a_record_with_a_clock_is_read_another_day():
+    dated = "{{- 'Today: ' + strftime_now('%d %b %Y') + '\n' -}}" + CHATML
+    record, tokenizer = rolled_out(dated)
+    assert record.chat_template_kwargs.keys() == {"strftime_now"}
+    assert encode(record, tokenizer).input_ids.tolist() == record.meta["token_ids"]

@@ -82,6 +82,44 @@ def test_tree_log_probs_are_those_of_each_steps_own_prompt(tokenizer, model):
     assert len(trunk.input_ids) * 3 < separate
 
 
+@pytest.mark.parametrize("calls", [False, True])
+def test_under_qwen3s_own_template_a_tree_is_each_steps_own_prompt(calls):
+    """Also where an agent calls tools, whose answers keep its thoughts in the history."""
+    pytest.importorskip("trl")
+    from conversations import TOOLS, tokenizer_of
+
+    qwen = tokenizer_of("qwen3")
+    model = tiny_model("qwen3", vocab_size=len(qwen), max_position_embeddings=8192)
+    messages = thinking_agent(12).messages
+    if calls:
+        for turn in range(0, len(messages), 3 * 2):  # every third turn begins with a call
+            call = {"function": {"name": "search", "arguments": {"q": f"key {turn}"}}}
+            asked = {**messages[turn + 1], "content": "", "tool_calls": [call]}
+            messages[turn + 1] = [asked, {"role": "tool", "content": "none"}, messages[turn + 1]]
+        messages = [m for part in messages for m in (part if isinstance(part, list) else [part])]
+    trajectory = Trajectory(messages, tools=TOOLS if calls else None)
+    trunk = encode(trajectory, qwen)
+    assert len(trunk.rewinds) == 11
+    tried = [[qwen(f"look {t}{END}").input_ids] for t in range(trunk.num_steps)]
+    (tree,) = pack_step_pairs([trunk], [tried])
+    with torch.no_grad():
+        logps = score_trees(model, [tree]).numpy()
+    alone, separate = [], 0
+    for step, index in enumerate(trajectory.step_indices):
+        prompt = qwen.apply_chat_template(
+            messages[:index],
+            tools=trajectory.tools,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        start, stop = trunk.action_spans[step]
+        separate += len(prompt) + int(stop - start)
+        for action in (trunk.input_ids[start:stop].tolist(), *tried[step]):
+            alone.append(own_logps(model, prompt, action))
+    np.testing.assert_allclose(logps, np.concatenate(alone), atol=1e-4)
+    assert len(trunk.input_ids) * 3 < separate
+
+
 @pytest.mark.parametrize("budget", [None, 64])
 def test_inspection_of_a_branching_trunk_is_that_of_its_lines(tokenizer, model, budget):
     trunk = encode(thinking_agent(5), tokenizer)

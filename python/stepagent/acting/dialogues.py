@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.arguments import check_continues, with_arguments
 from ..data.chat import ChatTemplate
 from ..data.control import ControlTokens
 from ..data.draws import check_count, check_temperature
 from ..data.encoding import encode
 from ..data.ends import ends_of, without_end
+from ..data.recorded import made_with
 from ..data.trunk import Trunk
 from .answers import Answer
 
@@ -73,8 +75,9 @@ class Dialogues:
     Args:
         ends: the ids of the tokens that end an action, at least one.
         system: the first message of each dialogue.
-        chat_template_kwargs: for the chat template, as ``{"enable_thinking": False}``. Today's
-            date, where a template writes it, is that of the run's start.
+        chat_template_kwargs: for the chat template, as ``{"enable_thinking": False}``, beside
+            those that the tokenizer carries or in their place. Today's date, where a template
+            writes it, is that of the run's start.
     """
 
     def __init__(
@@ -90,9 +93,9 @@ class Dialogues:
     ) -> None:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
-        self._tokenizer, self._ends = tokenizer, list(ends)
+        self._tokenizer, self._ends = with_arguments(tokenizer, chat_template_kwargs), list(ends)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
-        self._template = ChatTemplate(tokenizer, None, chat_template_kwargs)
+        self._template = ChatTemplate(self._tokenizer)
         self._control = ControlTokens(tokenizer)
         self.system = system
         self._dialogues: list[Dialogue] = []
@@ -101,6 +104,11 @@ class Dialogues:
     def chat_template_kwargs(self) -> dict[str, Any]:
         """What the chat template is given, with the moment that it takes for now."""
         return self._template.fixed_arguments
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """Hashes of the tokenizer and of its chat template, for the records of its ids."""
+        return made_with(self._tokenizer)
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one dialogue per seed."""
@@ -130,6 +138,7 @@ class Dialogues:
         return trunks, np.array(origin)
 
     def _encode(self, trajectory: Trajectory) -> Trunk:
+        check_continues(trajectory, self._template.arguments)
         trunk = encode(trajectory, self._tokenizer)
         if others := [end for end in ends_of([trunk]) if end not in self._ends]:
             raise ValueError(

@@ -367,9 +367,12 @@ class Lockstep:
                 going.append(place)
                 continue
             told = episode.crashed is None and bool(episode.actions)
+            if told:
+                given = getattr(self._policy, "chat_template_kwargs", {})
+                episode.chat_template_kwargs = dict(given)
             if told and isinstance(self._policy, Dialogues):
                 episode.trunk, episode.logps = self._policy.record(place)
-                episode.chat_template_kwargs = dict(self._policy.chat_template_kwargs)
+                episode.made_with = self._policy.made_with
             self._close(row)
         if len(going) < len(self._active):
             self._active = [self._active[place] for place in going]

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.actions import PLAIN, ActionFormat, FormatName
 from ..data.actions import action_format as as_format
+from ..data.arguments import with_arguments
 from ..data.draws import check_count
 from ..data.encoding import encode
 from ..data.ends import given_ends
@@ -195,6 +196,7 @@ def rollout_and_query(
     timeout: float | None = None,
     progress: bool = False,
     action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 
@@ -206,10 +208,12 @@ def rollout_and_query(
         model: a model, or an engine of `stepagent.engines`, which needs ``eos_token_id``.
         expert: asked for its action in an environment; None: the environment's own expert. With
             ``workers`` it sees what a `stepagent.envs.TextEnv` shows.
+        chat_template_kwargs: for the agent's prompts and the expert's answers alike.
 
     Raises:
         RuntimeError: where all rollouts crashed.
     """
+    tokenizer = with_arguments(tokenizer, chat_template_kwargs)
     episodes = queried_rollouts(
         model,
         env,
@@ -288,7 +292,8 @@ def trunks_and_answers(
 
 
 def action_tokens(action: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:
-    """The token ids (n,) of ``action`` as an assistant turn, end-of-turn included."""
+    """The token ids (n,) of ``action`` as an assistant turn, end-of-turn included, under the
+    template arguments that the tokenizer carries."""
     turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": action}]
     trunk = encode(Trajectory(messages=turn), tokenizer)
     start, stop = trunk.action_spans[0]

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..address import TokenLimit
 from ..data.actions import call_text
+from ..data.arguments import check_arguments, check_continues
 from ..data.draws import check_count, check_temperature
 from ..data.ends import given_ends
 from ..engines.base import Engine, Prompt, Sampling, state_seed
@@ -122,6 +123,8 @@ class ChatPolicy:
         system: A first message to the model, such as what the actions are.
         name: In the records of its episodes.
         token_limit: The field of a request that has ``max_new_tokens``.
+        chat_template_kwargs: For the server's chat template, sent under this name, which vLLM and
+            SGLang know, and recorded with the episodes.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class ChatPolicy:
         system: str | None = None,
         name: str = "server",
         token_limit: TokenLimit = "max_tokens",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_count("max_new_tokens", max_new_tokens)
         check_temperature(temperature)
@@ -143,6 +147,7 @@ class ChatPolicy:
         self.name, self._server, self._seed = name, server, seed
         self._max_new_tokens, self._temperature = max_new_tokens, float(temperature)
         self._token_limit, self.system = token_limit, system
+        self.chat_template_kwargs = check_arguments(chat_template_kwargs or {})
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Start one conversation per seed."""
@@ -156,6 +161,7 @@ class ChatPolicy:
         """The same, after the first ``steps[k]`` actions of ``trajectories[k]``."""
         self.begin(seeds)
         for messages, trajectory, step in zip(self._messages, trajectories, steps, strict=True):
+            check_continues(trajectory, self.chat_template_kwargs)
             turns = [m for m in trajectory.messages if m["role"] != "system"]
             messages += turns[: 2 * step]
 
@@ -177,11 +183,13 @@ class ChatPolicy:
 
     def _request(self, row: int) -> dict[str, Any]:
         messages = self._messages[row]
-        request = {
+        request: dict[str, Any] = {
             "messages": messages,
             self._token_limit: self._max_new_tokens,
             "temperature": self._temperature,
         }
+        if self.chat_template_kwargs:
+            request["chat_template_kwargs"] = self.chat_template_kwargs
         # Not every server knows the word, and what is greedy needs none.
         seed = {"seed": state_seed(self._seed, self._seeds[row], len(messages))}
         return request | (seed if self._temperature > 0 else {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .base import FILE, reports
-from .loading import load_tokenizer
+from .loading import load_tokenizer, template_option
 from .reading import Reading, on_error_option, read_all
 
 if TYPE_CHECKING:
@@ -32,14 +32,21 @@ _SHOWN = 600
     show_default=True,
     help="How many trajectories to print, from the first.",
 )
+@template_option
 @on_error_option
 @reports
-def check(file: Path, model: str, show: int, on_error: OnError) -> tuple[dict[str, Any], str]:
+def check(
+    file: Path,
+    model: str,
+    show: int,
+    chat_template_kwargs: dict[str, Any] | None,
+    on_error: OnError,
+) -> tuple[dict[str, Any], str]:
     """Tell what of FILE would be scored, and why what would not.
 
     Loads a tokenizer alone, no weights. With --on-error raise it fails where any row is refused.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, chat_template_kwargs)
     reading = read_all(file, tokenizer)
     report = {"file": str(file), "model": model, **_counts(reading, tokenizer)}
     refused = len(reading.skipped)
@@ -67,8 +74,9 @@ def _counts(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         "unscored_assistant_messages": assistants - steps,
         "scored_tokens": scored,
         "state_tokens": tokens - scored,
-        "longest": max((len(trunk.input_ids) for trunk in reading.trunks), default=0),
+        "longest": max((int(t.position_ids.max()) + 1 for t in reading.trunks), default=0),
         "end_tokens": [_decode(tokenizer, [id]) for id in ends_of(reading.trunks)],
+        "rewritten": sum(bool(len(trunk.rewinds)) for trunk in reading.trunks),
         "recorded": sum("token_ids" in t.meta for t in reading.trajectories),
         "with_reward": sum(t.reward is not None for t in reading.trajectories),
         "with_tools": sum(t.tools is not None for t in reading.trajectories),
@@ -92,7 +100,7 @@ def _text(
     lines.append(
         f"{report['trajectories']} trajectories, {report['steps']} steps; "
         f"{report['scored_tokens']} of {tokens} tokens are scored, the others are state; "
-        f"the longest has {report['longest']} tokens"
+        f"the longest sequence has {report['longest']} tokens"
     )
     if report["end_tokens"]:
         lines.append(f"An action ends with {', '.join(report['end_tokens'])}")
@@ -107,6 +115,7 @@ def _text(
 
 _REMARKS = {
     "unscored_assistant_messages": "{} assistant messages are state only, as their loss flags say",
+    "rewritten": "{} trajectories branch: the chat template rewrites their history",
     "recorded": "{} trajectories hold the token ids that were sampled, which are used as they are",
     "with_tools": "{} trajectories have tools",
     "with_reward": "{} trajectories have a reward",
@@ -114,18 +123,27 @@ _REMARKS = {
 
 
 def _sample(trunk: Trunk, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A trajectory as states and actions, line by line."""
+    """A trajectory as states and actions, line by line: of a state what is new, or rewritten."""
     lines: list[str] = []
-    position = 0
-    for start, stop in [*trunk.action_spans.tolist(), (len(trunk.input_ids), None)]:
-        state = _decode(tokenizer, trunk.input_ids[position:start].tolist())
-        lines += _labelled("state ", state, dim=True)
-        if stop is not None:
-            *action, end = trunk.input_ids[start:stop].tolist()
-            lines += _labelled("action", _decode(tokenizer, action), fg="green", bold=True)
-            lines[-1] += click.style(_printable(_decode(tokenizer, [end])), reverse=True)
-            position = stop
-    return lines
+    seen: list[int] = []  # all that the model saw until now, in the order in which it did
+    stop = 0
+    for step, (start, stop) in enumerate(trunk.action_spans.tolist()):
+        state, action = trunk.state_ids(step).tolist(), trunk.input_ids[start:stop].tolist()
+        same = _common_prefix(seen, state)
+        if same < len(seen):
+            lines.append(f"back   | to token {same}, from which the history is rewritten:")
+        lines += _labelled("state ", _decode(tokenizer, state[same:]), dim=True)
+        lines += _labelled("action", _decode(tokenizer, action[:-1]), fg="green", bold=True)
+        lines[-1] += click.style(_printable(_decode(tokenizer, action[-1:])), reverse=True)
+        seen = state + action
+    return lines + _labelled(
+        "state ", _decode(tokenizer, trunk.input_ids[stop:].tolist()), dim=True
+    )
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _labelled(label: str, text: str, **style: Any) -> list[str]:

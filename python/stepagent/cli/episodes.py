@@ -12,7 +12,7 @@ import click
 
 from ..address import Address, TokenLimit, is_url, scheme_hint, without_secrets
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, make_parent, reports
-from .loading import import_from_here, is_hub_name, parse_format
+from .loading import import_from_here, is_hub_name, parse_format, template_option
 from .rolling import Rollout
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 help="Of the server's model: token ids both ways in place of text.",
             ),
             click.option("--system", metavar="TEXT", help="First message to a model."),
+            template_option,
             click.option(
                 "--instructions/--no-instructions",
                 default=None,

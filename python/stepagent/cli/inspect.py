@@ -13,7 +13,7 @@ import click
 from ..data.actions import PLAIN, ActionFormat
 from ..optional import require
 from .base import FILE, FOLDER, NEW_FILE, POSITIVE, Interrupted, make_parent, reports
-from .loading import device, load_model, load_tokenizer, parse_format
+from .loading import device, load_model, load_tokenizer, parse_format, template_option
 from .reading import on_error_option, read
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _launched_shard() -> str:
     default=_launched_shard,
     help="Do part I of N, from 0.  [default: as accelerate launch says]",
 )
+@template_option
 @on_error_option
 @reports
 def inspect_command(
@@ -104,6 +105,7 @@ def inspect_command(
     action_format: ActionFormat,
     chunk: int,
     shard: Shard,
+    chat_template_kwargs: dict[str, Any] | None,
     on_error: OnError,
     max_new_tokens: int | None,
     max_batch_tokens: int | None,
@@ -113,13 +115,15 @@ def inspect_command(
     import numpy as np
 
     from ..acting.inspection import inspect
+    from ..data.arguments import run_arguments
     from ..data.ends import ends_of
     from ..records.branches import BranchWriter, fingerprint
 
     output = shard.path(output)
     make_parent(output)
-    reading = read(data, load_tokenizer(model), on_error)  # first: a bad row need not wait
-    agent, tokenizer = _agent(engine, model, served_model)
+    tokenizer = load_tokenizer(model, chat_template_kwargs)
+    reading = read(data, tokenizer, on_error)  # first: a bad row need not wait
+    agent = _agent(engine, model, served_model)
     trajectories, trunks = reading.trajectories, reading.trunks
     ends = ends_of(trunks)
     longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
@@ -127,6 +131,7 @@ def inspect_command(
     if max_batch_tokens is not None:
         sampling["max_batch_tokens"] = max_batch_tokens
     where = engine if engine in ("local", "vllm") else "server"
+    prompted = run_arguments(tokenizer)
     writer = BranchWriter(
         trajectories,
         trunks,
@@ -138,6 +143,7 @@ def inspect_command(
             "engine": where,
             "chunk": chunk,
             **({} if action_format == PLAIN else {"action_format": action_format.name}),
+            **({"chat_template_kwargs": prompted} if prompted else {}),
             **sampling,
         },
     )
@@ -161,14 +167,11 @@ def inspect_command(
     return report, text
 
 
-def _agent(
-    engine: str, folder: Path, served_model: str | None
-) -> tuple[PreTrainedModel | Engine, PreTrainedTokenizerBase]:
+def _agent(engine: str, folder: Path, served_model: str | None) -> PreTrainedModel | Engine:
     if served_model is not None and engine in ("local", "vllm"):
         raise click.UsageError(f"--served-model is of no use with --engine {engine}")
     if engine == "local":
-        return load_model(folder, device())
-    tokenizer = load_tokenizer(folder)
+        return load_model(folder, device())[0]
     if engine == "vllm":
         require("--engine vllm", "vllm")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -176,10 +179,10 @@ def _agent(
 
         from ..engines import VLLMEngine
 
-        return VLLMEngine(LLM(model=str(folder), enable_prefix_caching=True)), tokenizer
+        return VLLMEngine(LLM(model=str(folder), enable_prefix_caching=True))
     from ..engines import CompletionsEngine
 
-    return CompletionsEngine(engine, model=served_model), tokenizer
+    return CompletionsEngine(engine, model=served_model)
 
 
 def _inspected(

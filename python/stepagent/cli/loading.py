@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from ..data.actions import FORMATS, ActionFormat, action_format
+from ..data.arguments import parse_arguments, with_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -61,20 +62,40 @@ def parse_format(ctx: click.Context, param: click.Parameter, value: str) -> Acti
         ) from error
 
 
+def _parse_arguments(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> dict[str, Any] | None:
+    try:
+        return parse_arguments(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+template_option = click.option(
+    "--chat-template-kwargs",
+    metavar="JSON",
+    callback=_parse_arguments,
+    help="Arguments for the chat template, as '{\"enable_thinking\": false}'.  [default: those "
+    "that a model was trained with here]",
+)
+
+
 def load_model(
     path: str | Path,
     device: str | None = None,
     attn_implementation: TreeAttention | None = None,
     dtype: torch.dtype | str = "auto",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer; None: the attention that transformers chooses.
 
     Args:
         dtype: of the weights; "auto": the checkpoint's.
+        chat_template_kwargs: as `load_tokenizer` takes them.
     """
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, chat_template_kwargs)
     with _loading(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -86,15 +107,21 @@ def load_model(
     return model, tokenizer
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer, which must know how to write a chat."""
+def load_tokenizer(
+    path: str | Path, chat_template_kwargs: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer, which must know how to write a chat.
+
+    Args:
+        chat_template_kwargs: a run's, which it carries beside those it was saved with.
+    """
     from transformers import AutoTokenizer
 
     with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {str(path)!r} must have a chat template, it has none")
-    return cast("PreTrainedTokenizerBase", tokenizer)
+    return with_arguments(cast("PreTrainedTokenizerBase", tokenizer), chat_template_kwargs)
 
 
 @contextmanager

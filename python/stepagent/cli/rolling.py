@@ -49,10 +49,11 @@ class Rollout:
     temperature: float | None = None
     server_timeout: float | None = None
     token_limit: TokenLimit | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         of_servers = ("served_model", "tokenizer", "server_timeout", "token_limit")
-        of_models = ("system", "temperature", "instructions")
+        of_models = ("system", "temperature", "instructions", "chat_template_kwargs")
         useless: tuple[str, ...] = () if is_url(self.policy) else of_servers
         useless += of_models if self.policy in ("expert", "random") else ()
         for name in useless:
@@ -163,6 +164,8 @@ class Rollout:
             run["system"] = self._system
         if self.temperature:
             run["temperature"] = self.temperature
+        if self.chat_template_kwargs:
+            run["chat_template_kwargs"] = self.chat_template_kwargs
         if self.action_format != PLAIN:
             run["action_format"] = self.action_format.name
         return run
@@ -202,7 +205,8 @@ class Rollout:
         action = self._some_action()  # first: a wrong name need not wait for a model
         from ..acting.policies import ModelPolicy
 
-        model, tokenizer = load_model(model_folder(self.policy), device())
+        folder, given = model_folder(self.policy), self.chat_template_kwargs
+        model, tokenizer = load_model(folder, device(), chat_template_kwargs=given)
         end = _end_of_turn(action, tokenizer)
         policy = ModelPolicy(model, tokenizer, eos_token_id=end, **self._speaking)
         policy.name = self.policy
@@ -218,7 +222,7 @@ class Rollout:
             key = os.environ.get("OPENAI_API_KEY")
             server = Server(self.policy, model=self.served_model, api_key=key, **patience)
             return ChatPolicy(server, token_limit=self.token_limit or "max_tokens", **options)
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_tokenizer(self.tokenizer, self.chat_template_kwargs)
         engine = CompletionsEngine(self.policy, model=self.served_model, **patience)
         end = _end_of_turn(self._some_action(), tokenizer)
         return EnginePolicy(engine, tokenizer, eos_token_id=end, **options)
@@ -229,6 +233,7 @@ class Rollout:
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature or 0.0,
             "system": self._system,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
     def _some_action(self) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 
+from ..data.arguments import parse_arguments
 from ..files import write_text
 from ..learning.options import StepAgentOptions
 from ..optional import require
@@ -109,7 +110,7 @@ def train(
         )
     import_from_here()  # an environment of one's own
     checkpoint = config.resume_from_checkpoint or _checkpoint(config, resume)
-    words = load_tokenizer(model)
+    words = load_tokenizer(model, parse_arguments(config.chat_template_kwargs))
     reading = read(data, words, on_error)  # first: a bad row need not wait
     held_out = None if eval_data is None else read(eval_data, words, on_error).trajectories
     adapter = None if lora_rank is None else _lora(lora_rank)

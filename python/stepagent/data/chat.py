@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from .arguments import CLOCK, run_arguments
+
 if TYPE_CHECKING:
     import jinja2
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, Any]]
 
-# A template's own name for the clock; as an argument it holds the moment, in ISO format.
-CLOCK = "strftime_now"
 # What tells a loop's body that more messages come, or how many.
 _AHEAD = frozenset(("last", "length", "revindex", "revindex0", "nextitem"))
 
@@ -38,9 +38,10 @@ class ChatTemplate:
     Its clock stands still: at ``arguments["strftime_now"]``, or where this process began.
 
     Args:
-        tokenizer: Has the template.
+        tokenizer: Has the template, and perhaps a run's arguments for it.
         tools: As ``apply_chat_template`` takes them, or None.
-        arguments: ``chat_template_kwargs``, each one that the template knows.
+        arguments: ``chat_template_kwargs``, each one that the template knows; they go before the
+            run's.
 
     Raises:
         ValueError: For a tokenizer without a template and for an argument of no effect.
@@ -56,7 +57,8 @@ class ChatTemplate:
             raise ValueError(
                 f"{type(tokenizer).__name__} must have a chat template, got none: set chat_template"
             )
-        self.tokenizer, self.tools, self.arguments = tokenizer, tools, dict(arguments or {})
+        self.tokenizer, self.tools = tokenizer, tools
+        self.arguments = {**run_arguments(tokenizer), **(arguments or {})}
         self.source = str(tokenizer.get_chat_template(None, tools))
         self._compiled = _compiled(self.source)
         self._context = {

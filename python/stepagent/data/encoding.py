@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import check_agrees, run_arguments
 from .chat import ChatTemplate
 from .control import ControlTokens, Tokens
 from .ends import ends_of
@@ -42,9 +43,10 @@ def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
 
     Token ids that a record holds in ``meta`` (``token_ids``, ``action_spans``) are taken as they
     were sampled. Otherwise each state is the prompt of its step, with the trajectory's tools and
-    template arguments, and the scored tokens are what the template writes of the assistant's
-    message after it (thoughts, content, calls) up to the token that ends the turn. Control tokens
-    in what is no assistant's are encoded as ordinary text.
+    template arguments and those that the tokenizer carries for the run, and the scored tokens are
+    what the template writes of the assistant's message after it (thoughts, content, calls) up to
+    the token that ends the turn. Control tokens in what is no assistant's are encoded as ordinary
+    text.
 
     Raises:
         TypeError: For another object than a `Trajectory`.
@@ -56,6 +58,7 @@ def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Trunk:
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory must be a Trajectory, got a {type(trajectory).__name__}")
     try:
+        check_agrees(trajectory, run_arguments(tokenizer))
         if "token_ids" in trajectory.meta:
             return _recorded(trajectory, tokenizer)
         if not getattr(tokenizer, "is_fast", False):

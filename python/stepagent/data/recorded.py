@@ -2,15 +2,22 @@
 
 A record of ``evaluate`` or ``collect``, and a Trace, say in ``meta`` which tokens there were and
 which of them the agent sampled. They mean nothing under another tokenizer, and the wrong states
-under another chat template, so both are checked by decoding.
+under another chat template: a record that says what it was made with is refused by that, and every
+record is checked by decoding.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from .chat import ChatTemplate
+from .control import ControlTokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +29,40 @@ if TYPE_CHECKING:
 _REMEDY = "use the model that it was sampled with, or drop token_ids from meta to tokenize it anew"
 # A template may write today's date, which is another one than on the day of the record.
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}, \d{4}")
+
+
+# What of a tokenizer says which ids a text has. Added tokens decode to their own names, so that the
+# check by decoding tells them, and one that was added since, as for padding, changes nothing.
+_TOKENIZES = ("model", "normalizer", "pre_tokenizer")
+_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def made_with(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of a tokenizer and of its chat template, as a record of its ids has them; none of a
+    tokenizer that is not a fast one."""
+    if not getattr(tokenizer, "is_fast", False):
+        return {}
+    if tokenizer not in _hashes:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        kept = json.dumps([parts[name] for name in _TOKENIZES], sort_keys=True)
+        _hashes[tokenizer] = _hash(kept)
+    return {"tokenizer": _hashes[tokenizer], "chat_template": _hash(str(tokenizer.chat_template))}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_made_with(meta: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    said = meta.get("made_with")  # not in older records, nor in those of others
+    if not isinstance(said, dict):
+        return
+    for what, own in made_with(tokenizer).items():
+        if said.get(what) not in (None, own):
+            raise ValueError(
+                f"meta['made_with'] says that the recorded tokens are of the {what} {said[what]}, "
+                f"which must be this one's {own}: they were made with another {what}; {_REMEDY}"
+            )
 
 
 def scored_spans(
@@ -38,9 +79,10 @@ def scored_spans(
         (S, 2), one span for each scored message.
 
     Raises:
-        ValueError: Where the ids do not read as the messages do under this tokenizer and its chat
-            template.
+        ValueError: Where the record names another tokenizer or chat template (`made_with`), or its
+            ids do not read as the messages do under these.
     """
+    _check_made_with(trajectory.meta, tokenizer)
     token_ids, spans = record.input_ids, record.action_spans
     steps = trajectory.step_indices
     actions = [i for i, m in enumerate(trajectory.messages) if m["role"] == "assistant"]
@@ -70,12 +112,19 @@ class _Record:
         record: Trunk,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._trajectory, self._tokenizer = trajectory, tokenizer
-        self._ids, self._rewinds = record.input_ids.tolist(), record.rewinds
+        self._trajectory, self._tokenizer, self._record = trajectory, tokenizer, record
+        self._ids = record.input_ids.tolist()
+        said = json.dumps([trajectory.messages, trajectory.tools], ensure_ascii=False)
+        self._control = ControlTokens(tokenizer).apart_from(said)
+        tools = self._control.mark(trajectory.tools)
+        self._template = ChatTemplate(tokenizer, tools, trajectory.chat_template_kwargs)
 
     def check(self, indices: list[int], spans: list[list[int]]) -> None:
-        """Compare the first state, each action, and what stands between two of them."""
-        self._check_first(indices[0], spans[0][0])
+        """Compare each action and its state. Of a record that is one line of tokens, whose later
+        states may keep what a template would drop, those are what stands between two actions."""
+        states = range(len(spans) if len(self._record.rewinds) else 1)
+        for step in states:
+            self._check_state(indices[step], step)
         messages, previous, position = self._trajectory.messages, indices[0], spans[0][0]
         for index, (start, end) in zip(indices, spans, strict=True):
             between = _squeeze(self._decode(position, start))
@@ -87,24 +136,30 @@ class _Record:
             self._check_action(index, start, end)
             previous, position = index, end
 
-    def _check_first(self, index: int, start: int) -> None:
-        trajectory = self._trajectory
-        rendered = str(
-            self._tokenizer.apply_chat_template(
-                trajectory.messages[:index],
-                tools=trajectory.tools,  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=True,
-                **trajectory.chat_template_kwargs,
-            )
-        )
-        recorded = self._decode(0, start)
-        if _squeeze(_DATE.sub("", rendered)) != _squeeze(_DATE.sub("", recorded)):
+    def _check_state(self, index: int, step: int) -> None:
+        messages = self._control.mark_messages(self._trajectory.messages[:index])
+        rendered = self._template.render(messages, generation=True)
+        ids = self._record.state_ids(step).tolist()
+        recorded, written = self._text(ids), self._control.plain(rendered)
+        place = "the first action" if step == 0 else f"messages[{index}]"
+        if _squeeze(_DATE.sub("", written)) != _squeeze(_DATE.sub("", recorded)):
             raise ValueError(
-                "the recorded tokens before the first action read as "
-                f"{_shown(recorded)}, but the chat template writes {_shown(rendered)}: they were "
-                f"made with another tokenizer, template or tools; {_REMEDY}"
+                f"the recorded tokens before {place} read as {_shown(recorded)}, but the chat "
+                f"template writes {_shown(written)}: they were made with another tokenizer, "
+                f"template or tools; {_REMEDY}"
             )
+        known = "made_with" in self._trajectory.meta  # and found to be the same
+        if known and self._went_back(step) and ids != self._control.tokenize(rendered).ids:
+            raise ValueError(
+                f"the recorded tokens before {place} must be those of the prompt there, to which "
+                f"meta['rewinds'] goes back, but are others: the record was changed; {_REMEDY}"
+            )
+
+    def _went_back(self, step: int) -> bool:
+        """Whether a state does not go on from the action before it, but is a prompt made anew."""
+        places, spans = self._record.rewinds[:, 0], self._record.action_spans
+        before = spans[step - 1, 1] if step else 0
+        return bool(((places >= before) & (places < spans[step, 0])).any())
 
     def _check_action(self, index: int, start: int, end: int) -> None:
         message = self._trajectory.messages[index]
@@ -126,8 +181,11 @@ class _Record:
         )
 
     def _decode(self, start: int, end: int) -> str:
+        return self._text(self._ids[start:end])
+
+    def _text(self, ids: list[int]) -> str:
         text: Any = self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return str(text)
 

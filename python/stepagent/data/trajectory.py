@@ -16,21 +16,13 @@ from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from ..files import write_text
+from .arguments import check_arguments
 from .dialects import fields_of
 from .messages import ROLES as ROLES
 from .messages import is_plain, is_step, normalize
 from .rows import Source, rows_of
 
 OnError: TypeAlias = Literal["raise", "skip"]  # of a row that is no trajectory
-
-# Arguments of apply_chat_template that are no template's own.
-_RESERVED = frozenset(
-    (
-        *("add_generation_prompt", "continue_final_message", "conversation"),
-        *("chat_template", "max_length", "messages", "padding", "return_assistant_tokens_mask"),
-        *("return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
-    )
-)
 
 
 @dataclass
@@ -47,7 +39,8 @@ class Trajectory:
         id: Or None.
         meta: Anything else, JSON to be saved.
         tools: What the agent could call, in the form ``apply_chat_template`` takes; or None.
-        chat_template_kwargs: For the chat template, as ``{"enable_thinking": False}``.
+        chat_template_kwargs: For the chat template, as ``{"enable_thinking": False}``; those of
+            the run that it does not name apply too.
 
     Raises:
         TypeError, ValueError: Naming the message and the rule.
@@ -65,14 +58,9 @@ class Trajectory:
         self.reward = _finite_reward(self.reward)
         if not isinstance(self.id, str | None):
             raise TypeError(f"id must be a str or None, got {self.id!r}")
-        for name in ("meta", "chat_template_kwargs"):
-            value = getattr(self, name)
-            if not isinstance(value, dict):
-                raise TypeError(f"{name} must be a dict, got {value!r}")
-        for name in _RESERVED & self.chat_template_kwargs.keys():
-            raise ValueError(
-                f"chat_template_kwargs must hold arguments of the template alone, got {name!r}"
-            )
+        if not isinstance(self.meta, dict):
+            raise TypeError(f"meta must be a dict, got {self.meta!r}")
+        check_arguments(self.chat_template_kwargs)
         _check_tools(self.tools)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
 
+from ..data.arguments import parse_arguments
 from ..data.draws import check_count
 from .arguments import check_accelerator, check_arguments
 from .options import StepAgentOptions
@@ -71,6 +72,7 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
+        self.chat_template_kwargs = parse_arguments(self.chat_template_kwargs)
         self._check()
         check_arguments(self)
         self._set_epochs()

@@ -11,9 +11,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..data.arguments import (
+    check_continues,
+    parse_arguments,
+    run_arguments,
+    shared_arguments,
+    with_arguments,
+)
 from ..data.encoding import encode
 from ..data.rows import without_nulls
-from ..data.trajectory import Skipped, iterate_trajectories
+from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
 from ..data.trunk import Trunk
 from .precision import loading_dtype, say_precision
 
@@ -75,12 +82,43 @@ def _with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
         return get_peft_model(model, peft_config)
 
 
+def encode_run(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: StepAgentConfig,
+) -> tuple[list[Trunk], PreTrainedTokenizerBase]:
+    """The trunk of each row, and the tokenizer with the run's template arguments.
+
+    Those are the arguments of the configuration, and what all rows give alike: the agent learns on
+    such states, so it is to be prompted so.
+
+    Raises:
+        ValueError: as `encode_all`, and with ``states="agent"`` for rows whose states are others
+            than those of the agent's rollouts.
+    """
+    tokenizer = with_arguments(tokenizer, parse_arguments(args.chat_template_kwargs))
+    read: list[Trajectory] = []
+    trunks = encode_all(dataset, tokenizer, progress=not args.disable_tqdm, read=read)
+    tokenizer = with_arguments(tokenizer, shared_arguments(read, run_arguments(tokenizer)))
+    if args.states == "agent":
+        for place, trajectory in enumerate(read):
+            try:
+                check_continues(trajectory, run_arguments(tokenizer))
+            except ValueError as error:
+                raise ValueError(
+                    f"states='agent' prompts the agent alike everywhere, but train_dataset[{place}]"
+                    f" does not: {error}"
+                ) from error
+    return trunks, tokenizer
+
+
 def encode_all(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     progress: bool,
     name: str = "train_dataset",
+    read: list[Trajectory] | None = None,
 ) -> list[Trunk]:
     """The trunk of each row.
 
@@ -88,6 +126,7 @@ def encode_all(
         dataset: a path, a dataset with a length, or rows to be read once: an ``IterableDataset``, a
             generator.
         name: what to call it in errors.
+        read: takes up the trajectories.
 
     Raises:
         TypeError: for what has no rows, or several splits.
@@ -103,6 +142,8 @@ def encode_all(
             if isinstance(found, Skipped):
                 raise ValueError(found.reason)
             trunks.append(encode(found, tokenizer))
+            if read is not None:
+                read.append(found)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not trunks:

@@ -7,7 +7,7 @@ adds, so that the command line can list and check them without importing transfo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..data.actions import FormatName
 
@@ -102,6 +102,14 @@ class StepAgentOptions:
             "help": "how the agent writes an action: plain, react, json or tool_call; read in its "
             "rollouts, and for the agreement",
             "choices": FORMATS,
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object of arguments for the chat template, such as "
+            "'{\"enable_thinking\": false}'; used wherever the agent is prompted, and saved with "
+            "its tokenizer"
         },
     )
     rollouts: int | None = field(

@@ -49,7 +49,7 @@ from .epochs import EpochCallback
 from .evaluating import ComputeMetrics, EvaluatingTrainer, Evaluator
 from .held_out import check_evaluation, held_out
 from .inverse import InverseReflection
-from .loading import encode_all, load_policy, load_reference
+from .loading import encode_run, load_policy, load_reference
 from .noise import check_quiet
 from .objectives import batch_loss
 from .preflight import (
@@ -79,7 +79,9 @@ class StepAgentTrainer(EvaluatingTrainer):
             float32 weights (``args.model_dtype``).
         train_dataset: The expert's `Trajectory` objects, or rows in any form of
             `stepagent.load_trajectories`; an ``IterableDataset`` or a generator is read once.
-        processing_class: The tokenizer, with a chat template.
+        processing_class: The tokenizer, with a chat template. Where the run has template arguments
+            (``args.chat_template_kwargs``, or what all of ``train_dataset`` gives alike), the
+            trainer has and saves a copy that carries them.
         ref_model: A fixed reference, or the name or path of one; None resets the reference to the
             policy at each cycle's start, as the paper does. Its log-probs are computed once a
             cycle, so no copy is kept. The model that a policy's adapter lies in stands for the
@@ -137,7 +139,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         check_quiet(policy, args)
         if engine is not None:
             check_adapter(policy)
-        trunks = encode_all(train_dataset, processing_class, progress=not args.disable_tqdm)
+        trunks, processing_class = encode_run(train_dataset, processing_class, args)
         self._collector = Collector(trunks, processing_class, args, env, expert)
         inspects = args.has_cycles and args.states == "expert"
         check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=inspects)

@@ -8,7 +8,8 @@ What can be trained on is the trajectory itself; all that an evaluation knows be
               rewards, progress, valid, invalid, expert_actions, step_rewards: T each
               action_format; taken, truncated: T each, where an answer is more than its action
               token_ids (L), action_spans (T, 2), rewinds (K, 2; where there are any),
-              logps (T, tokens of the action): a local model's
+              logps (T, tokens of the action), made_with (hashes of the tokenizer and of its chat
+              template): a local model's
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Episode:
     trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
     logps: list[NDArray[np.float32]] = field(default_factory=list)  # with a trunk
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of a model's episode
+    made_with: dict[str, str] = field(default_factory=dict)  # with a trunk: whose ids it has
     crashed: str | None = None  # what happened to its environment, or to its policy
     gave_up: bool = False  # the policy had no action, as an expert without an answer
     system: str | None = None
@@ -121,6 +123,8 @@ class Episode:
             if len(self.trunk.rewinds):
                 meta["rewinds"] = self.trunk.rewinds.tolist()
             meta["logps"] = [logps.tolist() for logps in self.logps]
+            if self.made_with:
+                meta["made_with"] = dict(self.made_with)
         return meta
 
     @property
@@ -167,6 +171,7 @@ class Episode:
             trunk=trunk,
             logps=logps,
             chat_template_kwargs=dict(trajectory.chat_template_kwargs),
+            made_with=dict(meta.get("made_with") or {}),
             system=system,
             **told,
         )

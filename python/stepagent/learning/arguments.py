@@ -77,6 +77,10 @@ REFUSED: dict[str, Refused] = {
     ),
     "bf16_full_eval": Refused("scores are computed in the precision of training", (False,)),
     "fp16_full_eval": Refused("scores are computed in the precision of training", (False,)),
+    "batch_eval_metrics": Refused("figures are of the whole eval_dataset", (False,)),
+    "eval_do_concat_batches": Refused("figures are of the whole eval_dataset", (True,)),
+    "eval_use_gather_object": Refused("scores are gathered as they are", (False,)),
+    "eval_accumulation_steps": Refused("a score is one number a token: all of them fit"),
     "torch_compile": Refused(
         "log-probs are computed in the place of the model's head, which its compiled graph does "
         "not see",
@@ -119,9 +123,8 @@ REFUSED: dict[str, Refused] = {
 
 _EVALUATION = (
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "prediction_loss_only"),
-    *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
-    *("include_for_metrics", "batch_eval_metrics", "load_best_model_at_end"),
-    *("metric_for_best_model", "greater_is_better"),
+    *("include_for_metrics", "load_best_model_at_end", "metric_for_best_model"),
+    "greater_is_better",
 )
 HONOURED |= dict.fromkeys(_EVALUATION, "of `eval_dataset`")
 

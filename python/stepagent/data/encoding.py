@@ -8,8 +8,9 @@ produce is what the chat template writes of its message after that:
     scored                                                                        └────────┘
 
 So the second must begin with the first, in tokens too, or have its newest part where it rewrites
-what was before; and it must end with a control token, after which white space alone may follow. It needs no ``{% generation %}`` in the template. Where the next
-state does not go on from what was produced, the trunk branches (:class:`stepagent.Trunk`).
+what was before; and it must end with a control token, after which white space alone may follow. It
+needs no ``{% generation %}`` in the template. Where the next state does not go on from what was
+produced, the trunk branches (:class:`stepagent.Trunk`).
 
 docs/encoding.md has the contract, and which templates keep it.
 """

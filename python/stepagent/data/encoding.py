@@ -145,9 +145,14 @@ class _Conversation:
         """What is written of a message whose coming rewrites what was before it, as gpt-oss's final
         answer takes away the thoughts of the calls before: all after the newest observation and the
         prompt. None where the text does not have these, one after the other."""
-        before, history = (self._of(count, False) for count in (max(index - 1, 0), index))
+        if index < 2:
+            return None
+        try:
+            before, history = (self._of(count, False) for count in (index - 1, index))
+        except ValueError:  # of so few messages the template makes nothing
+            return None
         prompt = self._of(index, True)
-        if not (index and history.startswith(before) and prompt.startswith(history)):
+        if not (history.startswith(before) and prompt.startswith(history)):
             return None
         newest, opening = history[len(before) :], prompt[len(history) :]
         place = text.rfind(newest)

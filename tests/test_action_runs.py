@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import END, babyai_tokenizer, tiny_agent
+from tiny_tokenizers import byte_level_bpe
 
 import stepagent as sa
 from stepagent import envs
@@ -16,7 +17,7 @@ from stepagent.acting.answers import Answer
 from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
 from stepagent.acting.rollout import action_tokens, run_episodes, trunks_and_answers
 from stepagent.data.actions import FORMATS, call_text
-from stepagent.data.branch import agreement
+from stepagent.data.branch import action_agreement, agreement
 from stepagent.envs.pool import expert_actions
 from stepagent.evaluation import metrics
 from stepagent.records.episodes import Episode
@@ -232,25 +233,35 @@ def test_continuations_replay_answers_in_their_format() -> None:
 
 
 def test_agreement_compares_actions_whatever_the_thought() -> None:
-    tokenizer = babyai_tokenizer()
-    thoughts = ("red", "go to")
-    texts = [f"Thought: {thought}\nAction: left" for thought in thoughts]
+    tokenizer = byte_level_bpe()
+    end = "<|im_end|>"
+    texts = [f"Thought: {thought}\nAction: go to kitchen" for thought in ("red", "the apple")]
+    texts += ["Thought: red\nAction: take apple", "go to kitchen"]
+    tried = [np.array(tokenizer(text + end).input_ids, np.int32) for text in texts]
+    trunk = sa.Trunk([9, *tried[0], 9], [[1, 1 + len(tried[0])]])
+    react, plain = FORMATS["react"], FORMATS["plain"]
 
-    class Words:
-        """The tokenizer's decode, of texts by number."""
+    def each(measure: Any, **options: Any) -> list[float]:
+        return [measure([trunk], [[[action]]], **options) for action in tried]
 
-        def decode(self, ids: Sequence[int], **_: Any) -> str:
-            return [*texts, "Action: right", "left"][ids[0]]
-
-    trunk = sa.Trunk([9, 0, END], [[1, 3]])
-    tried = [np.array([k, END], np.int32) for k in range(4)]
-    words: Any = Words()
-    react = FORMATS["react"]
-    assert [agreement([trunk], [[[t]]], form=react, tokenizer=words) for t in tried] == [1, 1, 0, 0]
-    assert [agreement([trunk], [[[t]]]) for t in tried] == [1, 0, 0, 0]
+    assert each(agreement, form=react, tokenizer=tokenizer) == [1, 1, 0, 0]
+    assert each(agreement) == [1, 0, 0, 0]
+    assert each(action_agreement, form=react, tokenizer=tokenizer) == [1, 1, 0, 0]
+    assert each(action_agreement, form=plain, tokenizer=tokenizer) == [1, 1, 0, 1]
+    cut = tried[1][:-1]  # at the token limit: the action is the same
+    assert agreement([trunk], [[[cut]]], form=react, tokenizer=tokenizer) == 1
     with pytest.raises(ValueError, match="'react' must have a tokenizer"):
         agreement([trunk], [[[tried[0]]]], form=react)
-    assert tokenizer.chat_template
+
+
+def test_thoughts_under_a_thinking_template_do_not_make_an_action_another() -> None:
+    tokenizer, end = byte_level_bpe(), "<|im_end|>"
+    said = [f"<think>\n{thought}\n</think>\n\ngo{end}" for thought in ("a", "b")]
+    own, tried = (np.array(tokenizer(text).input_ids, np.int32) for text in said)
+    trunk = sa.Trunk([9, *own], [[1, 1 + len(own)]])
+    plain = FORMATS["plain"]
+    assert agreement([trunk], [[[tried]]]) == 0
+    assert action_agreement([trunk], [[[tried]]], form=plain, tokenizer=tokenizer) == 1
 
 
 def test_the_experts_answers_are_written_in_the_agents_format() -> None:

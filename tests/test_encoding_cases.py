@@ -35,6 +35,57 @@ def test_a_call_is_scored_up_to_the_token_that_ends_the_turn():
         )
 
 
+CALLED = [USER, CALLING, {"role": "tool", "content": "in the box"}]
+FINAL = {"role": "assistant", "content": "In the box.", "reasoning_content": "it says so"}
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_final_answer_that_takes_earlier_thoughts_away_is_on_the_state_that_had_them(turns):
+    """gpt-oss: each call's analysis is in the states up to the final answer, and in none after."""
+    tokenizer, messages = tokenizer_of("gptoss"), [*CALLED, FINAL] * turns
+    trunk = encode(Trajectory([dict(m) for m in messages]), tokenizer)
+    assert len(trunk.rewinds) == turns - 1
+    for step in range(2 * turns):
+        index = 4 * (step // 2) + (3 if step % 2 else 1)
+        prompt = tokenizer.apply_chat_template(
+            messages[:index], add_generation_prompt=True, return_dict=False
+        )
+        assert trunk.state_ids(step).tolist() == prompt
+        analysis = "<|channel|>analysis<|message|>I should search.<|end|>"
+        assert tokenizer.decode(prompt).count(analysis) == step % 2
+        start, stop = trunk.action_spans[step]
+        action = tokenizer.decode(trunk.input_ids[start:stop])
+        if step % 2:
+            assert action == (
+                "<|channel|>analysis<|message|>it says so<|end|><|start|>assistant"
+                "<|channel|>final<|message|>In the box.<|return|>"
+            )
+        else:
+            assert action.startswith(analysis)
+            assert action.endswith("<|call|>")
+
+
+# Of its last message it writes no header where the one before is an assistant's, too.
+JOINED = """\
+{%- for message in messages -%}
+{%- if not (loop.last and loop.index0 and messages[loop.index0 - 1].role == 'tool') -%}
+{{ '<|im_start|>' + ('assistant' if message.role == 'assistant' else 'user') + '\\n' }}
+{%- else -%}{{ 'So: ' }}{%- endif -%}
+{{ message.content + '<|im_end|>' + '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
+def test_an_earlier_turn_alike_is_not_taken_for_the_newest():
+    answer = {"role": "tool", "content": "nothing"}
+    messages = [USER, {"role": "assistant", "content": "look"}, answer]
+    messages += [{"role": "assistant", "content": "look"}, dict(answer)]
+    messages += [{"role": "assistant", "content": "stop"}]
+    with pytest.raises(ValueError, match=r"the prompt for messages\[\d\] (goes on|continues) with"):
+        scored(messages, byte_level_bpe(JOINED))
+
+
 def test_thoughts_are_scored_with_the_action():
     (action,) = scored([USER, THINKING], tokenizer_of("qwen3"))
     assert action == "<think>\nboxes hide keys\n</think>\n\nopen box<|im_end|>"

@@ -299,3 +299,29 @@ def test_a_truncation_is_refused(server, trunks, option):
     with pytest.raises(ValueError, match="an engine samples from all tokens"):
         inspect(engine(server), trunks, **{**OPTIONS, **option})
     assert server.requests == []
+
+
+def test_a_vllm_in_this_process_ends_the_episodes_whose_prompts_do_not_fit():
+    """The check comes before vLLM itself, so that it needs none; test_vllm.py has the real one."""
+    from types import SimpleNamespace
+
+    from hostile_envs import LEVEL
+    from tiny_models import babyai_tokenizer
+
+    from stepagent.acting.rollout import run_episodes
+    from stepagent.acting.server_policies import EnginePolicy
+    from stepagent.engines import VLLMEngine
+    from stepagent.engines.base import Prompt, Sampling
+    from stepagent.errors import ContextLimit
+
+    config = SimpleNamespace(logprobs_mode="raw_logprobs", max_model_len=20)
+    engine = VLLMEngine(SimpleNamespace(llm_engine=SimpleNamespace(model_config=config)))
+    policy = EnginePolicy(engine, babyai_tokenizer(), max_new_tokens=4, eos_token_id=END)
+    episodes = run_episodes(LEVEL, policy, [0, 1])
+    assert [e.terminate_reason for e in episodes] == ["context_limit"] * 2
+    assert [e.actions for e in episodes] == [[], []]
+    prompts = [Prompt(f"p{n}", np.zeros(n, np.int32), 0) for n in (17, 16, 18)]
+    for asked, place in ((prompts, 0), (prompts[1:], 1)):
+        with pytest.raises(ContextLimit, match="tokens with max_new_tokens=4, but max_mod") as told:
+            engine.draw(asked, Sampling(1, 4, 0.0, (END,)))
+        assert told.value.place == place

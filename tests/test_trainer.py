@@ -708,6 +708,7 @@ def test_figures_go_where_report_to_says(trainer, tmp_path, monkeypatch):
     events.Reload()
     tags = {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
     figures = {"agreement", "mean_loss", "reward_margin", "reward_accuracy", "kl"}
+    figures |= {"identical_pairs", "identical_actions"}
     assert figures | {"tokens_unique", "tokens_naive"} <= tags
     assert len(events.Scalars("train/agreement")) == 2
 

@@ -30,6 +30,8 @@ from stepagent import Branch, StepAgentConfig, Trunk, inspect
 from stepagent.acting.policies import ExpertPolicy
 from stepagent.acting.rollout import run_episodes
 from stepagent.engines import CompletionsEngine, Engine, EngineError, VLLMEngine
+from stepagent.engines.base import Prompt, Sampling
+from stepagent.errors import ContextLimit
 
 pytestmark = [
     pytest.mark.slow,
@@ -155,6 +157,19 @@ def test_vllms_logps_are_the_policys_at_temperature_1(engine, model, trunks):
 def test_a_vllm_that_takes_no_adapters_says_how_it_would(engine, tmp_path):
     with pytest.raises(EngineError, match=r"enable_lora=True|status 404.*--enable-lora"):
         engine.load_adapter("mine", tmp_path)
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_its_place(engine):
+    ends = tuple(ENDS)
+    short, long = (
+        Prompt(str(count), np.full(count, 30, np.int32), seed=1)
+        for count in (LIMITS["max_model_len"] - NEW, LIMITS["max_model_len"] - NEW + 1)
+    )
+    sampling = Sampling(1, NEW, 0.0, ends)
+    assert len(engine.draw([short], sampling)) == 1
+    with pytest.raises(ContextLimit) as refusal:
+        engine.draw([short, long], sampling)
+    assert refusal.value.place == 1
 
 
 # ------------------------------------------------------------------ training

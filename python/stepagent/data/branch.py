@@ -53,14 +53,30 @@ def agreement(
         ValueError: a format that is not plain, and no tokenizer.
     """
     if form == PLAIN:
-        equal: Callable[[NDArray[np.int32], NDArray[np.int32]], bool] = np.array_equal
-    elif tokenizer is None:
+        return _share(np.array_equal, trunks, branches)
+    if tokenizer is None:
         raise ValueError(f"action format {form.name!r} must have a tokenizer, to read the texts")
-    else:
-        ends = {
-            int(trunk.input_ids[stop - 1]) for trunk in trunks for _, stop in trunk.action_spans
-        }
-        equal = _same_action(form, tokenizer, ends)
+    return action_agreement(trunks, branches, form=form, tokenizer=tokenizer)
+
+
+def action_agreement(
+    trunks: Sequence[Trunk],
+    branches: Sequence[Sequence[Sequence[Branch | NDArray[np.int32]]]],
+    *,
+    form: ActionFormat,
+    tokenizer: PreTrainedTokenizerBase,
+) -> float:
+    """As `agreement`, of the actions that a format reads in the texts, plain too: what differs in
+    the thought alone is the same."""
+    ends = {int(trunk.input_ids[stop - 1]) for trunk in trunks for _, stop in trunk.action_spans}
+    return _share(_same_action(form, tokenizer, ends), trunks, branches)
+
+
+def _share(
+    equal: Callable[[NDArray[np.int32], NDArray[np.int32]], bool],
+    trunks: Sequence[Trunk],
+    branches: Sequence[Sequence[Sequence[Branch | NDArray[np.int32]]]],
+) -> float:
     same = [
         equal(_ids(action), trunk.input_ids[start:stop])
         for trunk, steps in zip(trunks, branches, strict=True)

@@ -7,9 +7,10 @@ produce is what the chat template writes of its message after that:
     render(messages[:i + 1])                           user: go? <eot> assistant: left <eot>
     scored                                                                        └────────┘
 
-So the second must begin with the first, in tokens too, and must end with a control token, after
-which white space alone may follow. It needs no ``{% generation %}`` in the template. Where the next
-state does not continue what was produced, the trunk branches (`stepagent.Trunk`).
+So the second must begin with the first, in tokens too, or have its newest part where it rewrites
+what was before; and it must end with a control token, after which white space alone may follow. It
+needs no ``{% generation %}`` in the template. Where the next state does not continue what was
+produced, the trunk branches (`stepagent.Trunk`).
 
 docs/encoding.md has the contract, and which templates keep it.
 """
@@ -119,7 +120,10 @@ class _Conversation:
         text, stop = self._beginnings.of(index + 1, generation=False)
         state, start = self._beginnings.of(index, generation=True)
         if not ((state is text and start <= stop) or text.startswith(state[:start])):
-            raise self._not_prompted(index, state[:start], text[:stop])
+            produced = self._produced(index, text[:stop])
+            if produced is None:
+                raise self._not_prompted(index, state[:start], text[:stop])
+            text, stop = state[:start] + produced, start + len(produced)
         stop = len(text[:stop].rstrip())
         if stop <= start:
             raise ValueError(f"the chat template writes nothing of messages[{index}] (assistant)")
@@ -136,6 +140,30 @@ class _Conversation:
         ):
             stop = self._closed_before(index, text, before, stop)
         return _Step(index, text, start, stop)
+
+    def _produced(self, index: int, text: str) -> str | None:
+        """What is written of a message whose coming rewrites what was before it, as gpt-oss's final
+        answer takes away the thoughts of the calls before: all after the newest observation and the
+        prompt. None where the text does not have these, one after the other."""
+        if index < 2:
+            return None
+        try:
+            before, history = (self._of(count, False) for count in (index - 1, index))
+        except ValueError:  # of so few messages the template makes nothing
+            return None
+        prompt = self._of(index, True)
+        if not (history.startswith(before) and prompt.startswith(history)):
+            return None
+        newest, opening = history[len(before) :], prompt[len(history) :]
+        place = text.rfind(newest)
+        told = self._control.find(newest) and self._control.find(opening)  # no other text has these
+        kept = text.count(newest) == history.count(newest)
+        after = text[place + len(newest) :]
+        return after[len(opening) :] if told and kept and after.startswith(opening) else None
+
+    def _of(self, count: int, generation: bool) -> str:
+        text, stop = self._beginnings.of(count, generation)
+        return text[:stop]
 
     def _closed_before(self, index: int, text: str, before: int, stop: int) -> int:
         """Of two control tokens at the end, the second may close the conversation, as Phi 3's: it

@@ -77,6 +77,8 @@ class Engine(ABC):
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: bool = False
     ) -> list[list[Branch]]:
         """As `sample`, checked; EngineError where a branch breaks a rule of it."""
+        if not prompts:
+            return []
         sampled = self.sample(prompts, sampling, progress)
         return [
             _checked(prompt, branches, sampling)

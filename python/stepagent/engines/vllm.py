@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.branch import Branch
+from ..errors import ContextLimit
 from .base import Engine, EngineError, Prompt, Sampling
 
 
@@ -34,7 +35,13 @@ class VLLMEngine(Engine):
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: bool
     ) -> list[list[Branch]]:
-        """As `Engine.sample`."""
+        """As `Engine.sample`.
+
+        Raises:
+            ContextLimit: for the first prompt that leaves no room for an action of
+                ``max_new_tokens``, as a server of vLLM refuses it: it would be cut sooner.
+        """
+        self._check_room(prompts, sampling.max_new_tokens)
         from vllm import SamplingParams, TokensPrompt
 
         outputs = self._llm.generate(
@@ -59,6 +66,18 @@ class VLLMEngine(Engine):
             if list(output.prompt_token_ids) != prompt.token_ids.tolist():
                 raise EngineError(f"{prompt.name}: vLLM read other tokens than were given")
         return [[_branch(choice) for choice in output.outputs] for output in outputs]
+
+    def _check_room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        limit = int(self._llm.llm_engine.model_config.max_model_len)
+        for place, prompt in enumerate(prompts):
+            needed = len(prompt.token_ids) + max_new_tokens
+            if needed > limit:
+                refusal = ContextLimit(
+                    f"{prompt.name} needs {needed} tokens with max_new_tokens={max_new_tokens}, "
+                    f"but max_model_len of the llm is {limit}"
+                )
+                refusal.place = place
+                raise refusal
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """As `Engine.load_adapter`; the llm needs ``enable_lora=True``."""

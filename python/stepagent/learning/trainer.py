@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from ..acting.rollout import Expert
 from ..data.actions import FORMATS
-from ..data.branch import agreement
+from ..data.branch import action_agreement, agreement
 from ..data.trajectory import Trajectory
 from ..engines import Engine
 from ..engines.adapters import check_adapter
@@ -253,14 +253,16 @@ class StepAgentTrainer(EvaluatingTrainer):
         published = self._collector.publish(self._policy, cycle, self._score_policy)
         fresh = self._collector.collect(self._policy, cycle, sharded=self._is_sharded)
         self._cycle = cycle
+        trunks, tried = [c.trunk for c in fresh], [c.branches for c in fresh]
+        reading: Any = {
+            "form": FORMATS[self.args.action_format],
+            "tokenizer": self.processing_class,
+        }
         self._cycle_log = {
             "cycle": cycle,
-            "agreement": agreement(
-                [c.trunk for c in fresh],
-                [c.branches for c in fresh],
-                form=FORMATS[self.args.action_format],
-                tokenizer=cast("PreTrainedTokenizerBase", self.processing_class),
-            ),
+            "agreement": agreement(trunks, tried, **reading),
+            # Beside identical_pairs, of tokens: here thoughts do not count.
+            "identical_actions": action_agreement(trunks, tried, **reading),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
             **published,

@@ -24,7 +24,7 @@ import step_pair_update
 import torch
 
 import stepagent as sa
-from stepagent.models import scoring
+from stepagent.models import forward
 from stepagent.models.attention import heaviest_first
 
 TOLERANCE = 1e-5
@@ -81,15 +81,15 @@ def boolean_inputs(model: Any, rows: Any) -> dict[str, Any]:
     return {**INPUTS["additive"](model, rows), "attention_mask": torch.cat(masks)}
 
 
-INPUTS = {"additive": scoring.tree_inputs, "boolean": boolean_inputs}
+INPUTS = {"additive": forward.tree_inputs, "boolean": boolean_inputs}
 
 
 def tree_loss(update: step_pair_update.Update, mask: str) -> torch.Tensor:
-    scoring.tree_inputs = INPUTS[mask]
+    forward.tree_inputs = INPUTS[mask]
     try:
         return step_pair_update.tree_loss(update)
     finally:
-        scoring.tree_inputs = INPUTS["additive"]
+        forward.tree_inputs = INPUTS["additive"]
 
 
 def measure_update(options: argparse.Namespace) -> dict[str, Any]:

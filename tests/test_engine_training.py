@@ -322,7 +322,7 @@ def test_a_server_that_is_not_there_is_named(trainer):
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{place.getsockname()[1]}"
-        with pytest.raises(EngineError, match=f"GET {url}/v1/models failed 1 times.*ConnectError"):
+        with pytest.raises(EngineError, match=f"GET {url}/v1/models failed with ConnectError"):
             trainer(engine=CompletionsEngine(url, retries=0)).train()
 
 

@@ -116,7 +116,7 @@ def test_no_trunks_ask_nothing(server):
 
 
 def test_no_more_requests_are_under_way_than_allowed(server, trunks, recorded):
-    server.delay = 0.02
+    server.delay = 0.1  # long enough for three to meet on a busy machine
     assert plain(inspect(engine(server, concurrency=3), trunks, **OPTIONS)) == plain(recorded)
     assert server.most_under_way == 3
 

@@ -165,7 +165,7 @@ def test_a_game_is_made_once_and_kept(
 ) -> None:
     first = env.reset(3)[0]
     monkeypatch.setenv("STEPAGENT_CACHE", str(tmp_path))
-    path = Path(kept_game(parse_size(""), 3))
+    path = Path(kept_game(game_folder(), parse_size(""), 3))
     assert path.is_relative_to(game_folder())
     made = path.stat().st_mtime_ns
     again: Any = envs.make("textworld")

@@ -23,8 +23,14 @@ EXPERT = ("evaluate", "--env", "babyai:GoToObj", "--policy", "expert", "--episod
 
 
 def start(*arguments: object, **settings: Any) -> subprocess.Popen[str]:
+    """The command in a process that takes Ctrl-C, even where the tests run in the background of a
+    shell, which has SIGINT ignored by all that it starts."""
     command = [sys.executable, "-m", "stepagent", *map(str, arguments)]
-    return subprocess.Popen(command, text=True, **settings)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, text=True, **settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -438,10 +438,10 @@ def test_a_stream_must_end(trainer, experts, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        (iter([]), ValueError, "eval_dataset is empty"),
+        (iter([]), ValueError, "eval_dataset must hold at least one"),
         (5, TypeError, "eval_dataset must be rows or a path, got int"),
-        ({"a": []}, ValueError, r"eval_dataset\['a'\] is empty"),
-        ([{"text": "go"}], ValueError, r"eval_dataset\[0\]: no 'messages'"),
+        ({"a": []}, ValueError, r"eval_dataset\['a'\] must hold at least one"),
+        ([{"text": "go"}], ValueError, r"eval_dataset\[0\]: the row must have 'messages'"),
         ({"messages": []}, TypeError, r"must be a list of rows, got a single row"),
     ],
 )
@@ -468,7 +468,7 @@ def test_what_cannot_be_evaluated_is_named(trainer, data, error, message):
             {"states": "agent", "env": LEVEL, "eval_episodes": 2, "eval_seed_start": 7},
             "must leave out the seeds 0 to 7 of the rollouts in training, got 7",
         ),
-        ({"max_tokens": 20}, "more than max_tokens=20"),
+        ({"max_tokens": 20}, "max_tokens must be at least .* got 20"),
     ],
 )
 def test_an_evaluation_that_would_be_wrong_is_refused_before_training(trainer, options, message):

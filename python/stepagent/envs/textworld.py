@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,14 @@ def game_folder() -> Path:
     return Path(cache).expanduser() / "textworld" / str(textworld.__version__)
 
 
-def kept_game(size: dict[str, int], seed: int) -> str:
-    """The game's file, made where it is not kept; in one step, so that it is whole or not there."""
-    kept = _kept(size, seed)
+def kept_game(folder: Path, size: dict[str, int], seed: int) -> str:
+    """The game's file, made where it is not kept; in one step, so that it is whole or not there.
+
+    Args:
+        folder: `game_folder`, as whoever asks sees it: a process that makes games may have been
+            started under another environment.
+    """
+    kept = _kept(folder, size, seed)
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{seed}-", dir=kept.parent))
@@ -115,9 +121,8 @@ def kept_game(size: dict[str, int], seed: int) -> str:
     return str(kept / "game.z8")
 
 
-def _kept(size: dict[str, int], seed: int) -> Path:
-    name = "-".join(f"{key}{number}" for key, number in size.items())
-    return game_folder() / name / str(seed)
+def _kept(folder: Path, size: dict[str, int], seed: int) -> Path:
+    return folder / "-".join(f"{key}{number}" for key, number in size.items()) / str(seed)
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -164,7 +169,7 @@ class TextWorldTextEnv:
         if self._game is not None:
             self._game.close()
         self.check_seed(seed)
-        self._game = start_game(kept_game(self._size, seed), _INFOS)
+        self._game = start_game(kept_game(game_folder(), self._size, seed), _INFOS)
         self._state = self._game.reset()
         self._over, self._steps, self._score, self._progress = False, 0, 0.0, 0.0
         self._policy_length = len(self._state.policy_commands)
@@ -178,13 +183,14 @@ class TextWorldTextEnv:
 
     def prepare(self, seeds: Sequence[int]) -> None:
         """Make the games of these seeds that are not kept, some at once."""
-        missing = [seed for seed in seeds if not Path(_kept(self._size, seed)).exists()]
+        folder = game_folder()
+        missing = [seed for seed in seeds if not _kept(folder, self._size, seed).exists()]
         at_once = min(len(missing), os.cpu_count() or 1, _PARALLEL)
         if at_once < 2 or multiprocessing.current_process().daemon:
             return  # each is made when its episode begins
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(at_once, mp_context=context) as makers:
-            list(makers.map(kept_game, [self._size] * len(missing), missing))
+            list(makers.map(partial(kept_game, folder, self._size), missing))
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Act by an admissible command; ``info["invalid"]`` is "inadmissible action"."""

@@ -192,7 +192,7 @@ def check_arguments(args: StepAgentConfig) -> None:
 
 
 def check_accelerator(args: StepAgentConfig) -> None:
-    """As :func:`check_arguments`, of ``accelerator_config`` once transformers has read it."""
+    """As `check_arguments`, of ``accelerator_config`` once transformers has read it."""
     values = {name: getattr(args.accelerator_config, name) for name in _ACCELERATOR}
     _check(values, _ACCELERATOR, "accelerator_config.")
 

@@ -181,7 +181,7 @@ def inspected(
     Args:
         first_trunk: the place of the first one, for the random numbers.
         alike: a forward of the actor needs all processes at the same time.
-        options: those of :func:`stepagent.inspect`.
+        options: those of `stepagent.inspect`.
     """
 
     def some(places: list[int]) -> list[list[list[Branch]]]:

@@ -338,8 +338,11 @@ class EvaluatingTrainer(Trainer):
     ) -> dict[str, float]:
         """As transformers': measure the policy, log it, tell the callbacks. See docs/api.md.
 
-        :param eval_dataset: None: the trainer's, with its environment; the name of one of several;
-            or other trajectories, which have no rewards, as no cycle has paired them.
+        Args:
+            eval_dataset: None: the trainer's, with its environment; the name of one of several; or
+                other trajectories, which have no rewards, as no cycle has paired them.
+            ignore_keys: Of no effect.
+            metric_key_prefix: Begins the names of the metrics.
         """
         self._end_optimizer_step()
         policy = cast("PreTrainedModel", self.model)

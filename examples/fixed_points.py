@@ -2,9 +2,9 @@
 
     python examples/fixed_points.py [seeds]
 
-One state of the expert, all expectations exact. An action is a text of five letters out of four; the
-policy only knows the letter before (a bigram), so that it cannot hold several phrasings apart; the
-expert has K of them. "valid" is the probability of any of the expert's texts at temperature 1,
+One state of the expert, all expectations exact. An action is a text of five letters out of four;
+the policy only knows the letter before (a bigram), so that it cannot hold several phrasings apart;
+the expert has K of them. "valid" is the probability of any of the expert's texts at temperature 1,
 "phrasings" the number of them that are in use: exp of their entropy.
 
 It answers one question: at the expert's own states, what does training against the agent's samples

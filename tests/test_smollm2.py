@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from stepagent.tools import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stepagent.tools import smollm2
 
 pytestmark = pytest.mark.slow
 

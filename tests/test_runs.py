@@ -33,9 +33,7 @@ def test_it_covers_the_truth_as_often_as_it_says():
         assert result.low is not None
         assert result.high is not None
         covered += result.low <= 0 <= result.high
-    assert (
-        50 <= covered <= 60
-    )  # 57 ± 3.4 at 95 %; ten runs of a percentile bootstrap give a bit less
+    assert 50 <= covered <= 60  # 57 ± 3.4; a percentile bootstrap of ten is a bit short
 
 
 def test_equal_runs_without_spread_have_no_width():

@@ -3,8 +3,8 @@
     python benchmarks/claim/phrasings.py --runs 5 --output runs/phrasings    # resumes
 
 An expert that thinks before it acts, in K ways: BabyAI's bot, whose action is wrapped in
-"Thought: … Action: …" with one of K phrasings at random. A small transformer from scratch learns from
-100 episodes, stopped after some epochs of SFT, and goes on from there in four ways with equal updates.
+"Thought: … Action: …" with one of K phrasings at random. A small transformer from scratch learns
+from 100 episodes, stops after some epochs of SFT, and goes on in four ways with equal updates.
 
 Predictions, written down before the first run (docs/convergence.md has the laws):
 
@@ -13,8 +13,8 @@ Predictions, written down before the first run (docs/convergence.md has the laws
 3. inverse − SFT continued > 0 in valid actions and in success at temperature 1 for K = 8,
    about 0 for K = 1.
 
-One training run is the unit: each has its own demonstrations, seed of weights and order of data; its
-arms go on from the same SFT model and are measured on the same 100 held-out episodes.
+One training run is the unit: each has its own demonstrations, seed of weights and order of data;
+its arms go on from the same SFT model and are measured on the same 100 held-out episodes.
 """
 
 from __future__ import annotations

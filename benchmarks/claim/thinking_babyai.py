@@ -1,8 +1,8 @@
 """BabyAI whose expert thinks before it acts, in K ways: ``phrasings:8``.
 
-The bot's action is decided; how the thought before it is worded is drawn at random from K phrasings,
-filled from what the expert sees. So an expert's step is about 20 tokens, of which many are as good as
-others, and one word that matters: the regime of language-model agents, at the size of a toy.
+The bot's action is decided; how the thought before it is worded is drawn at random from K
+phrasings, filled from what the expert sees. So an expert's step is about 20 tokens, of which many
+are as good as others, and one word that matters: language-model agents, at the size of a toy.
 """
 
 from __future__ import annotations

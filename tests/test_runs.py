@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stepagent.evaluation.runs import bootstrap_runs
+from stepagent.evaluation import bootstrap_runs
 
 
 def test_the_mean_is_that_of_the_runs_and_not_of_all_episodes():

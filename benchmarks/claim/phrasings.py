@@ -39,10 +39,10 @@ from stepagent import encode, inspect
 from stepagent.acting.policies import ExpertPolicy, ModelPolicy
 from stepagent.acting.rollout import run_episodes
 from stepagent.data.trajectory import Trajectory
-from stepagent.evaluation.runs import RunsInterval, bootstrap_runs
+from stepagent.evaluation import RunsInterval, bootstrap_runs
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.trainer import StepAgentTrainer
-from stepagent.tools.scratch import small_llama, word_tokenizer
+from stepagent.tools.small_models import small_llama, word_tokenizer
 
 MAX_NEW_TOKENS = 32
 EPOCHS = 24  # of every arm after SFT: 6 cycles of 4

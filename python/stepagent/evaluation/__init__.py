@@ -1,9 +1,10 @@
 """How good an agent is, and how sure one can be.
 
 ``metrics.py`` has what is measured of an episode and of a run, ``statistics.py`` the means, their
-intervals and the agreement with the expert.
+intervals and the agreement with the expert, ``runs.py`` intervals over training runs.
 """
 
+from .runs import RunsInterval, bootstrap_runs
 from .statistics import (
     Interval,
     bootstrap,
@@ -17,7 +18,9 @@ from .statistics import (
 
 __all__ = [
     "Interval",
+    "RunsInterval",
     "bootstrap",
+    "bootstrap_runs",
     "expert_agreement",
     "mean_interval",
     "paired_rate_interval",

@@ -59,6 +59,99 @@ _POLICY_HELP = (
 )
 
 
+_OPTIONS = (
+    click.option(
+        "--env",
+        required=True,
+        help="For example babyai:GoToLocalS6N2, or your own module:Class.",
+    ),
+    click.option("--split", metavar="NAME", help="Where it has some, for example test."),
+    click.option("--episodes", type=POSITIVE, help="How many.  [default: 100]"),
+    click.option(
+        "--seed-start",
+        type=click.IntRange(min=0),
+        help="Environment seed of the first episode; the others follow.  [default: 0]",
+    ),
+    click.option(
+        "--seeds",
+        metavar="A-B,…",
+        callback=_parse_seeds,
+        help="These instead, for example 0-99,200.",
+    ),
+    click.option("--max-steps", type=POSITIVE, help="End an episode sooner."),
+    click.option("--query-expert", is_flag=True, help="Record the expert's action at every state."),
+    click.option(
+        "--max-new-tokens",
+        type=POSITIVE,
+        default=32,
+        show_default=True,
+        help="Longest action of a model.",
+    ),
+    click.option(
+        "--batch-size",
+        type=POSITIVE,
+        default=64,
+        show_default=True,
+        help="Episodes side by side.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Processes that run the environments; 0: this one does.",
+    ),
+    click.option(
+        "--step-timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="An environment that takes longer for a step has crashed. With --workers 0 "
+        "one that hangs in C code cannot be stopped.",
+    ),
+    click.option("--served-model", metavar="NAME", help="Of several on the server."),
+    click.option(
+        "--tokenizer",
+        type=FOLDER,
+        help="Of the server's model: token ids both ways in place of text.",
+    ),
+    click.option("--system", metavar="TEXT", help="First message to a model."),
+    template_option,
+    click.option(
+        "--instructions/--no-instructions",
+        default=None,
+        help="Tell a model the task and its actions in the first message.  [default: by "
+        "name, where it is one of the Hub or a server's that is asked in text]",
+    ),
+    click.option(
+        "--action-format",
+        metavar="NAME",
+        callback=parse_format,
+        default="plain",
+        show_default=True,
+        help="How a model writes an action: plain, react, json, tool_call, or your own "
+        "module:function.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="Of a model's answers.  [default: 0, the likeliest]",
+    ),
+    click.option(
+        "--server-timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="To wait for a server's answer before another try.  [default: 600]",
+    ),
+    click.option(
+        "--token-limit",
+        type=click.Choice(get_args(TokenLimit)),
+        help="Field of a server's requests that limits the answer.  [default: max_tokens]",
+    ),
+)
+
+
 def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which episodes to run, gathered in a `Rollout`."""
 
@@ -83,101 +176,7 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
         rollout = Rollout(function.__name__, policy=policy, seeds=seeds, output=output, **options)
         return function(rollout, **own)
 
-    for option in reversed(
-        (
-            click.option(
-                "--env",
-                required=True,
-                help="For example babyai:GoToLocalS6N2, or your own module:Class.",
-            ),
-            click.option("--split", metavar="NAME", help="Where it has some, for example test."),
-            click.option("--episodes", type=POSITIVE, help="How many.  [default: 100]"),
-            click.option(
-                "--seed-start",
-                type=click.IntRange(min=0),
-                help="Environment seed of the first episode; the others follow.  [default: 0]",
-            ),
-            click.option(
-                "--seeds",
-                metavar="A-B,…",
-                callback=_parse_seeds,
-                help="These instead, for example 0-99,200.",
-            ),
-            click.option("--max-steps", type=POSITIVE, help="End an episode sooner."),
-            click.option(
-                "--query-expert", is_flag=True, help="Record the expert's action at every state."
-            ),
-            click.option(
-                "--max-new-tokens",
-                type=POSITIVE,
-                default=32,
-                show_default=True,
-                help="Longest action of a model.",
-            ),
-            click.option(
-                "--batch-size",
-                type=POSITIVE,
-                default=64,
-                show_default=True,
-                help="Episodes side by side.",
-            ),
-            click.option(
-                "--workers",
-                type=click.IntRange(min=0),
-                default=0,
-                show_default=True,
-                help="Processes that run the environments; 0: this one does.",
-            ),
-            click.option(
-                "--step-timeout",
-                type=click.FloatRange(min=0, min_open=True),
-                default=60.0,
-                show_default=True,
-                metavar="SECONDS",
-                help="An environment that takes longer for a step has crashed. With --workers 0 "
-                "one that hangs in C code cannot be stopped.",
-            ),
-            click.option("--served-model", metavar="NAME", help="Of several on the server."),
-            click.option(
-                "--tokenizer",
-                type=FOLDER,
-                help="Of the server's model: token ids both ways in place of text.",
-            ),
-            click.option("--system", metavar="TEXT", help="First message to a model."),
-            template_option,
-            click.option(
-                "--instructions/--no-instructions",
-                default=None,
-                help="Tell a model the task and its actions in the first message.  [default: by "
-                "name, where it is one of the Hub or a server's that is asked in text]",
-            ),
-            click.option(
-                "--action-format",
-                metavar="NAME",
-                callback=parse_format,
-                default="plain",
-                show_default=True,
-                help="How a model writes an action: plain, react, json, tool_call, or your own "
-                "module:function.",
-            ),
-            click.option(
-                "--temperature",
-                type=click.FloatRange(min=0),
-                help="Of a model's answers.  [default: 0, the likeliest]",
-            ),
-            click.option(
-                "--server-timeout",
-                type=click.FloatRange(min=0, min_open=True),
-                metavar="SECONDS",
-                help="To wait for a server's answer before another try.  [default: 600]",
-            ),
-            click.option(
-                "--token-limit",
-                type=click.Choice(get_args(TokenLimit)),
-                help="Field of a server's requests that limits the answer.  [default: max_tokens]",
-            ),
-        )
-    ):
+    for option in reversed(_OPTIONS):
         command = option(command)
     return command
 

@@ -164,14 +164,16 @@ class Labelled(BabyAITextEnv):
 
 
 class Mortal(BabyAITextEnv):
-    """Dies with its process at any step, by chance, for which no seed speaks."""
+    """Dies with its process after one to ten steps, by chance, for which no seed speaks."""
 
     def __init__(self) -> None:
         super().__init__(level_id("GoToLocalS6N2"))
+        self._left = 1 + os.urandom(1)[0] % 10
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         answer = super().step(action)
-        if os.urandom(1)[0] < 256 // 16:
+        self._left -= 1
+        if self._left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 

@@ -263,6 +263,9 @@ class StepAgentTrainer(EvaluatingTrainer):
             "agreement": agreement(trunks, tried, **reading),
             # Beside identical_pairs, of tokens: here thoughts do not count.
             "identical_actions": action_agreement(trunks, tried, **reading),
+            "expert_answers": sum(
+                len(step) for c in fresh if not c.expert_trunk for step in c.branches
+            ),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
             **published,

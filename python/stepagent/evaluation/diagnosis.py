@@ -239,7 +239,8 @@ class _Trial:
 
     def described(self) -> Departure:
         """The departure of a failure."""
-        assert self.departure is not None and self.mended is not None
+        assert self.departure is not None
+        assert self.mended is not None
         expert = self.agent.expert_actions[self.departure]
         assert expert is not None
         return Departure(
@@ -277,6 +278,7 @@ def _check_expert(episodes: Sequence[Episode]) -> None:
 
 def _summary(trials: Sequence[_Trial], *, crashed: int) -> GreedyEpisodes:
     failures = [trial for trial in trials if not trial.agent.success]
+    departed = [trial.agent.success for trial in trials if trial.departure is not None]
     departures = tuple(trial.described() for trial in failures if trial.mended is not None)
     solved = [len(trial.expert.actions) for trial in trials if trial.expert.success]
     acted = [trial.agent.valid for trial in trials if trial.agent.valid]
@@ -292,6 +294,7 @@ def _summary(trials: Sequence[_Trial], *, crashed: int) -> GreedyEpisodes:
         expert_steps=float(np.mean(solved)) if solved else None,
         valid=share_interval([sum(a) for a in acted], [len(a) for a in acted]) if acted else None,
         departed=rate_interval([trial.departure is not None for trial in trials]),
+        recovered=rate_interval(departed) if departed else None,
         failures=len(failures),
         preventable=sum(one.preventable for one in departures),
         mendable=mendable,

@@ -7,6 +7,8 @@ from typing import Any
 
 from .statistics import Interval
 
+_FLUENT = 0.9  # share of valid answers below which an agent needs SFT before all else
+
 
 @dataclass(frozen=True)
 class ExpertStates:
@@ -19,7 +21,8 @@ class ExpertStates:
         samples: answers a state at temperature 1.
         greedy: share of the steps at which the greedy answer's action is the expert's.
         sampled: the same share of the answers at temperature 1.
-        readable: share of the greedy answers that hold an action. One that does not is no agreement.
+        readable: share of the greedy answers that hold an action; one that does not agrees with
+            none.
         readable_sampled: the same of the answers at temperature 1.
     """
 
@@ -67,6 +70,7 @@ class GreedyEpisodes:
         expert_steps: mean length of the expert's successful episodes; None for none.
         valid: share of the agent's actions that the environment took; None for no action.
         departed: share of the episodes, failed or not, with a departure.
+        recovered: share of these that succeeded all the same; None for none with a departure.
         failures: episodes that failed.
         preventable: of these, with a departure, and the expert's own episode succeeds: it would not
             have failed had it never departed.
@@ -84,6 +88,7 @@ class GreedyEpisodes:
     expert_steps: float | None
     valid: Interval | None
     departed: Interval
+    recovered: Interval | None
     failures: int
     preventable: int
     mendable: int
@@ -116,22 +121,14 @@ class Diagnosis:
     @property
     def recommendation(self) -> str:
         """Which method fits."""
-        return _recommendation(self.episodes)
+        return _recommendation(self.expert_states, self.episodes)
 
     def as_text(self) -> str:
         """For a person."""
-        return "\n".join(
-            [
-                *_at_expert_states(self.expert_states),
-                *(
-                    _in_environment(self.episodes, self.expected_departures)
-                    if self.episodes
-                    else ()
-                ),
-                self.verdict,
-                self.recommendation,
-            ]
-        )
+        lines = _at_expert_states(self.expert_states)
+        if self.episodes is not None:
+            lines += _in_environment(self.episodes, self.expected_departures)
+        return "\n".join([*lines, self.verdict, self.recommendation])
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it."""
@@ -151,32 +148,41 @@ def _verdict(states: ExpertStates, found: GreedyEpisodes | None) -> str:
     if found is None:
         return (
             f"Training at the expert's states can gain at most the {differs} of their steps at "
-            "which the agent does not act as the expert. What becomes of it after such a step, "
-            "which only states='agent' teaches, cannot be said without an environment and its "
-            "expert."
+            "which the agent does not act as the expert. What it could learn after such a step, "
+            "which only states='agent' shows, cannot be said without an environment and its expert."
         )
     if not found.failures:
         return f"Nothing can be gained here: the agent failed in none of {found.episodes} episodes."
-    prevented, mended = (n / found.episodes for n in (found.preventable, found.mendable))
+    prevented, mended = (
+        f"{100 * count / found.episodes:.1f}" for count in (found.preventable, found.mendable)
+    )
     return (
-        f"Training at the expert's states can gain at most {_points(prevented)} of success, if the "
-        f"agent never departed any more; at held-out ones it now acts otherwise at {differs} of the "
-        f"steps. {found.mendable} of {found.failures} failures can be mended after the departure, "
-        f"worth {_points(mended)}, which only states='agent' teaches."
+        f"Training at the expert's states can gain at most {prevented} points of success, and that "
+        f"only if the agent never departed; now it does not act as the expert at {differs} "
+        f"of the held-out steps. {found.mendable} of {found.failures} failures, {mended} points, "
+        "can be mended after the departure, at states that only states='agent' shows."
     )
 
 
-def _recommendation(found: GreedyEpisodes | None) -> str:
+def _recommendation(states: ExpertStates, found: GreedyEpisodes | None) -> str:
+    if found is not None and not found.failures:
+        return "Look for episodes that the agent fails, or leave it as it is."
+    valid = found.valid if found is not None and found.valid is not None else states.readable
+    if (fluent := min(states.readable.mean, valid.mean)) < _FLUENT:
+        return (
+            f"First teach it to write actions: only {fluent:.1%} of its answers are valid ones. "
+            "Train with --method sft, with this --action-format, and diagnose it again."
+        )
     if found is None:
         return (
-            "From trajectories alone: --method sft until the agreement at held-out states no longer "
-            "rises, then --method inverse. Where an expert can be asked in an environment: --states "
-            "agent; stepagent diagnose --env says what that can gain."
+            "From trajectories alone: --method sft until the agreement at held-out states no "
+            "longer rises, then --method inverse. Where an expert can be asked in an environment: "
+            "--states agent; diagnose with --env says what that can gain."
         )
-    if not found.preventable + found.mendable:
+    if found.failures == found.beyond:
         return (
-            "This expert would have prevented or mended no failure here: look for episodes that the "
-            "agent fails and the expert solves, or for another expert."
+            "This expert would have prevented or mended none of the failures: look for episodes "
+            "that the agent fails and the expert solves, or for another expert."
         )
     if 2 * found.mendable >= found.failures - found.beyond:
         return (
@@ -186,7 +192,7 @@ def _recommendation(found: GreedyEpisodes | None) -> str:
     return (
         "Most of what can be gained is lost with the departure itself: train at the expert's "
         "states until the agreement at held-out states no longer rises, with --method sft, then "
-        "inverse. --states agent shows the same states, as far as the agent gets, and asks for more."
+        "inverse. --states agent shows the same states as far as the agent gets, and costs answers."
     )
 
 
@@ -211,14 +217,17 @@ def _in_environment(found: GreedyEpisodes, expected: float | None) -> list[str]:
         f"in {found.environment}: {found.episodes} greedy episodes{crashed}",
         _row("success", found.success),
         _row("of the expert", found.expert_success, length),
-        *([] if found.valid is None else [_row("valid actions", found.valid)]),
-        _row("departs", found.departed, guess),
     ]
+    if found.valid is not None:
+        rows.append(_row("valid actions", found.valid))
+    rows.append(_row("departs", found.departed, guess))
+    if found.recovered is not None:
+        rows.append(_row("and succeeds", found.recovered, "of those that depart"))
     if found.mendable_share is not None:
         rows += [
-            _row("mendable failures", found.mendable_share),
-            f"of {found.failures} failures: {found.preventable} not had the agent never departed, "
-            f"{found.mendable} mendable after the first departure, {found.beyond} neither",
+            _row("mendable failures", found.mendable_share, "after the first departure"),
+            f"of {found.failures} failures: {found.preventable} would not be, had the agent never "
+            f"departed; {found.mendable} can be mended after it; {found.beyond} neither",
         ]
     return rows
 
@@ -227,7 +236,3 @@ def _row(name: str, share: Interval, note: str = "") -> str:
     known = share.low is not None and share.high is not None
     ends = f"95 %: {share.low:.1%} to {share.high:.1%}" if known else "no interval"
     return f"  {name:<20}{share.mean:>6.1%}  ({ends})  {note}".rstrip()
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f} points"

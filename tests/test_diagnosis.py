@@ -17,6 +17,7 @@ from tiny_models import babyai_tokenizer, generate, tiny_agent
 from stepagent import Trajectory, encode, save_trajectories
 from stepagent.acting.lockstep import Options
 from stepagent.cli import main
+from stepagent.data.actions import FORMATS
 from stepagent.evaluation import (
     Departure,
     Diagnosis,
@@ -93,6 +94,25 @@ def test_each_failure_is_prevented_mended_both_or_neither_as_worked_out_by_hand(
 def test_what_is_no_action_is_a_departure_and_can_be_mended():
     (one,) = greedy_episodes(Ledge, Scripted({0: "fly"}), [0], OPTIONS).departures
     assert one == Departure(0, 0, "fly", "on", preventable=True, mendable=True)
+
+
+class Talking(Scripted):
+    """Thinks aloud after a first message, and says one action of two."""
+
+    exact = False
+    system = "Think aloud."
+
+    def act(self, observations: Sequence[str], envs: Sequence[Any]) -> list[str]:
+        said = super().act(observations, envs)
+        return [f"Thought: {a}?" + ("\nAction: on" if a == "on" else "") for a in said]
+
+
+def test_a_thought_without_an_action_is_a_departure_and_the_expert_goes_on_from_there():
+    options = replace(OPTIONS, action_format=FORMATS["react"])
+    found = greedy_episodes(Ledge, Talking({0: "on hm", 1: "on"}), [0, 1], options)
+    assert found.departures == (Departure(0, 1, None, "on", preventable=True, mendable=True),)
+    assert found.success.mean == 0.5
+    assert found.valid.mean == (1 + 3) / (5 + 3)
 
 
 @pytest.mark.parametrize("max_steps", [3, 4])
@@ -429,8 +449,10 @@ def test_without_an_environment_only_the_experts_states_are_told(folder):
     assert "cannot be said without an environment" in report["verdict"]
 
 
-def test_an_agent_behind_a_server_is_diagnosed_as_in_a_folder(folder, agent):
-    few = ("--samples", 1, "--json")
+def test_an_agent_behind_a_server_is_diagnosed_as_in_a_folder(folder, agent, tmp_path):
+    lines = (folder / "held.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "two.jsonl").write_text("".join(lines[:2]))
+    few = ("--data", tmp_path / "two.jsonl", "--samples", 1, "--json")
     local = json.loads(invoke(folder, *few).stdout)["expert_states"]
     with ModelServer(agent[0]) as server:
         options = ("--model", server.url, "--tokenizer", folder / "model", *few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +74,10 @@ _IN_ENVIRONMENT = (
 )
 
 
-def _with(options: tuple[Any, ...]) -> Any:
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+def _episode_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_IN_ENVIRONMENT):
+        function = option(function)
+    return function
 
 
 @click.command()
@@ -92,7 +90,7 @@ def _with(options: tuple[Any, ...]) -> Any:
 )
 @click.option("--data", type=FILE, required=True, help="Held-out expert trajectories.")
 @click.option("--env", help="Has an expert, and can be run, as babyai:GoToLocalS6N2.")
-@_with(_IN_ENVIRONMENT)
+@_episode_options
 @click.option(
     "--samples",
     type=POSITIVE,

@@ -102,6 +102,11 @@ def acting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert_type(onward, list[sa.Continuations])
     (episode,) = sa.rollout.run_episodes("babyai:GoToLocalS6N2", policy, [0])
     assert_type(episode, sa.episodes.Episode)
+    found = sa.evaluation.diagnose(
+        model, trunks, tokenizer=tokenizer, env="babyai:GoToLocalS6N2", seeds=range(4)
+    )
+    assert_type(found, sa.evaluation.Diagnosis)
+    assert_type(found.verdict, str)
 
 
 def training(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

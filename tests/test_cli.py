@@ -132,6 +132,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
         "collect",
         "train",
         "evaluate",
+        "diagnose",
         "inspect",
         "report",
         "bench",

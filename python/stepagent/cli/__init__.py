@@ -13,6 +13,7 @@ import click
 from .base import Commands
 from .check import check
 from .demo import demo
+from .diagnose import diagnose
 from .episodes import collect, evaluate
 from .inspect import inspect_command
 from .kernels import bench, doctor, warmup
@@ -26,6 +27,6 @@ def main() -> None:
     """Step-wise rewards for LLM agents: from expert trajectories to a better agent."""
 
 
-_TRAINING = (demo, check, collect, train, evaluate, inspect_command, report)
+_TRAINING = (demo, check, collect, train, evaluate, diagnose, inspect_command, report)
 for _command in (*_TRAINING, bench, warmup, doctor):
     main.add_command(_command)

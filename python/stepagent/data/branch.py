@@ -89,16 +89,26 @@ def _share(
 def _same_action(
     form: ActionFormat, tokenizer: PreTrainedTokenizerBase, ends: Container[int]
 ) -> Callable[[NDArray[np.int32], NDArray[np.int32]], bool]:
-    def read(ids: NDArray[np.int32]) -> str | None:
-        kept = ids[:-1] if int(ids[-1]) in ends else ids
-        text = tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)
-        return form.parse(str(text).strip()).action
+    read = action_reader(form, tokenizer, ends)
 
     def equal(tried: NDArray[np.int32], own: NDArray[np.int32]) -> bool:
         action = read(tried)
         return action is not None and action == read(own)
 
     return equal
+
+
+def action_reader(
+    form: ActionFormat, tokenizer: PreTrainedTokenizerBase, ends: Container[int]
+) -> Callable[[NDArray[np.int32]], str | None]:
+    """What reads the action in tokens (n,), one of ``ends`` at their end or not; None for none."""
+
+    def read(ids: NDArray[np.int32]) -> str | None:
+        kept = ids[:-1] if int(ids[-1]) in ends else ids
+        text = tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)
+        return form.parse(str(text).strip()).action
+
+    return read
 
 
 def _ids(action: Branch | NDArray[np.int32]) -> NDArray[np.int32]:

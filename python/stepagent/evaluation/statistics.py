@@ -97,6 +97,38 @@ def rate_interval(outcomes: ArrayLike) -> Interval:
     return mean_interval(_outcomes("outcomes", outcomes), bounds=(0.0, 1.0))
 
 
+def share_interval(counts: ArrayLike, totals: ArrayLike, *, seed: int = 0) -> Interval:
+    """Σ counts / Σ totals of n groups, with its interval over the groups; none for n = 1.
+
+    For steps, which are alike within an episode: whole groups are resampled. As `mean_interval`, it
+    takes in what n groups cannot have shown, so it has a width where all of them agree.
+
+    Args:
+        counts: (n,) of each group, in [0, its total].
+        totals: (n,) of each group, > 0.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for no groups, another number of totals, or a count that is out of range.
+    """
+    own, whole = _finite("counts", counts), _finite("totals", totals)
+    if len(own) != len(whole):
+        raise ValueError(f"totals must have length {len(own)}, got {len(whole)}")
+    if (whole <= 0).any() or (own < 0).any() or (own > whole).any():
+        raise ValueError(f"counts must lie in [0, totals] and totals be > 0, got {own} of {whole}")
+    share, n = float(own.sum() / whole.sum()), len(own)
+    if n == 1:
+        return Interval(share, None, None)
+    picks = np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))
+    low, high = np.quantile(own[picks].sum(axis=1) / whole[picks].sum(axis=1), [0.025, 0.975])
+    unseen = _Z**2 / (n + _Z**2)
+    return Interval(
+        share,
+        min(float(low), share - unseen * share),
+        max(float(high), share + unseen * (1 - share)),
+    )
+
+
 def paired_rate_interval(outcomes: ArrayLike, others: ArrayLike) -> Interval:
     """The difference of two rates on the same n episodes, with Tango's score interval (1998).
 

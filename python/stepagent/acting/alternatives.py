@@ -88,26 +88,19 @@ def executed(
     """
     form = as_format(action_format)
     _check_lengths(trajectories, answers)
-    seeds = [env_seed(i, trajectory) for i, trajectory in enumerate(trajectories)]
-    outcomes: dict[_Place, Outcome | None] = {}  # None: to be tried, or crashed
-    starts, places = [], []
-    for i, (trajectory, steps) in enumerate(zip(trajectories, answers, strict=True)):
-        turns = split_system(trajectory)[1]
-        start = Start(seeds[i], 0, replace(trajectory, messages=turns), 0, f"trajectories[{i}]")
+    starts = [_start(i, trajectory) for i, trajectory in enumerate(trajectories)]
+    distinct: dict[_Place, str] = {}
+    for i, steps in enumerate(answers):
         for t, tried in enumerate(steps):
-            own = _meaning(start.content(2 * t + 1), form)
             for answer in tried:
-                place = (i, t, _meaning(answer, form))
-                if place in outcomes:
-                    continue
-                outcomes[place] = _recorded(trajectory, t, turns) if place[2] == own else None
-                if outcomes[place] is None:
-                    starts.append(replace(start, key=len(starts), steps=t))
-                    places.append((place, answer))
-    policy = _Alternatives([answer for _, answer in places])
+                distinct.setdefault((i, t, _meaning(answer, form)), answer)
+    outcomes = {(i, t, action): _recorded(starts[i], t, action, form) for i, t, action in distinct}
+    missing = [place for place, outcome in outcomes.items() if outcome is None]
+    branching = [replace(starts[i], key=key, steps=t) for key, (i, t, _) in enumerate(missing)]
+    policy = _Alternatives([distinct[place] for place in missing])
     options = Options(None, None, batch_size, workers, timeout, action_format=form)
-    episodes = roll_out(env, policy, starts, options, "alternatives" if progress else None)
-    for (place, _), start, episode in zip(places, starts, episodes, strict=True):
+    episodes = roll_out(env, policy, branching, options, "alternatives" if progress else None)
+    for place, start, episode in zip(missing, branching, episodes, strict=True):
         outcomes[place] = _outcome(start, episode)
     return [
         [
@@ -138,7 +131,7 @@ def texts_of(
 
     def text(branch: Branch | NDArray[Any]) -> str:
         ids = branch.token_ids if isinstance(branch, Branch) else branch
-        kept = without_end(ids.tolist(), known)
+        kept = list(without_end(ids.tolist(), known))
         return str(tokenizer.decode(kept, clean_up_tokenization_spaces=False)).strip()
 
     return [[[text(branch) for branch in step] for step in steps] for steps in branches]
@@ -207,14 +200,25 @@ def _meaning(answer: str, form: ActionFormat) -> str | None:
     return answer if form == PLAIN and action != answer.strip() else action
 
 
-def _recorded(trajectory: Trajectory, t: int, turns: Sequence[dict[str, Any]]) -> Outcome | None:
-    """What the trajectory's own action led to; None where the record does not say it all."""
-    meta, answer, T = trajectory.meta, str(turns[2 * t + 1]["content"]), trajectory.num_steps
+def _start(index: int, trajectory: Trajectory) -> Start:
+    """Before the first action. The system message is left out: no policy here is told anything."""
+    turns = replace(trajectory, messages=split_system(trajectory)[1])
+    return Start(env_seed(index, trajectory), 0, turns, 0, f"trajectories[{index}]")
+
+
+def _recorded(start: Start, t: int, action: str | None, form: ActionFormat) -> Outcome | None:
+    """What the trajectory's own action led to; None for others, and where the record does not say
+    it all."""
+    answer = start.content(2 * t + 1)
+    if action != _meaning(answer, form):
+        return None
+    assert start.trajectory is not None
+    meta, T = start.trajectory.meta, start.trajectory.num_steps
     valid, reason = meta.get("valid") or [], meta.get("terminate_reason")
     if len(valid) != T:  # of no episode, or of one that was cut since
         return None
     if t + 1 < T:
-        return Outcome(answer, str(turns[2 * t + 2]["content"]), bool(valid[t]), ended=False)
+        return Outcome(answer, start.content(2 * t + 2), bool(valid[t]), ended=False)
     last = meta.get("last_observation")
     if reason is None or last is None:
         return None

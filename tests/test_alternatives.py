@@ -22,6 +22,7 @@ from stepagent.data.observations import encode_observations
 from stepagent.envs import make
 from stepagent.models import score_trees
 
+BARE = SPACED.replace(": '", ":\\n'")  # no control token opens a turn
 SEEDS = [8, 5, 27]  # the expert needs five steps or more
 ANSWERS = ["left", "right", "forward", "pickup", "fly", "left"]
 
@@ -172,41 +173,54 @@ def test_the_trunk_scores_what_a_sequence_of_its_own_would_for_each_alternative(
         )
     ]
     outcomes = executed(LEVEL, trajectories, answers)
-    world = world_model_trunks(trajectories, outcomes, tokenizer)
+    world = world_model_trunks(trajectories, trunks, outcomes, tokenizer)
     alone, told = [], 0
-    for trajectory, steps, trunk in zip(trajectories, outcomes, world, strict=True):
-        lines = trunk.lines()
-        spans = [(line, span) for line in lines for span in line.action_spans]
-        sequences = [(t, o) for t, step in enumerate(steps) for o in step]
-        assert len(spans) == len(sequences)
-        expected = []
-        for t, o in sequences:
-            messages = [
-                *trajectory.messages[: 2 * t + 1],
-                {"role": "assistant", "content": o.answer},
-            ]
-            before = tokenizer.apply_chat_template(messages, tokenize=False)
-            after = tokenizer.apply_chat_template(
-                [*messages, {"role": "user", "content": o.observation}], tokenize=False
-            )
-            assert after.startswith(before)
-            ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-            start = len(tokenizer(before, add_special_tokens=False)["input_ids"]) + 1
-            assert ids[start - 1] == tokenizer.convert_tokens_to_ids("<|im_start|>")
-            expected.append(sa.Trunk(ids, [(start, len(ids))]))
-        assert {(*line.input_ids[:b].tolist(), -1, a) for line, (a, b) in spans} == {
-            (*one.input_ids.tolist(), -1, int(one.action_spans[0, 0])) for one in expected
-        }
-        # In the trunk's order.
-        by_tokens = {one.input_ids.tobytes(): one for one in expected}
-        ordered = [by_tokens[line.input_ids[:b].tobytes()] for line, (_, b) in spans]
+    for trajectory, expert, steps, (trunk, observed) in zip(
+        trajectories, trunks, outcomes, world, strict=True
+    ):
+        sequences = [
+            sequence(tokenizer, trajectory, t, o) for t, step in enumerate(steps) for o in step
+        ]
+        expected = {(*one.input_ids.tolist(), *one.action_spans[0]): one for one in sequences}
+        ordered, actions = [], []
+        for (line, (start, stop)), seen in zip(spans_of(trunk), observed, strict=True):
+            key = (*line.input_ids[:stop].tolist(), start, stop)
+            if seen:
+                ordered.append(expected.pop(key))
+            else:
+                ordered.append(sa.Trunk(line.input_ids[:stop], [(start, stop)]))
+                actions.append(key)
+        assert not expected
+        assert actions == [
+            (*expert.input_ids[:stop].tolist(), start, stop) for start, stop in expert.action_spans
+        ]
         alone.append(separate_logprobs(model, ordered, [[[]]] * len(ordered)))
-        told += sum(len(one.input_ids) for one in expected)
-    trees = sa.pack_step_pairs(world, [[[] for _ in t.action_spans] for t in world])
+        told += sum(len(one.input_ids) for one in ordered)
+    packed = [trunk for trunk, _ in world]
+    trees = sa.pack_step_pairs(packed, [[[] for _ in trunk.action_spans] for trunk in packed])
     with torch.no_grad():
-        packed = score_trees(model, trees)
-    torch.testing.assert_close(packed, torch.cat(alone).detach(), atol=1e-5, rtol=0)
+        scored = score_trees(model, trees)
+    torch.testing.assert_close(scored, torch.cat(alone).detach(), atol=1e-5, rtol=0)
     assert sum(len(tree.input_ids) for tree in trees) < told / 3, "states and answers are shared"
+
+
+def sequence(tokenizer: Any, trajectory: Any, t: int, outcome: Outcome) -> sa.Trunk:
+    """A prompt of its own, of which the newest message's tokens are scored, after its opening."""
+    answered = {"role": "assistant", "content": outcome.answer}
+    observed = {"role": "user", "content": outcome.observation}
+    messages = [*trajectory.messages[: 2 * t + 1], answered]
+    before, after = (
+        tokenizer.apply_chat_template(m, tokenize=False) for m in (messages, [*messages, observed])
+    )
+    assert after.startswith(before)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(before, add_special_tokens=False)["input_ids"]) + 1
+    assert ids[start - 1] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    return sa.Trunk(ids, [(start, len(ids))])
+
+
+def spans_of(trunk: sa.Trunk) -> list[Any]:
+    return [(line, span.tolist()) for line in trunk.lines() for span in line.action_spans]
 
 
 def test_a_state_is_in_the_trunk_once_and_the_spine_goes_on_from_its_own_answer():
@@ -218,22 +232,29 @@ def test_a_state_is_in_the_trunk_once_and_the_spine_goes_on_from_its_own_answer(
         {"role": "assistant", "content": "open"},
     ]
     told = [[("left", "a door"), ("right", "a wall")], [("forward", "a door"), ("right", "a wall")]]
-    trunk = encode_observations(sa.Trajectory(messages=messages), told, tokenizer)
+    one = sa.Trajectory(messages=messages)
+    trunk, observed = encode_observations(one, sa.encode(one, tokenizer), told, tokenizer)
     words = tokenizer.convert_ids_to_tokens(trunk.input_ids.tolist())
     s, e = "<|im_start|>", "<|im_end|>"
     first = [s, "user", "go", e, s, "assistant"]
     wall = [e, s, "user", "a", "wall", e]
     door = [e, s, "user", "a", "door", e]
-    expected = [*first, "right", *wall, "left", *door, s, "assistant", "forward", *door, "right"]
+    # An action of the trajectory's own comes with the last token of its state once more.
+    expected = [*first, "right", *wall, "assistant", "left", *door, s, "assistant"]
+    expected += ["forward", *door, "right", *wall, "assistant", "open", e]
     known = set(tokenizer.get_vocab())
-    assert words == [w if w in known else "<unk>" for w in [*expected, *wall]]
-    scored = [words[a:b] for a, b in trunk.action_spans]
+    assert words == [w if w in known else "<unk>" for w in expected]
+    assert observed.tolist() == [True, False, True, True, True, False]
+    actions, scored = (
+        [words[a:b] for a, b in trunk.action_spans[o]] for o in (~observed, observed)
+    )
+    assert actions == [["left", e], ["open", e]]
     assert [span[0] for span in scored] == ["user"] * 4
     assert [span[-1] for span in scored] == [e] * 4
     assert [len(span) for span in scored] == [4] * 4
 
 
-@pytest.mark.parametrize("template", [LLAMA3, GEMMA, QWEN3, SPACED])
+@pytest.mark.parametrize("template", [LLAMA3, GEMMA, QWEN3, BARE])
 @pytest.mark.parametrize(
     "observation", [" \nan apple <|im_end|> and <|eot_id|></s> a mug\n", "", "go"]
 )
@@ -251,7 +272,8 @@ def test_scored_is_what_stands_between_the_control_tokens_around_the_observation
     ]
     answers = ["<think>\nhm\n</think>\n\ngo", "", "take apple"]
     told = [[(answer, observation) for answer in answers]] * 2
-    trunk = encode_observations(sa.Trajectory(messages=messages), told, tokenizer)
+    one = sa.Trajectory(messages=messages)
+    trunk, observed = encode_observations(one, sa.encode(one, tokenizer), told, tokenizer)
     expected = set()
     for t, answer in itertools.product(range(2), answers):
         history = [*messages[: 2 * t + 1], {"role": "assistant", "content": answer}]
@@ -259,17 +281,17 @@ def test_scored_is_what_stands_between_the_control_tokens_around_the_observation
         before, _, after = text.rpartition("apple in a kitchen")
         first = list(re.finditer(names, before))[-1].end()
         last = re.search(names, after).end()
-        said = observation if template in (QWEN3, SPACED) else observation.strip()
+        said = observation if template in (QWEN3, BARE) else observation.strip()
         expected.add((before[:first], before[first:] + said + after[:last]))
     found = [
         (decoded(tokenizer, line.input_ids[:start]), decoded(tokenizer, line.input_ids[start:stop]))
-        for line in trunk.lines()
-        for start, stop in line.action_spans
+        for (line, (start, stop)), seen in zip(spans_of(trunk), observed, strict=True)
+        if seen
     ]
     assert set(found) == expected
     assert len(found) == len(expected)
     ends = [trunk.input_ids[stop - 1] for _, stop in trunk.action_spans]
-    inside = [trunk.input_ids[a : b - 1] for a, b in trunk.action_spans]
+    inside = [trunk.input_ids[a : b - 1] for a, b in trunk.action_spans[observed]]
     special = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert np.isin(ends, special).all()
     assert not np.isin(np.concatenate(inside), special).any(), "an observation ends no turn"
@@ -286,19 +308,24 @@ def prompt(tokenizer: Any, history: list[Any], observation: str) -> str:
 
 def test_what_cannot_be_told_apart_is_refused():
     messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "left"}]
-    one = sa.Trajectory(messages=messages, id="x")
-    told = [[("left", "a door")]]
+    one, told = sa.Trajectory(messages=messages, id="x"), [[("left", "a door")]]
+
+    def encoded(template: str, told: Any = told) -> Any:
+        tokenizer = byte_level_bpe(template)
+        return encode_observations(one, sa.encode(one, byte_level_bpe(BARE)), told, tokenizer)
+
     with pytest.raises(ValueError, match=r"trajectory 'x': .*special token before an observation"):
-        encode_observations(one, told, byte_level_bpe(LLAMA2))
-    shouting = SPACED.replace("message['content']", "message['content'] | upper")
-    with pytest.raises(ValueError, match=r"'x': .*must write an observation as it is.*'a door'"):
-        encode_observations(one, told, byte_level_bpe(shouting))
-    twice = SPACED.replace("message['content']", "message['content'] + message['content']")
-    with pytest.raises(ValueError, match=r"'x': .*must write an observation as it is"):
-        encode_observations(one, told, byte_level_bpe(twice))
-    with pytest.raises(ValueError, match="told must have 1 entries"):
-        encode_observations(one, [], byte_level_bpe(SPACED))
-    assert encode_observations(one, [[]], byte_level_bpe(SPACED)) is None
+        encoded(LLAMA2)
+    for changed in ("message['content'] | upper", "message['content'] * 2", "'a door'"):
+        with pytest.raises(
+            ValueError, match=r"'x': .*must write an observation as it is.*'a door'"
+        ):
+            encoded(BARE.replace("message['content']", changed))
+    with pytest.raises(ValueError, match="has 1 steps, of which told must have one entry each"):
+        encoded(BARE, [])
+    trunk, observed = encoded(BARE, [[]])
+    assert trunk.input_ids.tolist() == sa.encode(one, byte_level_bpe(BARE)).input_ids.tolist()[:-1]
+    assert observed.tolist() == [False]
 
 
 def test_texts_are_without_the_end_of_the_turn():

@@ -30,6 +30,7 @@ from .rollout import env_seed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
@@ -139,20 +140,25 @@ def texts_of(
 
 def world_model_trunks(
     trajectories: Sequence[Trajectory],
+    trunks: Sequence[Trunk],
     outcomes: Sequence[Sequence[Sequence[Outcome]]],
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Trunk | None]:
-    """A trunk for each trajectory in which the observations that the answers led to are scored.
+) -> list[tuple[Trunk, NDArray[np.bool_]]]:
+    """The trunks with the observations that the answers led to, and which spans these are.
 
-    Implicit world modelling: state, answer, and what came of it. What `executed` gives, encoded by
-    `stepagent.data.observations`; None for a trajectory that has no outcomes.
+    Implicit world modelling: state, answer, and what came of it, of which the last is scored beside
+    the trajectory's own actions. See `stepagent.data.observations.encode_observations`.
+
+    Args:
+        trunks: of the trajectories, as `stepagent.encode` gives them.
+        outcomes: ``[i][t]``, as `executed` gives them.
     """
     _check_lengths(trajectories, outcomes)
     return [
         encode_observations(
-            trajectory, [[(o.answer, o.observation) for o in step] for step in steps], tokenizer
+            one, trunk, [[(o.answer, o.observation) for o in step] for step in steps], tokenizer
         )
-        for trajectory, steps in zip(trajectories, outcomes, strict=True)
+        for one, trunk, steps in zip(trajectories, trunks, outcomes, strict=True)
     ]
 
 

@@ -11,7 +11,8 @@ the one after it, the latter included: at both, tokenization starts anew.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ from .trajectory import Trajectory
 from .trunk import Trunk
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 Told: TypeAlias = tuple[str, str]  # an answer, and the observation after it
@@ -32,36 +34,51 @@ _PLACES = range(0x10FFFD, 0xFFFFF, -1)  # private characters, of which one stand
 
 def encode_observations(
     trajectory: Trajectory,
+    trunk: Trunk,
     told: Sequence[Sequence[Told]],
     tokenizer: PreTrainedTokenizerBase,
-) -> Trunk | None:
-    """One trunk in which the observations after other answers are scored, and nothing else.
+) -> tuple[Trunk, NDArray[np.bool_]]:
+    """A trajectory's trunk in which what followed other answers is scored beside its own actions.
 
-    Where an answer goes another way than the line before it, the trunk rewinds: each state and each
-    answer is in it once.
+    Where an answer goes another way, the trunk rewinds: each state and each answer is in it once,
+    and a state's last token twice.
 
     Args:
         trajectory: Whose states the answers were given at.
+        trunk: Its tokens, as `stepagent.encode` gives them.
         told: ``told[t]``: at the state of step t, answers and what followed each. Of those that are
             the same tokens one is scored.
 
     Returns:
-        The trunk, its spans by step; None where nothing is told.
+        The trunk of S spans, by step, and (S,) which of them are observations; the others are the
+        actions of ``trunk``, each after the tokens that it has there.
 
     Raises:
         ValueError: Naming the trajectory, the message and the rule, where the template does not
             write an observation as it is, or not between two control tokens.
     """
-    if len(told) != trajectory.num_steps:
+    name, T = f"trajectory {trajectory.id!r}", trajectory.num_steps
+    if (len(told), trunk.num_steps) != (T, T):
         raise ValueError(
-            f"told must have {trajectory.num_steps} entries, one a step of trajectory "
-            f"{trajectory.id!r}, got {len(told)}"
+            f"{name} has {T} steps, of which told must have one entry each and trunk one action, "
+            f"got {len(told)} and {trunk.num_steps}"
         )
     try:
         check_agrees(trajectory, run_arguments(tokenizer))
-        return _laid_out(_Observations(trajectory, told, tokenizer).lines())
+        observations = _Observations(trajectory, told, tokenizer)
+        lines = [line for t in range(T) for line in observations.lines(t, trunk)]
     except ValueError as error:
-        raise ValueError(f"trajectory {trajectory.id!r}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+    return _laid_out(lines), np.array([line.observed for line in lines])
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The tokens of a state and what is scored after it: those from ``start`` on."""
+
+    ids: list[int]
+    start: int
+    observed: bool
 
 
 class _Observations:
@@ -81,21 +98,25 @@ class _Observations:
             tokenizer, self._control.mark(trajectory.tools), trajectory.chat_template_kwargs
         )
         self._messages = self._control.mark_messages(trajectory.messages)
+        self._newest: Tokens | None = None  # what has its beginning is not tokenized again
 
-    def lines(self) -> Iterator[tuple[list[int], int]]:
-        """The tokens of each up to the observation's last, and where the observation begins."""
-        tokens: Tokens | None = None
-        for index, told in zip(self._trajectory.step_indices, self._told, strict=True):
-            own, seen = self._trajectory.messages[index]["content"], set()
-            # The trajectory's own answer last: the next state goes on from it.
-            for answer, observation in sorted(told, key=lambda pair: pair[0] == own):
-                text, start, stop = self._written(index, answer, observation)
-                tokens = continued_tokens(text, tokens, self._control)
-                first, last = _between(tokens.anchors, start, stop, index)
-                line = tokens.ids[:last]
-                if (key := (*line, first)) not in seen:
-                    seen.add(key)
-                    yield line, first
+    def lines(self, t: int, trunk: Trunk) -> list[_Line]:
+        """Those of one state; the trajectory's own action and what followed it are the last, as
+        the next state goes on from there."""
+        index = self._trajectory.step_indices[t]
+        own = self._trajectory.messages[index]["content"]
+        state, (start, stop) = trunk.state_ids(t).tolist(), trunk.action_spans[t]
+        action = _Line([*state, *trunk.input_ids[start:stop].tolist()], len(state), observed=False)
+        lines = [self._line(index, *pair) for pair in self._told[t] if pair[0] != own]
+        after = [self._line(index, *pair) for pair in self._told[t] if pair[0] == own]
+        distinct = {tuple(line.ids): line for line in (*lines, action, *after)}
+        return list(distinct.values())
+
+    def _line(self, index: int, answer: str, observation: str) -> _Line:
+        text, start, stop = self._written(index, answer, observation)
+        self._newest = tokens = continued_tokens(text, self._newest, self._control)
+        first, last = _between(tokens.anchors, start, stop, index)
+        return _Line(tokens.ids[:last], first, observed=True)
 
     def _written(self, index: int, answer: str, observation: str) -> tuple[str, int, int]:
         """The agent's next prompt, and where in it the observation stands."""
@@ -127,18 +148,18 @@ def _between(anchors: Any, start: int, stop: int, index: int) -> tuple[int, int]
     return int(anchors[before - 1, 1]) + 1, int(anchors[after, 1]) + 1
 
 
-def _laid_out(lines: Iterator[tuple[list[int], int]]) -> Trunk | None:
+def _laid_out(lines: Sequence[_Line]) -> Trunk:
     """The trunk of lines, each of which goes on from what it has in common with the one before."""
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     rewinds: list[tuple[int, int]] = []
     before: list[int] = []
-    for line, start in lines:
-        depth = min(common_prefix(before, line), start - 1)
+    for line in lines:
+        depth = min(common_prefix(before, line.ids), line.start - 1)
         if depth < len(before):
             rewinds.append((len(ids), depth))
         shift = len(ids) - depth
-        ids += line[depth:]
-        spans.append((start + shift, len(line) + shift))
-        before = line
-    return Trunk(ids, spans, rewinds) if spans else None
+        ids += line.ids[depth:]
+        spans.append((line.start + shift, len(line.ids) + shift))
+        before = line.ids
+    return Trunk(ids, spans, rewinds)

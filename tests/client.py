@@ -117,6 +117,7 @@ def modules() -> tuple[object, ...]:
         sa.envs.make("babyai:GoToLocalS6N2"),
         sa.episode_file.open_episodes,
         sa.evaluation.bootstrap([0.0, 1.0]).low,
+        sa.methods.register_method,
         sa.metrics.METRICS["success"],
         sa.models.LMHead,
         sa.ranks.over_ranks,

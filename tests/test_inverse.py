@@ -577,7 +577,7 @@ def test_an_invalid_option_is_named(args, options, message):
 
 def test_what_would_not_be_used_is_refused(trainer, args):
     with pytest.raises(ValueError, match="discriminator is given, but method='implicit' has none"):
-        trainer(method="implicit", discriminator=tiny_agent())
+        trainer(method="implicit", critic_epochs=10, discriminator=tiny_agent())
     with pytest.raises(ValueError, match="kl_in='reward' needs a ref_model"):
         trainer(kl_in="reward", kl_coef=0.1)
 
@@ -601,7 +601,7 @@ def test_a_policy_with_an_adapter_shares_its_base_with_the_critic(args, trainer,
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     made = trainer(discriminator_body=kind, peft_config=lora)
     policy = {id(p): p.detach().clone() for p in made.model.parameters()}
-    critic = made._inverse.critic
+    critic = made._method.reflection.critic
     base = [p for p in critic.body.parameters() if id(p) in policy]
     assert sum(p.numel() for p in base) >= 0.9 * sum(p.numel() for p in tiny_agent().parameters())
     assert not any(p.requires_grad for p in base)

@@ -41,10 +41,11 @@ def trainer(tmp_path: Path) -> Any:
             "save_strategy": "no",
             "logging_strategy": "no",
             "per_device_train_batch_size": 5,
-            "critic_epochs": 1,
             "learning_rate": 0.0,
             "cycles": 1,
         }
+        if options.get("method") == "inverse":
+            defaults["critic_epochs"] = 1
         args = StepAgentConfig(**defaults | options)
         model = tiny_agent() if model is None else model
         return StepAgentTrainer(model, args, trajectories(), babyai_tokenizer(), **others)

@@ -181,7 +181,7 @@ def test_identical_pairs_have_loss_log_2_and_no_gradient_at_all(trainer):
         Comparison(t, [[t.input_ids[a:b]] for a, b in t.action_spans], expert_trunk=True)
         for t in made._trunks
     ]
-    loss = made.compute_loss(model, made._collate(made._with_reference(own)))
+    loss = made.compute_loss(model, made._collate(made._with_scores(own)))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert not grads(model).any()
@@ -738,7 +738,10 @@ def test_a_model_can_be_named_by_its_folder(trainer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "dpo"}, r"method must be one of .*'inverse'\), got 'dpo'"),
+        (
+            {"method": "dpo"},
+            "method must be one of .*inverse, or module:Class .*, got 'dpo'",
+        ),
         ({"states": "mine"}, r"states must be one of \('expert', 'agent'\), got 'mine'"),
         ({"cycles": 0}, "cycles must be a whole number >= 1, got 0"),
         ({"cycles": 1.5}, r"cycles must be a whole number >= 1, got 1\.5"),

@@ -184,7 +184,7 @@ def test_rewards_of_the_inverse_method_are_the_discriminators(trainer):
     from stepagent.learning.cycle import pack_with_steps
 
     _, steps = pack_with_steps(held, 4096)
-    logits_ES, _, _ = made._inverse._judge(held, steps)
+    logits_ES, _, _ = made._method.reflection._judge(held, steps)
     rewards_S = np.logaddexp(0, -logits_ES[0].numpy())  # −log σ
     margins = rewards_S[steps.expert_P] - rewards_S[steps.agent_P]
     assert metrics["eval_reward_margin"] == pytest.approx(margins.mean(), rel=1e-5)

@@ -23,6 +23,15 @@ class FieldOption(click.Option):
     """An option of a dataclass's field."""
 
 
+class ChoiceOrPath(click.Choice[str]):
+    """One of some names, or ``module:Class``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if isinstance(value, str) and ":" in value:
+            return value
+        return super().convert(value, param, ctx)
+
+
 def bool_or_text(value: str) -> bool | str:
     """Of a field that takes either, such as ``bool | str``."""
     try:
@@ -92,7 +101,7 @@ def inherited_names() -> list[str] | None:
 
 def _options(field: Field[Any], hint: Any) -> list[FieldOption]:
     kinds = [kind for kind in _members(hint) if kind is not type(None)]
-    settings = _settings(kinds, field.metadata.get("choices"))
+    settings = _settings(kinds, field.metadata.get("choices"), bool(field.metadata.get("open")))
     help = str(field.metadata.get("help", ""))
     if field.default not in (None, ""):
         help += f"  [default: {field.default}]"
@@ -102,9 +111,12 @@ def _options(field: Field[Any], hint: Any) -> list[FieldOption]:
     return made
 
 
-def _settings(kinds: list[Any], choices: Sequence[Any] | None) -> dict[str, Any]:
+def _settings(
+    kinds: list[Any], choices: Sequence[Any] | None, or_path: bool = False
+) -> dict[str, Any]:
     if choices:
-        return {"type": click.Choice([str(choice) for choice in choices])}
+        kind = ChoiceOrPath if or_path else click.Choice
+        return {"type": kind([str(choice) for choice in choices])}
     if bool in kinds:  # --name, or --name true
         return {
             "type": click.BOOL if kinds == [bool] else bool_or_text,

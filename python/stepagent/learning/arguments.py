@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from .methods import method_class
+
 if TYPE_CHECKING:
     from .config import StepAgentConfig
 
@@ -179,7 +181,7 @@ def check_arguments(args: StepAgentConfig) -> None:
             f"train_sampling_strategy must be one of {_SAMPLING}, got "
             f"{args.train_sampling_strategy!r}: a tree has no padding that like lengths would save"
         )
-    if args.neftune_noise_alpha is not None and args.method != "sft":
+    if args.neftune_noise_alpha is not None and method_class(args.method, args.states).scores:
         raise ValueError(
             f"neftune_noise_alpha must be None for method={args.method!r}, got "
             f"{args.neftune_noise_alpha}: its noise would look like a change of the policy"

@@ -20,7 +20,7 @@ from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig
-    from .options import Method, States
+    from .options import States
 
 CYCLE_FILE = "cycle.safetensors"
 _RUN_FILE = "stepagent.json"
@@ -49,7 +49,7 @@ class RunSizes:
     trajectories_a_step: int
     trajectories_an_epoch: int
     epochs_per_cycle: int
-    method: Method
+    method: str
     states: States
     dataset_rows: int
     dataset_sum: str

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ..data.arguments import parse_arguments
 from ..data.draws import check_count
 from .arguments import check_accelerator, check_arguments
-from .options import StepAgentOptions
+from .methods import method_class
+from .options import OPTIONS_OF_METHODS, StepAgentOptions
 
 _COUNTS = (
     "cycles",
@@ -28,6 +31,8 @@ _COUNTS = (
 )
 # Figures of an evaluation that transformers would take the largest of.
 _LESS_IS_BETTER = ("nll", "kl", "crashed")
+# Of options that are None unless given, for methods that say nothing else.
+_DEFAULTS: dict[str, Any] = {"states": "expert", "samples": 1, "baseline": "value"}
 _POSITIVE = ("finite and > 0", lambda x: x > 0)
 _NOT_NEGATIVE = ("finite and >= 0", lambda x: x >= 0)
 _WHOLE = ("a whole number >= 0", lambda x: x >= 0 and x == int(x))
@@ -60,8 +65,9 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     ``per_device_train_batch_size`` trajectories.
 
     ``method="sft"`` at the expert's states needs no cycles: it runs ``num_train_epochs`` passes.
-    ``method="sft", states="agent"`` is DAgger (Ross et al. 2011): supervised on the expert's
-    answers at the states of all cycles so far, together with the expert's own trajectories.
+    ``method="dagger"``, or ``method="sft", states="agent"``, is DAgger (Ross et al. 2011):
+    supervised on the expert's answers at the states of all cycles so far, together with the
+    expert's own trajectories. An option that belongs to another method is refused.
 
     Of TrainingArguments, an option that would not be followed is refused by name: docs/training.md
     lists all of them.
@@ -73,6 +79,8 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = parse_arguments(self.chat_template_kwargs)
+        self.method_options = _parsed(self.method_options)
+        self._set_defaults()
         self._check()
         check_arguments(self)
         self._set_epochs()
@@ -86,7 +94,7 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     @property
     def has_cycles(self) -> bool:
         """Whether the training data is made anew by the agent every cycle."""
-        return self.method != "sft" or self.states == "agent"
+        return method_class(self.method, self.states).acts
 
     def _set_epochs(self) -> None:
         if not self.has_cycles:
@@ -101,13 +109,22 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             )
         self.num_train_epochs = epochs
 
+    def _set_defaults(self) -> None:
+        """Of options that are None unless given, by the method."""
+        defaults = _DEFAULTS | dict(method_class(self.method, self.states).defaults)
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
     def _check(self) -> None:
         for own in fields(StepAgentOptions):
             choices = own.metadata.get("choices")
-            if choices and getattr(self, own.name) not in choices:
+            if choices and "open" not in own.metadata and getattr(self, own.name) not in choices:
                 raise ValueError(
                     f"{own.name} must be one of {choices}, got {getattr(self, own.name)!r}"
                 )
+        method = method_class(self.method, self.states)
+        self._check_of_method(method.Options)
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None:
@@ -125,17 +142,31 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
                 "set cycles and epochs_per_cycle"
             )
-        if self.method == "inverse":
-            self._check_inverse()
+        method.options_of(self)
+        method.check(self)
 
-    def _check_inverse(self) -> None:
-        if self.baseline != "value" and self.samples < 2:
+    def _check_of_method(self, own: type) -> None:
+        """Refuse what was set of another method: it would change nothing."""
+        mine = {field.name for field in fields(own)}
+        owners: dict[str, list[str]] = {}
+        for method, options in OPTIONS_OF_METHODS.items():
+            for field in fields(options):
+                unset = (field.default, _DEFAULTS.get(field.name))
+                if field.name not in mine and getattr(self, field.name) not in unset:
+                    owners.setdefault(field.name, []).append(method)
+        for name, methods in owners.items():
             raise ValueError(
-                f"baseline={self.baseline!r} compares the samples of a state with each other, got "
-                f"samples={self.samples}: raise it, or take baseline='value'"
+                f"{name} is an option of method={' or '.join(map(repr, methods))}, got "
+                f"{name}={getattr(self, name)!r} with method={self.method!r}"
             )
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ValueError(
-                "kl_estimator='k1' has a gradient of mean 0 in the loss: use k2 or k3, or "
-                "kl_in='reward'"
-            )
+
+
+def _parsed(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """``method_options`` as they are given, or as the JSON of them."""
+    try:
+        value = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"method_options must be a JSON object, got {given!r}: {error}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"method_options must be a JSON object or a dict, got {given!r}")
+    return value

@@ -36,14 +36,14 @@ from .cycle import (
     pack_with_steps,
 )
 from .held_out import HeldOut, best_metric, held_out, key_of, load_pairs, metric_names, save_pairs
-from .objectives import batch_loss, reward_figures, sides
+from .methods import method_class
+from .methods.method import Batch, Method
 from .scoring import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import StepAgentConfig
-    from .inverse import InverseReflection
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, Any]]
 
@@ -79,7 +79,8 @@ class Evaluator:
 
     def begin_cycle(self, policy: PreTrainedModel, cycle: int) -> None:
         """Make the pairs of a cycle: what the policy does now, under the cycle's reference."""
-        if cycle == self._cycle or self._args.method == "sft":
+        method = method_class(self._args.method, self._args.states)
+        if cycle == self._cycle or not method.scores:
             return
         for held in self._sets.values():
             samples, temperature = self._args.samples, self._args.temperature
@@ -87,8 +88,8 @@ class Evaluator:
             tried = [[[b.token_ids for b in step] for step in steps] for steps in branches]
             pairs = zip(held.trunks, tried, strict=True)
             comparisons = [Comparison(t, b, expert_trunk=True) for t, b in pairs]
-            held.comparisons = self._scorer.with_reference(
-                policy, comparisons, sharded=self._sharded
+            held.comparisons = self._scorer.with_scores(
+                policy, comparisons, method.scores, sharded=self._sharded
             )
         self._cycle = cycle
 
@@ -97,14 +98,14 @@ class Evaluator:
         policy: PreTrainedModel,
         dataset: Any,
         prefix: str,
-        inverse: InverseReflection | None,
+        method: Method,
     ) -> dict[str, float]:
         """The metrics of ``trainer.evaluate``, by ``prefix``_name; undefined ones are left out."""
         started = time.time()
         sets = self._chosen(policy, dataset)
         metrics: dict[str, float] = {}
         for name, held in sets.items():
-            metrics |= self._of(policy, held, key_of(prefix, name), inverse)[0]
+            metrics |= self._of(policy, held, key_of(prefix, name), method)[0]
         count = sum(len(held.trunks) for held in sets.values())
         if self._args.eval_episodes and dataset is None and not self._args.prediction_loss_only:
             found = self._success(policy)
@@ -113,7 +114,7 @@ class Evaluator:
         return metrics | _speed(prefix, started, count)
 
     def predict(
-        self, policy: PreTrainedModel, dataset: Any, prefix: str
+        self, policy: PreTrainedModel, dataset: Any, prefix: str, method: Method
     ) -> tuple[dict[str, float], EvalPrediction]:
         """Metrics of other trajectories, and the texts of what policy and expert do there."""
         started = time.time()
@@ -121,7 +122,7 @@ class Evaluator:
         if list(sets) != [""]:
             raise TypeError(f"test_dataset must be one dataset, got {list(sets) or None}")
         held = sets[""]
-        metrics, prediction = self._of(policy, held, prefix, None, predicts=True)
+        metrics, prediction = self._of(policy, held, prefix, method, predicts=True)
         assert prediction is not None
         return metrics | _speed(prefix, started, len(held.trunks)), prediction
 
@@ -151,7 +152,7 @@ class Evaluator:
         policy: PreTrainedModel,
         held: HeldOut,
         key: str,
-        inverse: InverseReflection | None,
+        method: Method,
         *,
         predicts: bool = False,
     ) -> tuple[dict[str, float], EvalPrediction | None]:
@@ -159,7 +160,7 @@ class Evaluator:
         scored = self._scorer.scored(policy, comparisons, alike=self._sharded)
         logps_N = torch.from_numpy(np.concatenate(scored)).double()
         _, steps = pack_with_steps(comparisons, self._args.max_tokens)
-        metrics = self._scored_figures(comparisons, logps_N, steps, inverse)
+        metrics = self._scored_figures(comparisons, logps_N, steps, method)
         prediction = None
         if predicts or not self._args.prediction_loss_only:
             acts = self._acts(policy, held, 1, 0.0, 0)
@@ -177,25 +178,16 @@ class Evaluator:
         comparisons: Sequence[Comparison],
         logps_N: Tensor,
         steps: StepTable,
-        inverse: InverseReflection | None,
+        method: Method,
     ) -> dict[str, float]:
         """Means over all tokens, actions and pairs: the cycle's loss on what it did not learn."""
-        args, total = self._args, steps.counts()
-        found = {"nll": float(steps.expert_nll(logps_N, total.expert_tokens))}
-        values: dict[str, Tensor] = {}
-        if args.method == "sft":
-            found["loss"] = found["nll"]
-        elif args.method == "implicit" and len(steps.expert_P):
-            scores = {
-                name: torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons]))
-                for name in SCORES
-            }
-            scores = {name: score.double() for name, score in scores.items()}
-            loss, values = batch_loss(args, logps_N, None, scores, steps, total)
-            found["loss"] = float(loss)
-        elif inverse is not None and len(steps.expert_P):
-            rewards_S = inverse.rewards(comparisons, steps)
-            values = reward_figures(rewards_S, steps) | sides(logps_N, steps)
+        scores = {
+            name: torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
+            for name in SCORES
+        }
+        batch = Batch(logps_N, None, scores, steps, steps.counts())
+        found = {"nll": float(batch.nll())}
+        values = method.measure(batch, comparisons)
         return found | {name: float(v.double().mean()) for name, v in values.items() if len(v)}
 
     def _acts(
@@ -314,7 +306,7 @@ class Evaluator:
     def load(self, folder: Path, cycle: int) -> None:
         """Read what `save` wrote."""
         self.restart()
-        if self._sets and self._args.method != "sft":
+        if self._sets and method_class(self._args.method, self._args.states).scores:
             load_pairs(folder, self._sets)
         self._cycle = cycle
 
@@ -328,7 +320,7 @@ class EvaluatingTrainer(Trainer):
     """What ``transformers.Trainer`` is asked about evaluation, answered by an `Evaluator`."""
 
     _evaluator: Evaluator
-    _inverse: InverseReflection | None
+    _method: Method
 
     def evaluate(
         self,
@@ -346,7 +338,7 @@ class EvaluatingTrainer(Trainer):
         """
         self._end_optimizer_step()
         policy = cast("PreTrainedModel", self.model)
-        metrics = self._evaluator.evaluate(policy, eval_dataset, metric_key_prefix, self._inverse)
+        metrics = self._evaluator.evaluate(policy, eval_dataset, metric_key_prefix, self._method)
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -361,7 +353,9 @@ class EvaluatingTrainer(Trainer):
         """As transformers', with the texts that ``compute_metrics`` is given."""
         self._end_optimizer_step()
         policy = cast("PreTrainedModel", self.model)
-        metrics, texts = self._evaluator.predict(policy, test_dataset, metric_key_prefix)
+        metrics, texts = self._evaluator.predict(
+            policy, test_dataset, metric_key_prefix, self._method
+        )
         handler = self.callback_handler
         self.control = handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(cast("Any", texts.predictions), texts.label_ids, metrics)

@@ -16,6 +16,7 @@ from ..envs.pool import EnvFactory
 from .collecting import Collector, longest_action
 from .cycle import Comparison, load_comparisons, save_comparisons
 from .loading import encode_all
+from .methods import method_class
 from .preflight import check_budget
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from .config import StepAgentConfig
 
 EVAL_FILE = "eval_cycle.safetensors"
-_SIDES = ("expert_logp", "agent_logp", "expert_length", "agent_length", "identical_pairs")
-_REWARDS = ("expert_reward", "agent_reward", "reward_margin", "reward_accuracy")
-_FIGURES = {
-    "sft": ("loss",),
-    "implicit": ("loss", "kl", *_REWARDS, *_SIDES),
-    "inverse": (*_REWARDS, *_SIDES),
-}
 _logger = logging.getLogger(__name__)
 
 
@@ -68,7 +62,7 @@ def held_out(
         name = f"{called}[{key!r}]" if key else called
         trunks = encode_all(part, tokenizer, progress=not args.disable_tqdm, name=name)
         longest = args.max_new_tokens or max(collector.max_new_tokens, longest_action(trunks))
-        inspects = args.method != "sft"
+        inspects = bool(method_class(args.method, args.states).scores)
         check_budget(policy, trunks, args, longest, inspects=inspects, name=name)
         sets[str(key)] = HeldOut(trunks, first)
         first += len(trunks)
@@ -121,9 +115,8 @@ def check_evaluation(
             f"metric_for_best_model must be one of {[n.removeprefix('eval_') for n in known]}, got "
             f"{args.metric_for_best_model!r}"
         )
-    moving = args.method == "inverse" or (args.method == "implicit" and not fixed_reference)
-    figure = known.get(metric)
-    if moving and args.cycles > 1 and figure in ("loss", "kl", *_REWARDS):
+    moving = method_class(args.method, args.states).moving(fixed_reference)
+    if args.cycles > 1 and known.get(metric) in moving:
         raise ValueError(
             f"metric_for_best_model must be one that cycles can be compared by, such as 'nll', "
             f"'agreement' or 'success_rate', got {args.metric_for_best_model!r}: each cycle's is "
@@ -134,7 +127,7 @@ def check_evaluation(
 def metric_names(args: StepAgentConfig, sets: Mapping[str, HeldOut]) -> dict[str, str]:
     """The metrics of an evaluation, each with the figure that it is."""
     of_acting = () if args.prediction_loss_only else ("agreement",)
-    figures = ("nll", *of_acting, *_FIGURES[args.method])
+    figures = ("nll", *of_acting, *method_class(args.method, args.states).figures)
     names = {f"{key_of('eval', name)}_{figure}": figure for name in sets for figure in figures}
     if args.eval_episodes:
         names |= {f"eval_{figure}": figure for figure in ("success_rate", "crashed")}

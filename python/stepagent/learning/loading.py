@@ -86,8 +86,8 @@ def encode_run(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: StepAgentConfig,
-) -> tuple[list[Trunk], PreTrainedTokenizerBase]:
-    """The trunk of each row, and the tokenizer with the run's template arguments.
+) -> tuple[list[Trajectory], list[Trunk], PreTrainedTokenizerBase]:
+    """The rows, the trunk of each, and the tokenizer with the run's template arguments.
 
     Those are the arguments of the configuration, and what all rows give alike: the agent learns on
     such states, so it is to be prompted so.
@@ -109,7 +109,7 @@ def encode_run(
                     f"states='agent' prompts the agent alike everywhere, but train_dataset[{place}]"
                     f" does not: {error}"
                 ) from error
-    return trunks, tokenizer
+    return read, trunks, tokenizer
 
 
 def encode_all(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..models import evaluation_mode, unwrapped
 from ..models.support import probe_logps
+from .methods import method_class
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig
@@ -31,12 +32,12 @@ _logger = logging.getLogger(__name__)
 def check_quiet(policy: nn.Module, args: StepAgentConfig) -> None:
     """Turn off the noise of a policy that is compared with itself, and say so.
 
-    Supervised training (``method="sft"``) compares nothing; its dropout stays.
+    Supervised training (``method="sft"``, "dagger") compares nothing; its dropout stays.
 
     Raises:
         ValueError: where noise is left that cannot be turned off.
     """
-    if args.method == "sft":
+    if not method_class(args.method, args.states).scores:
         return
     if off := silence(policy):
         _logger.warning(

@@ -2,6 +2,7 @@
 
 They stand apart from transformers' TrainingArguments, which `stepagent.StepAgentConfig`
 adds, so that the command line can list and check them without importing transformers or torch.
+`RunOptions` are of every method; each method of `learning/methods/` has a dataclass of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from ..data.actions import FormatName
 
-Method: TypeAlias = Literal["sft", "implicit", "inverse"]
+Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse"]
 States: TypeAlias = Literal["expert", "agent"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
@@ -36,22 +37,30 @@ KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 
 
 @dataclass
-class StepAgentOptions:
-    """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
+class RunOptions:
+    """Of every method."""
 
-    method: Method = field(
+    method: Method | str = field(
         default="implicit",
         metadata={
-            "help": "implicit: StepAgent's implicit step rewards; inverse: a discriminator's "
-            "verdict as the step reward, followed by PPO; sft: supervised",
+            "help": "how the agent learns, one of these or a `Method` of your own as module:Class. "
+            "implicit: StepAgent's implicit step rewards; inverse: a discriminator's verdict as "
+            "the step reward, followed by PPO; sft: supervised; dagger: supervised on the "
+            "expert's answers at the agent's states (needs --env)",
             "choices": METHODS,
+            "open": True,
         },
     )
+    method_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON object of the options of a method of your own"},
+    )
     states: States = field(
-        default="expert",
+        default=None,  # type: ignore[arg-type]  # the configuration fills it in
         metadata={
             "help": "whose states are compared: the expert's (the paper), or the agent's own, "
-            "answered by the environment's expert (needs --env)",
+            "answered by the environment's expert (needs --env); default: the expert's, of dagger "
+            "the agent's",
             "choices": STATES,
         },
     )
@@ -66,19 +75,9 @@ class StepAgentOptions:
             "choices": MODEL_DTYPES,
         },
     )
-    beta: float = field(
-        default=1.0,
-        metadata={
-            "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
-            "to the expert only for beta > 0.5, at once for beta = 1"
-        },
-    )
-    sft_weight: float = field(
-        default=0.0,
-        metadata={"help": "adds this times the mean NLL of the expert's tokens to the loss"},
-    )
     samples: int = field(
-        default=1, metadata={"help": "actions sampled at each of the expert's states"}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "actions sampled at each of the expert's states; default: 1"},
     )
     temperature: float = field(default=1.0, metadata={"help": "of the agent's sampled actions"})
     max_new_tokens: int | None = field(
@@ -136,7 +135,61 @@ class StepAgentOptions:
         metadata={"help": "first environment seed of eval_episodes; held out from training"},
     )
 
-    # -- of method="inverse" alone ---------------------------------------------------------------
+
+@dataclass
+class PairOptions:
+    """Of methods that compare the agent's actions with the expert's."""
+
+    sft_weight: float = field(
+        default=0.0,
+        metadata={"help": "adds this times the mean NLL of the expert's tokens to the loss"},
+    )
+
+
+@dataclass
+class ImplicitOptions(PairOptions):
+    """Of ``method="implicit"``."""
+
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
+            "to the expert only for beta > 0.5, at once for beta = 1"
+        },
+    )
+
+
+@dataclass
+class PPOOptions(PairOptions):
+    """Of methods whose step rewards PPO follows."""
+
+    clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
+    ratio: Ratio = field(
+        default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
+    )
+    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference"})
+    kl_estimator: KLEstimator = field(
+        default="k3", metadata={"help": "of KL", "choices": KL_ESTIMATORS}
+    )
+    kl_in: KLPlace = field(
+        default="loss",
+        metadata={
+            "help": "add the KL to the loss, or take it from the rewards (needs a ref_model)",
+            "choices": KL_PLACES,
+        },
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "takes this times the mean entropy of a token from the loss"}
+    )
+
+
+@dataclass
+class InverseOptions(PPOOptions):
+    """Of ``method="inverse"``."""
 
     discriminator_body: DiscriminatorBody = field(
         default="own",
@@ -178,34 +231,22 @@ class StepAgentOptions:
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
     )
     baseline: Baseline = field(
-        default="value",
+        default=None,  # type: ignore[arg-type]
         metadata={
             "help": "what an action is compared with: the state's value (generalised advantage "
-            "estimation), or the other samples at its state (leave_one_out, group; needs samples)",
+            "estimation), or the other samples at its state (leave_one_out, group; needs samples); "
+            "default: value",
             "choices": BASELINES,
         },
     )
     gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
     gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
-    clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
-    ratio: Ratio = field(
-        default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
-    )
-    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the reference"})
-    kl_estimator: KLEstimator = field(
-        default="k3", metadata={"help": "of KL", "choices": KL_ESTIMATORS}
-    )
-    kl_in: KLPlace = field(
-        default="loss",
-        metadata={
-            "help": "add the KL to the loss, or take it from the rewards (needs a ref_model)",
-            "choices": KL_PLACES,
-        },
-    )
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
-    )
-    entropy_coef: float = field(
-        default=0.0, metadata={"help": "takes this times the mean entropy of a token from the loss"}
-    )
+
+
+@dataclass
+class StepAgentOptions(RunOptions, ImplicitOptions, InverseOptions):
+    """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
+
+
+# Of which method an option is.
+OPTIONS_OF_METHODS: dict[str, type] = {"implicit": ImplicitOptions, "inverse": InverseOptions}

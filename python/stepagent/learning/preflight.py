@@ -15,13 +15,9 @@ if TYPE_CHECKING:
     from .config import StepAgentConfig
 
 
-def check_discriminator(
-    discriminator: torch.nn.Module | None, model: torch.nn.Module, args: StepAgentConfig
-) -> None:
+def check_discriminator(discriminator: torch.nn.Module | None, model: torch.nn.Module) -> None:
     if discriminator is None:
         return
-    if args.method != "inverse":
-        raise ValueError(f"discriminator is given, but method={args.method!r} has none")
     if discriminator is model:
         raise ValueError("discriminator must be another object than model, which PPO changes")
     check_tree_support(discriminator)

@@ -12,24 +12,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from .config import StepAgentConfig
 
-
-def check_reference(ref_model: nn.Module | None, policy: nn.Module, args: StepAgentConfig) -> None:
-    """Refuse a reference that would not be used, or that training would change.
+def check_reference(ref_model: nn.Module | None, policy: nn.Module) -> None:
+    """Refuse a reference of other words, or one that training would change.
 
     Raises:
         ValueError: naming what is wrong with it.
     """
     if ref_model is None:
-        if args.method == "inverse" and args.kl_in == "reward" and args.kl_coef:
-            raise ValueError(
-                "kl_in='reward' needs a ref_model: the divergence from the policy that acted, the "
-                "reference without one, is 0"
-            )
         return
-    if args.method == "sft":
-        raise ValueError("ref_model is given, but method='sft' has no reference")
     if ref_model is policy:
         raise ValueError("ref_model must be another object than model, which training changes")
     mine, its = (text_config(model).vocab_size for model in (policy, ref_model))

@@ -44,25 +44,33 @@ class Scorer:
             return score_trees(model, trees), None
 
     @torch.no_grad()
-    def with_reference(
-        self, policy: PreTrainedModel, comparisons: Sequence[Comparison], *, sharded: bool
+    def with_scores(
+        self,
+        policy: PreTrainedModel,
+        comparisons: Sequence[Comparison],
+        wanted: Sequence[str],
+        *,
+        sharded: bool,
     ) -> list[Comparison]:
-        """Score every comparison under the reference: a fixed model, or the policy as it is now.
+        """Score every comparison, under the policy as it is now and under the reference.
 
-        PPO also needs the log-probs under the policy as it is now.
+        Args:
+            wanted: ``"ref_logps"``, under the fixed reference of the run or else the policy as it
+                is now; ``"old_logps"``, under the policy.
         """
-        if self._ref_model is None:
-            ref = old = self.scored(policy, comparisons, alike=sharded)
-        else:
+        found: dict[str, list[NDArray[np.float32]]] = {}
+        if self._ref_model is None or "old_logps" in wanted:
+            own = self.scored(policy, comparisons, alike=sharded)
+            found = {"ref_logps": own, "old_logps": own}
+        if self._ref_model is not None and "ref_logps" in wanted:
             with reference_of(self._ref_model, policy) as reference:
                 alike = sharded and reference is policy
-                ref = self.scored(reference, comparisons, alike=alike)
-            if self._args.method == "inverse":
-                old = self.scored(policy, comparisons, alike=sharded)
-        if self._args.method != "inverse":
-            return [replace(c, ref_logps=r) for c, r in zip(comparisons, ref, strict=True)]
-        triples = zip(comparisons, ref, old, strict=True)
-        return [replace(c, ref_logps=r, old_logps=o) for c, r, o in triples]
+                found["ref_logps"] = self.scored(reference, comparisons, alike=alike)
+        columns = zip(*(found[name] for name in wanted), strict=True)
+        return [
+            replace(c, **dict(zip(wanted, scores, strict=True)))
+            for c, scores in zip(comparisons, columns, strict=True)
+        ]
 
     @torch.no_grad()
     def scored(

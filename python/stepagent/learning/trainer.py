@@ -5,14 +5,15 @@ anew. So checkpoints, resuming, schedules, logging, DDP and callbacks are transf
 
 This file is the order in which things happen. What happens has files of its own: ``loading.py``
 what is given by name, ``preflight.py``, ``noise.py`` and ``reference_policy.py`` what is refused,
-``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``objectives.py``
-losses, ``inverse.py`` the discriminator's verdict, ``evaluating.py`` what is measured on held-out
-trajectories, ``checkpoint.py`` what a checkpoint holds.
+``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``methods/`` what is
+learnt from a cycle and by which loss, ``evaluating.py`` what is measured on held-out trajectories,
+``checkpoint.py`` what a checkpoint holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,14 +45,21 @@ from .checkpoint import (
 )
 from .collecting import Collector
 from .config import StepAgentConfig
-from .cycle import Comparison, load_comparisons, naive_tokens, save_comparisons, unique_tokens
+from .cycle import (
+    SCORES,
+    Comparison,
+    load_comparisons,
+    naive_tokens,
+    save_comparisons,
+    unique_tokens,
+)
 from .epochs import EpochCallback
 from .evaluating import ComputeMetrics, EvaluatingTrainer, Evaluator
 from .held_out import check_evaluation, held_out
-from .inverse import InverseReflection
 from .loading import encode_run, load_policy, load_reference
+from .methods import method_class, method_of
+from .methods.method import Batch, Run
 from .noise import check_quiet
-from .objectives import batch_loss
 from .preflight import (
     check_budget,
     check_discriminator,
@@ -128,18 +136,26 @@ class StepAgentTrainer(EvaluatingTrainer):
             raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
         if args.states == "agent" and env is None:
             raise ValueError("states='agent' needs env: an environment name or factory")
+        method_class(args.method, args.states).check_run(
+            args,
+            env=env is not None,
+            reference=ref_model is not None,
+            discriminator=discriminator is not None,
+        )
         check_loaded_everywhere()
         if engine is not None and not args.has_cycles:
-            raise ValueError("engine is given, but method='sft' at the expert's states never acts")
+            raise ValueError(
+                f"engine is given, but method={args.method!r} at the expert's states never acts"
+            )
         policy = load_policy(model, peft_config, args)
         check_tree_support(policy)
         ref_model = load_reference(ref_model, args)
-        check_reference(ref_model, policy, args)
-        check_discriminator(discriminator, policy, args)
+        check_reference(ref_model, policy)
+        check_discriminator(discriminator, policy)
         check_quiet(policy, args)
         if engine is not None:
             check_adapter(policy)
-        trunks, processing_class = encode_run(train_dataset, processing_class, args)
+        trajectories, trunks, processing_class = encode_run(train_dataset, processing_class, args)
         self._collector = Collector(trunks, processing_class, args, env, expert)
         inspects = args.has_cycles and args.states == "expert"
         check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=inspects)
@@ -148,7 +164,6 @@ class StepAgentTrainer(EvaluatingTrainer):
         check_evaluation(args, env, sets, per_cycle, ref_model is not None, metrics)
         check_optimizer(optimizers[0], policy)
         self._trunks = trunks
-        self._discriminator = discriminator
         self._epochs = EpochCallback(self)
         super().__init__(
             model=policy,
@@ -183,6 +198,7 @@ class StepAgentTrainer(EvaluatingTrainer):
             compute_metrics,
             sharded=self._is_sharded,
         )
+        self._run = Run(policy, processing_class, trajectories, trunks, env, discriminator)
         self._start()
 
     def train(
@@ -206,7 +222,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _start(self) -> None:
-        # What is learnt from: this cycle's comparisons; for sft, the demonstrations and all since.
+        # What is learnt from: at first the demonstrations, then what the method makes of a cycle.
         self._comparisons = [Comparison.demonstration(trunk) for trunk in self._trunks]
         self._cycle: int | None = None
         # The cycle's figures, empty once they are logged.
@@ -215,11 +231,8 @@ class StepAgentTrainer(EvaluatingTrainer):
         self._means = RunningMeans()
         self._epochs.start(Place(0, 0))
         self._evaluator.restart()
-        self._inverse = (
-            InverseReflection(self._policy, self.args, self._discriminator)
-            if self.args.method == "inverse"
-            else None
-        )
+        self._method = method_of(self.args)
+        self._method.start(replace(self._run, policy=self._policy))
 
     @property
     def _policy(self) -> PreTrainedModel:
@@ -271,18 +284,16 @@ class StepAgentTrainer(EvaluatingTrainer):
             **published,
         }
         self._means, self._far = RunningMeans(), False
-        if self.args.method == "sft":
-            self._comparisons = [*self._comparisons, *fresh]
-            return
-        self._comparisons = self._with_reference(fresh)
-        self._evaluator.begin_cycle(self._policy, cycle)
-        if self._inverse is not None:
-            prepared = self._inverse.prepare(self._comparisons, cycle)
-            self._comparisons, figures = broadcast_object_list([prepared])[0]
-            self._cycle_log |= figures
+        if self._method.scores:
+            fresh = self._with_scores(fresh)
+            self._evaluator.begin_cycle(self._policy, cycle)
+        prepared = self._method.reflect(fresh, self._comparisons, cycle)
+        self._comparisons, figures = broadcast_object_list([prepared])[0]
+        self._cycle_log |= figures
 
-    def _with_reference(self, comparisons: Sequence[Comparison]) -> list[Comparison]:
-        return self._scorer.with_reference(self._policy, comparisons, sharded=self._is_sharded)
+    def _with_scores(self, comparisons: Sequence[Comparison]) -> list[Comparison]:
+        wanted, sharded = self._method.scores, self._is_sharded
+        return self._scorer.with_scores(self._policy, comparisons, wanted, sharded=sharded)
 
     @torch.no_grad()
     def _score_policy(self, trees: Sequence[TokenTree]) -> Tensor:
@@ -341,7 +352,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The batch's share of the loss of its step, by ``args.method`` (``objectives.py``).
+        """The batch's share of the loss of its step, by ``args.method`` (``methods/``).
 
         All means are over the items of the whole optimiser's step, for any batches and
         processes that it is divided over. Where the model's configuration asks for the auxiliary
@@ -354,15 +365,17 @@ class StepAgentTrainer(EvaluatingTrainer):
             raise ValueError("the loss is computed on trees, which have no per-example outputs")
         steps = inputs["steps"]
         total: Counts = num_items_in_batch or counts_of(steps)
-        with_entropy = self.args.method == "inverse" and self.args.entropy_coef > 0
         with recorded_routing(model) as routing:
-            logps_N, entropy_N = self._scorer.logps(model, inputs["trees"], entropy=with_entropy)
+            logps_N, entropy_N = self._scorer.logps(
+                model, inputs["trees"], entropy=self._method.entropy
+            )
         figures: dict[str, Tensor] = {}
         if steps is None:
             loss = logps_N.sum() * 0.0  # still connected: all processes go through the backward
         else:
-            steps = steps.to(logps_N.device)
-            loss, figures = batch_loss(self.args, logps_N, entropy_N, inputs, steps, total)
+            scores = {name: inputs[name].to(logps_N.device) for name in SCORES}
+            batch = Batch(logps_N, entropy_N, scores, steps.to(logps_N.device), total)
+            loss, figures = self._method.loss(batch)
         if routing is not None:
             balance = routing.loss(inputs["trees"])
             figures["router_loss"] = balance.detach().reshape(1)
@@ -378,11 +391,11 @@ class StepAgentTrainer(EvaluatingTrainer):
 
     def _stop_where_far(self, kl_A: Tensor) -> None:
         """Where ``target_kl`` is reached on average, the processes of a run stop together."""
-        if self.args.target_kl is None or self.args.method != "inverse":
+        if self._method.target_kl is None:
             return
         here = torch.stack([kl_A.sum(), kl_A.new_tensor(float(len(kl_A)))])
         moved, count = self.accelerator.reduce(here, "sum").tolist()
-        self._far = count > 0 and moved / count > self.args.target_kl
+        self._far = count > 0 and moved / count > self._method.target_kl
         self._means.add("stopped_early", torch.tensor([float(self._far)]))
 
     def end_epoch(self, epoch: int) -> None:
@@ -445,8 +458,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         }
         save_comparisons(folder / CYCLE_FILE, self._comparisons, progress)
         self._evaluator.save(folder)
-        if self._inverse is not None:
-            self._inverse.save(folder)
+        self._method.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -460,5 +472,4 @@ class StepAgentTrainer(EvaluatingTrainer):
         self._means = RunningMeans(progress["means"] if self.args.process_index == 0 else None)
         self._far = progress["far"]
         self._evaluator.load(folder, self._cycle)
-        if self._inverse is not None:
-            self._inverse.load(folder)
+        self._method.load(folder)

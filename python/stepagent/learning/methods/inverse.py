@@ -1,0 +1,62 @@
+"""StepAgent's inverse form (arXiv 2411.03817): a discriminator's verdict rewards each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..cycle import Comparison
+from ..figures import reward_figures, sides
+from ..inverse import InverseReflection
+from ..options import InverseOptions
+from .method import REWARDS, SIDES, Batch, Run
+from .ppo import PPOMethod
+
+if TYPE_CHECKING:
+    from ..config import StepAgentConfig
+
+
+class Inverse(PPOMethod):
+    """Discriminators fitted once a cycle (``learning/inverse.py``), then PPO on their rewards."""
+
+    Options = InverseOptions
+    options: InverseOptions
+    figures = (*REWARDS, *SIDES)
+    takes_discriminator = True
+    reflection: InverseReflection
+
+    @classmethod
+    def check(cls, args: StepAgentConfig) -> None:
+        super().check(args)
+        if args.baseline != "value" and args.samples < 2:
+            raise ValueError(
+                f"baseline={args.baseline!r} compares the samples of a state with each other, got "
+                f"samples={args.samples}: raise it, or take baseline='value'"
+            )
+
+    @classmethod
+    def moving(cls, fixed_reference: bool) -> tuple[str, ...]:
+        return REWARDS
+
+    def start(self, run: Run) -> None:
+        self.reflection = InverseReflection(run.policy, self.args, run.discriminator)
+
+    def reflect(
+        self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int
+    ) -> tuple[list[Comparison], dict[str, float]]:
+        return self.reflection.prepare(fresh, cycle)
+
+    def measure(self, batch: Batch, comparisons: Sequence[Comparison]) -> dict[str, Tensor]:
+        if not len(batch.steps.expert_P):
+            return {}
+        rewards_S = self.reflection.rewards(comparisons, batch.steps)
+        return reward_figures(rewards_S, batch.steps) | sides(batch.logps, batch.steps)
+
+    def save(self, folder: Path) -> None:
+        self.reflection.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.reflection.load(folder)

@@ -17,7 +17,7 @@ from tiny_models import babyai_tokenizer, separate_logprobs
 import stepagent as sa
 from stepagent.envs import make as make_env
 
-SEEDS = [3, 1, 8, 5, 27]
+SEEDS = [3, 1, 4]
 
 
 def make(folder: Path, rows: Any = None, callbacks: Any = (), **options: Any) -> Any:
@@ -46,6 +46,7 @@ def make(folder: Path, rows: Any = None, callbacks: Any = (), **options: Any) ->
     )
 
 
+@torch.no_grad()
 def worked_out(rows: Any, branches: Any, weight: float) -> tuple[float, int]:
     """The loss in float64: one environment, prompts of their own, means over tokens; and how many
     observations there are."""
@@ -105,6 +106,7 @@ def test_no_weight_on_the_world_is_supervised_training(tmp_path):
     torch.testing.assert_close(weights(ours), weights(sft), atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_environment_shows(tmp_path):
     trainer = make(tmp_path, cycles=6, epochs_per_cycle=4)
     trainer.train()
@@ -112,7 +114,8 @@ def test_it_learns_what_the_environment_shows(tmp_path):
     assert world[-1] < world[0] - 1
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7])  # in a cycle's first epoch, its second, the next cycle
+# In a cycle's first epoch, in its second, in the next cycle.
+@pytest.mark.parametrize("stop", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
 def test_a_resumed_run_equals_an_undisturbed_one(stop, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     whole = make(tmp_path / "whole", **saving)
@@ -120,7 +123,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(stop, tmp_path):
     make(tmp_path / "cut", callbacks=[Seen(stop_at=stop)], **saving).train()
     resumed = make(tmp_path / "cut", **saving)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == whole.state.global_step == 12
+    assert resumed.state.global_step == whole.state.global_step == 8
     assert torch.equal(weights(resumed), weights(whole))
     cycles = [[e for e in t.state.log_history if "cycle" in e] for t in (resumed, whole)]
     assert cycles[0] == cycles[1]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversations import TEMPLATES, tokenizer_of
 from hostile_envs import LEVEL, hostile
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 from tiny_tokenizers import GEMMA, LLAMA2, LLAMA3, QWEN3, SPACED, SPECIAL_TOKENS, byte_level_bpe
@@ -295,6 +296,37 @@ def test_scored_is_what_stands_between_the_control_tokens_around_the_observation
     special = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert np.isin(ends, special).all()
     assert not np.isin(np.concatenate(inside), special).any(), "an observation ends no turn"
+
+
+def test_the_templates_of_real_models_tell_an_observation_apart():
+    """All that encode the trajectory at all."""
+    messages = [
+        {"role": "user", "content": "go to kitchen"},
+        {"role": "assistant", "content": "look"},
+        {"role": "user", "content": "you are in"},
+        {"role": "assistant", "content": "take apple"},
+    ]
+    one, seen = sa.Trajectory(messages=messages), 0
+    told = [[("Thought: hm.\nAction: go", "an <|im_end|> apple"), ("look", "you are in")]] * 2
+    for name in TEMPLATES:
+        tokenizer = tokenizer_of(name)
+        try:
+            own = sa.encode(one, tokenizer)
+        except ValueError:
+            continue
+        trunk, observed = encode_observations(one, own, told, tokenizer)
+        texts = [
+            decoded(tokenizer, line.input_ids[start:stop])
+            for (line, (start, stop)), scored in zip(spans_of(trunk), observed, strict=True)
+            if scored
+        ]
+        said = ["an <|im_end|> apple", "you are in"]
+        assert len(texts) == 4
+        # At the second state the trajectory's own answer is another.
+        assert all(words in text for words, text in zip(said * 2, texts, strict=True)), name
+        assert all(len(text) < len(words) + 30 for words, text in zip(said * 2, texts, strict=True))
+        seen += 1
+    assert seen > 40
 
 
 def decoded(tokenizer: Any, ids: Any) -> str:

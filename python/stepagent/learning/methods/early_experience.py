@@ -8,7 +8,9 @@ can write them and is not here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +34,7 @@ class EarlyExperience(Method):
     Options = EarlyExperienceOptions
     options: EarlyExperienceOptions
     scores = ()
+    needs_env = True
     _run: Run
 
     @classmethod
@@ -40,17 +43,6 @@ class EarlyExperience(Method):
             raise ValueError(
                 "method='early_experience' tries alternatives at the expert's states, got "
                 f"states={args.states!r}"
-            )
-
-    @classmethod
-    def check_run(
-        cls, args: StepAgentConfig, *, env: bool, reference: bool, discriminator: bool
-    ) -> None:
-        super().check_run(args, env=env, reference=reference, discriminator=discriminator)
-        if not env:
-            raise ValueError(
-                "method='early_experience' must have env, an environment name or factory, to try "
-                "alternatives in, got None"
             )
 
     def start(self, run: Run) -> None:
@@ -89,7 +81,7 @@ class EarlyExperience(Method):
         """Of the alternatives at each state; the processes of a run share the trajectories."""
         run, args = self._run, self.args
         env = run.env
-        assert env is not None  # check_run
+        assert env is not None  # needs_env
         branches = [comparison.branches for comparison in fresh]
         answers = texts_of([c.trunk for c in fresh], branches, run.tokenizer)
 
@@ -108,7 +100,8 @@ class EarlyExperience(Method):
         """A trajectory with as many alternatives at each state as there is room for; without any
         it fits, as the trainer has seen."""
         run, limit = self._run, position_limit(self._run.policy)
-        for most in range(max(map(len, steps)), -1, -1):
+        given = max(map(len, steps))
+        for most in range(given, -1, -1):
             kept = [step[:most] for step in steps]
             ((trunk, observed),) = world_model_trunks(
                 run.trajectories[i : i + 1], run.trunks[i : i + 1], [kept], run.tokenizer
@@ -116,5 +109,11 @@ class EarlyExperience(Method):
             deepest = int(trunk.position_ids.max()) + 1
             if len(trunk.input_ids) <= self.args.max_tokens and deepest <= (limit or deepest):
                 break
-        none = [[] for _ in range(trunk.num_steps)]
-        return Comparison(trunk, none, expert_trunk=True, observed=observed)
+        if most < given:
+            warnings.warn(
+                f"train_dataset[{i}] keeps {most} of up to {given} alternatives at each state: more "
+                f"would exceed max_tokens={self.args.max_tokens} or the model's positions",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return replace(Comparison.demonstration(trunk), observed=observed)

@@ -298,6 +298,7 @@ def test_scored_is_what_stands_between_the_control_tokens_around_the_observation
     assert not np.isin(np.concatenate(inside), special).any(), "an observation ends no turn"
 
 
+@pytest.mark.slow
 def test_the_templates_of_real_models_tell_an_observation_apart():
     """All that encode the trajectory at all."""
     messages = [

@@ -116,7 +116,8 @@ def test_it_learns_what_the_environment_shows(tmp_path):
 
 
 # In a cycle's first epoch, in its second, in the next cycle.
-@pytest.mark.parametrize("stop", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_resumed_run_equals_an_undisturbed_one(stop, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     whole = make(tmp_path / "whole", **saving)

@@ -111,8 +111,8 @@ class EarlyExperience(Method):
                 break
         if most < given:
             warnings.warn(
-                f"train_dataset[{i}] keeps {most} of up to {given} alternatives at each state: more "
-                f"would exceed max_tokens={self.args.max_tokens} or the model's positions",
+                f"train_dataset[{i}] keeps {most} of up to {given} alternatives at each state: "
+                f"more would exceed max_tokens={self.args.max_tokens} or the model's positions",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -53,6 +53,19 @@ class Start:
         assert self.trajectory is not None
         return str(split_system(self.trajectory)[1][turn]["content"])
 
+    def check_shown(self, step: int, shown: str | None) -> None:
+        """ValueError where a replay shows another observation before an action than the trajectory
+        has; None: it was over before."""
+        assert self.trajectory is not None
+        name = f"{self.name} ({self.trajectory.id!r}), step {step}"
+        if shown is None:
+            raise ValueError(f"{name}: replayed, the episode of seed {self.seed} is over before")
+        if shown != self.content(2 * step):
+            raise ValueError(
+                f"{name}: replayed with seed {self.seed}, the environment shows {shown!r}, but "
+                f"the trajectory has {self.content(2 * step)!r}"
+            )
+
     def check_system(self, policy: Policy) -> None:
         """ValueError where the policy is given another system message than the trajectory's."""
         if self.trajectory is None:
@@ -202,16 +215,8 @@ class Lockstep:
 
     def _check_replay(self, row: int, step: int) -> None:
         """The environment shows what the trajectory says before its action at this step."""
-        start, shown = self._starts[row], self._observations[row]
-        assert start.trajectory is not None
-        name = f"{start.name} ({start.trajectory.id!r}), step {step}"
-        if self._over[row]:
-            raise ValueError(f"{name}: replayed, the episode of seed {start.seed} is over before")
-        if shown != start.content(2 * step):
-            raise ValueError(
-                f"{name}: replayed with seed {start.seed}, the environment shows {shown!r}, but "
-                f"the trajectory has {start.content(2 * step)!r}"
-            )
+        shown = None if self._over[row] else self._observations[row]
+        self._starts[row].check_shown(step, shown)
 
     def _stop(self, row: int, stop: Stop | None) -> None:
         """Where the policy has no answer, the episode is over as it stands."""

@@ -147,7 +147,7 @@ def continue_rollouts(
     """
     check_count("samples", samples)
     starts = [
-        Start(_env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
+        Start(env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
         for i, trajectory in enumerate(trajectories)
         for t in range(trajectory.num_steps)
         for n in range(samples)
@@ -161,7 +161,7 @@ def continue_rollouts(
     ]
 
 
-def _env_seed(index: int, trajectory: Trajectory) -> int:
+def env_seed(index: int, trajectory: Trajectory) -> int:
     name = f"trajectories[{index}] ({trajectory.id!r})"
     roles = [message["role"] for message in split_system(trajectory)[1]]
     if roles != ["user", "assistant"] * trajectory.num_steps:

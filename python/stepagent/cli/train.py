@@ -66,7 +66,7 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--model", required=True, metavar="NAME_OR_PATH", help="Model, with its tokenizer.")
 @click.option("--data", type=FILE, required=True, help="Expert trajectories.")
 @click.option("--eval-data", type=FILE, help="Held-out expert trajectories, for --eval-strategy.")
-@click.option("--env", help="Environment of --states agent and of --eval-episodes.")
+@click.option("--env", help="Environment to act in, and of --eval-episodes.")
 @click.option(
     "--lora-rank",
     "--lora_rank",
@@ -104,7 +104,10 @@ def train(
 ) -> tuple[dict[str, Any], str] | None:
     """Train an agent towards an expert's trajectories."""
     config = _training_config(inherited, given(own))
-    if env is not None and config.states != "agent" and not config.eval_episodes:
+    from ..learning.methods import method_class
+
+    acts = config.states == "agent" or method_class(config.method, config.states).needs_env
+    if env is not None and not acts and not config.eval_episodes:
         raise click.UsageError(
             f"--env is of no use with --states {config.states} and no --eval-episodes"
         )

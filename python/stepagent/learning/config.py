@@ -52,6 +52,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "kl_coef": _NOT_NEGATIVE,
     "target_kl": _POSITIVE,
     "entropy_coef": _NOT_NEGATIVE,
+    "world_weight": _NOT_NEGATIVE,
 }
 
 

@@ -26,11 +26,15 @@ def _nothing() -> NDArray[np.float32]:
     return np.zeros(0, dtype=np.float32)
 
 
+def _none() -> NDArray[np.bool_]:
+    return np.zeros(0, dtype=np.bool_)
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """One trajectory of a cycle.
 
-    The last three are in the order of the trunk's tree, and empty where the method needs none.
+    The scores are in the order of the trunk's tree, and empty where the method needs none.
 
     Args:
         branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
@@ -38,6 +42,8 @@ class Comparison:
         ref_logps: (N,) fp32 log-probs under the reference.
         old_logps: (N,) fp32 log-probs under the policy that acted.
         advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
+        observed: (T,) which of the trunk's own steps are no actions but observations to be
+            predicted; empty where none is.
     """
 
     trunk: Trunk
@@ -46,6 +52,7 @@ class Comparison:
     ref_logps: NDArray[np.float32] = field(default_factory=_nothing)
     old_logps: NDArray[np.float32] = field(default_factory=_nothing)
     advantages: NDArray[np.float32] = field(default_factory=_nothing)
+    observed: NDArray[np.bool_] = field(default_factory=_none)
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
@@ -86,7 +93,7 @@ class StepTable:
         offsets: (S+1,) into the scored tokens.
         trunk_S: The trajectory of each step.
         state_S: A number for its state, the same for all actions there.
-        expert_S: True where the step is the expert's action.
+        expert_S: True where the step is the expert's action; else the agent's, or observed.
         expert_P, agent_P: (P,) the two steps of each compared pair.
         same_P: True where both are the same tokens.
     """
@@ -100,12 +107,18 @@ class StepTable:
     same_P: Tensor
 
     @classmethod
-    def of(cls, trees: Sequence[TokenTree], expert_trunk: Tensor) -> StepTable:
+    def of(
+        cls,
+        trees: Sequence[TokenTree],
+        expert_trunk: Tensor,
+        observed: Sequence[NDArray[np.bool_]] = (),
+    ) -> StepTable:
         """The steps of ``trees``.
 
         Args:
             trees: Packed from trunks and branches.
             expert_trunk: (I,) bool per trunk: the trunk is the expert's.
+            observed: of each trunk, or nothing, as `Comparison.observed`.
         """
 
         def joined(name: str) -> Tensor:
@@ -118,13 +131,17 @@ class StepTable:
         tried_P = torch.nonzero(branch_S > 0).squeeze(1)
         own_P = tried_P - branch_S[tried_P]
         swap_P = ~expert_trunk_S[tried_P]
+        expert_S = (branch_S == 0) == expert_trunk_S
+        if any(map(len, observed)):
+            index_S = joined("step_index")
+            expert_S &= ~_observed(observed, trunk_S, index_S)
         labels_N = joined("labels")
         actions = torch.split(labels_N, lengths_S.tolist())
         return cls(
             offsets=offsets,
             trunk_S=trunk_S,
             state_S=(branch_S == 0).cumsum(0) - 1,
-            expert_S=(branch_S == 0) == expert_trunk_S,
+            expert_S=expert_S,
             expert_P=torch.where(swap_P, tried_P, own_P),
             agent_P=torch.where(swap_P, own_P, tried_P),
             same_P=torch.tensor(
@@ -159,7 +176,17 @@ def pack_with_steps(
 ) -> tuple[list[TokenTree], StepTable]:
     """The trees of a batch and the table of their steps."""
     trees = pack_comparisons(comparisons, max_tokens)
-    return trees, StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+    expert_trunk = torch.tensor([c.expert_trunk for c in comparisons])
+    return trees, StepTable.of(trees, expert_trunk, [c.observed for c in comparisons])
+
+
+def _observed(observed: Sequence[NDArray[np.bool_]], trunk_S: Tensor, index_S: Tensor) -> Tensor:
+    """(S,) of the steps of trees."""
+    found = [
+        bool(len(observed[i]) and observed[i][t])
+        for i, t in zip(trunk_S.tolist(), index_S.tolist(), strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.bool)
 
 
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
@@ -200,6 +227,8 @@ def save_comparisons(
         "branch_ids": _flat(branches),
         "branch_lengths": _lengths(branches),
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
+        "observed": np.concatenate([c.observed for c in comparisons]),
+        "observed_lengths": _lengths([c.observed for c in comparisons]),
     }
     for name in SCORES:
         scores = [getattr(c, name) for c in comparisons]
@@ -227,17 +256,21 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     rewinds: Sequence[Any] = [()] * len(spans)  # a file of before has none
     if "rewinds" in arrays:
         rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"])
+    observed: Sequence[Any] = [_none()] * len(spans)
+    if "observed" in arrays:
+        observed = _split(arrays["observed"], arrays["observed_lengths"])
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         rewinds,
         arrays["expert_trunk"],
         *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
+        observed,
         strict=True,
     )
     comparisons = [
-        Comparison(Trunk(ids, spans, backs), [next(steps) for _ in spans], bool(expert), *scores)
-        for ids, spans, backs, expert, *scores in columns
+        Comparison(Trunk(ids, spans, backs), [next(steps) for _ in spans], bool(expert), *rest)
+        for ids, spans, backs, expert, *rest in columns
     ]
     return comparisons, progress
 

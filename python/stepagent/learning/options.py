@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from ..data.actions import FormatName
 
-Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse"]
+Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse", "early_experience"]
 States: TypeAlias = Literal["expert", "agent"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
@@ -46,7 +46,8 @@ class RunOptions:
             "help": "how the agent learns, one of these or a `Method` of your own as module:Class. "
             "implicit: StepAgent's implicit step rewards; inverse: a discriminator's verdict as "
             "the step reward, followed by PPO; sft: supervised; dagger: supervised on the "
-            "expert's answers at the agent's states (needs --env)",
+            "expert's answers at the agent's states (needs --env); early_experience: supervised, "
+            "and on what the agent's own actions lead to at the expert's states (needs --env)",
             "choices": METHODS,
             "open": True,
         },
@@ -244,9 +245,23 @@ class InverseOptions(PPOOptions):
 
 
 @dataclass
-class StepAgentOptions(RunOptions, ImplicitOptions, InverseOptions):
+class EarlyExperienceOptions:
+    """Of ``method="early_experience"``."""
+
+    world_weight: float = field(
+        default=1.0,
+        metadata={"help": "adds this times the mean NLL of the observations' tokens to the loss"},
+    )
+
+
+@dataclass
+class StepAgentOptions(RunOptions, ImplicitOptions, InverseOptions, EarlyExperienceOptions):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
 
 # Of which method an option is.
-OPTIONS_OF_METHODS: dict[str, type] = {"implicit": ImplicitOptions, "inverse": InverseOptions}
+OPTIONS_OF_METHODS: dict[str, type] = {
+    "implicit": ImplicitOptions,
+    "inverse": InverseOptions,
+    "early_experience": EarlyExperienceOptions,
+}

@@ -21,6 +21,7 @@ _FILES = {
     "dagger": "stepagent.learning.methods.dagger:DAgger",
     "implicit": "stepagent.learning.methods.implicit:Implicit",
     "inverse": "stepagent.learning.methods.inverse:Inverse",
+    "early_experience": "stepagent.learning.methods.early_experience:EarlyExperience",
 }
 _registered: dict[str, type[Method]] = {}
 

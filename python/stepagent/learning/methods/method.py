@@ -101,6 +101,7 @@ class Method:
         defaults: Of options of `RunOptions` or of its own that are None unless given.
         figures: What `measure` returns at most.
         takes_discriminator: It is given a model that judges.
+        needs_env: It uses the run's environment, at whosever states.
         entropy: Its loss needs the entropies of the policy.
         target_kl: Where the figure ``kl`` exceeds this, the rest of the cycle is skipped.
     """
@@ -111,6 +112,7 @@ class Method:
     defaults: ClassVar[Mapping[str, Any]] = {}
     figures: ClassVar[tuple[str, ...]] = ()
     takes_discriminator: ClassVar[bool] = False
+    needs_env: ClassVar[bool] = False
     entropy: bool = False
     target_kl: float | None = None
 
@@ -145,6 +147,10 @@ class Method:
         Args:
             env, reference, discriminator: which of them were given.
         """
+        if cls.needs_env and not env:
+            raise ValueError(
+                f"method={args.method!r} must have env, an environment name or factory, got None"
+            )
         if reference and not cls.scores:
             raise ValueError(f"ref_model is given, but method={args.method!r} has no reference")
         if discriminator and not cls.takes_discriminator:

@@ -4,7 +4,7 @@
 
 An expert that thinks before it acts, in K ways: BabyAI's bot, whose action is wrapped in
 "Thought: … Action: …" with one of K phrasings at random. A small transformer from scratch learns
-from 100 episodes, stops after some epochs of SFT, and goes on in four ways with equal updates.
+from 100 episodes, stops after some epochs of SFT, and goes on in six ways with equal updates.
 
 Predictions, written down before the first run (docs/convergence.md has the laws):
 
@@ -12,6 +12,12 @@ Predictions, written down before the first run (docs/convergence.md has the laws
 2. implicit − SFT continued about 0 everywhere.
 3. inverse − SFT continued > 0 in valid actions and in success at temperature 1 for K = 8,
    about 0 for K = 1.
+
+Added after the first four cells of run 0, before any of theirs:
+
+4. SRL − SFT continued > 0 in agreement and success for K = 8: it rewards the action alone.
+5. early experience − SFT continued > 0 in success: what the agent's own actions lead to is the
+   only thing here that is not in the demonstrations.
 
 One training run is the unit: each has its own demonstrations, seed of weights and order of data;
 its arms go on from the same SFT model and are measured on the same 100 held-out episodes.
@@ -55,6 +61,8 @@ ARMS: dict[str, dict[str, Any]] = {
         **{"method": "inverse", "samples": 4, "baseline": "leave_one_out"},
         "reward_form": "difference",
     },
+    "SRL": {"method": "srl", "samples": 4, "action_format": "react"},
+    "early experience": {"method": "early_experience", "samples": 4},
 }
 MEASURES = ("success, greedy", "success, T = 1", "valid, T = 1", "agreement")
 
@@ -105,7 +113,8 @@ class Experiment:
             "use_cpu": True,
         }
         args = StepAgentConfig(**shared | options)
-        trainer = StepAgentTrainer(model, args, self.trajectories, self.tokenizer)
+        env = self.env if args.method == "early_experience" else None
+        trainer = StepAgentTrainer(model, args, self.trajectories, self.tokenizer, env=env)
         trainer.train()
         return trainer.model
 
@@ -199,13 +208,14 @@ def table(cells: list[dict[str, Any]]) -> str:
         here = [c for c in cells if (c["phrasings"], c["sft_epochs"]) == (phrasings, epochs)]
         lines += [f"\n**K = {phrasings}, SFT of {epochs} epochs**\n"]
         lines += [f"| arm | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
-        for arm in ARMS:
+        arms = [arm for arm in ARMS if any(c["arm"] == arm for c in here)]
+        for arm in arms:
             means = [
                 np.mean([np.mean(c["values"][m]) for c in here if c["arm"] == arm])
                 for m in MEASURES
             ]
             lines.append(f"| {arm} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
-        for arm in list(ARMS)[1:]:
+        for arm in arms[1:]:
             for rival in ("SFT", "SFT continued")[: 1 + (arm != "SFT continued")]:
                 found = [_difference(compare(here, arm, rival, m)) for m in MEASURES]
                 lines.append(f"| {arm} − {rival} | " + " | ".join(found) + " |")
@@ -227,6 +237,7 @@ def main() -> None:
         default=["8:10", "8:40", "1:40"],
         help="K:E, the expert's phrasings and the epochs of SFT",
     )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--output", type=Path, default=Path("runs/phrasings"))
     parser.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
     args = parser.parse_args()
@@ -235,7 +246,7 @@ def main() -> None:
         run_cell(args.output, Cell(run, phrasings, epochs, arm))
         for run in range(args.runs)
         for phrasings, epochs in settings
-        for arm in ARMS
+        for arm in args.arms
     ]
     print(table(cells))
     if args.json:

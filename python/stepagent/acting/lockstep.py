@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from .. import envs as environments
 from ..data.actions import PLAIN, ActionFormat
-from ..data.draws import check_count
+from ..data.draws import check_count, uniforms
 from ..data.trajectory import Trajectory
 from ..envs.base import ExpertUnavailable, TextEnv
 from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, ask_about, expert_actions, open_pool
@@ -26,6 +27,9 @@ from ..records.episodes import Episode, TerminateReason, split_system
 from .answers import Answer, Decision, Stop
 from .dialogues import Dialogues
 from .policies import Policy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Expert = Callable[[TextEnv], str]
 T = TypeVar("T")
@@ -68,6 +72,31 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """At a share of the steps what the expert answers is done, in place of what the policy does.
+
+    Attributes:
+        share: the probability of each step, DAgger's β (Ross et al. 2011).
+        seed: of the random numbers that decide, which depend on it, on the episode and on the step.
+        tokens: the token ids of the text of an action.
+    """
+
+    share: float
+    seed: int
+    tokens: Callable[[str], NDArray[np.int32]]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"teacher_share must be in [0, 1], got {self.share}")
+
+    def acts(self, keys: Sequence[int], steps: Sequence[int]) -> NDArray[np.bool_]:
+        """Whether it acts at these steps of the episodes with these keys."""
+        # Apart from the draws of a step's tokens, whose places in the answer begin at 0.
+        decided: NDArray[np.bool_] = uniforms(self.seed, keys, steps, -1) < self.share
+        return decided
+
+
+@dataclass(frozen=True)
 class Options:
     """Those of `stepagent.rollout.run_episodes`."""
 
@@ -79,6 +108,7 @@ class Options:
     split: str | None = None
     on_end: Callable[[Episode], None] | None = None
     action_format: ActionFormat = PLAIN
+    teacher: Teacher | None = None  # needs an expert, and a policy of `Dialogues`
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
@@ -160,6 +190,8 @@ class Lockstep:
             if self._options.expert is not None:
                 self._query(self._options.expert)
             answers = self._act()  # first: a crash of an expert that is asked changes what follows
+            if self._options.teacher is not None:
+                answers = self._taught(self._options.teacher, answers)
             decided = list(zip(self._active, answers, strict=True))
             for row, answer in decided:
                 if answer is None or isinstance(answer, Stop):
@@ -229,6 +261,21 @@ class Lockstep:
         return self._asked(
             lambda envs: self._policy.act([self._observations[row] for row in self._active], envs)
         )
+
+    def _taught(self, teacher: Teacher, answers: Sequence[Decision]) -> list[Decision]:
+        """The answers, with the expert's where the teacher acts and the expert has one."""
+        keys = [self._starts[row].key for row in self._active]
+        steps = [len(self._episodes[row].actions) for row in self._active]
+        decided = list(answers)
+        for place in np.flatnonzero(teacher.acts(keys, steps)).tolist():
+            action = self._episodes[self._active[place]].expert_actions[-1]
+            if action is None or not isinstance(decided[place], str):
+                continue  # without an answer the policy acts; where it has none, the episode ends
+            assert isinstance(self._policy, Dialogues)
+            text = self._options.action_format.written(action)
+            own = self._policy.overrule(place, text, teacher.tokens(text))
+            decided[place] = Answer(text, action=action, overruled=own)
+        return decided
 
     def _query(self, expert: Expert) -> None:
         ask = expert_actions if expert is own_expert else functools.partial(_ask, expert)
@@ -316,11 +363,14 @@ class Lockstep:
         done = episode.done
         episode.observations.append(self._observations[row])
         episode.actions.append(answer.text)
-        # Both lists are empty until they tell something.
+        # These lists are empty until they tell something.
         episode.taken = [*done, action] if episode.taken or action != answer.text else []
         if answer.truncated or episode.truncated:
             missing = [False] * (len(episode.actions) - 1 - len(episode.truncated))
             episode.truncated += [*missing, answer.truncated]
+        if answer.overruled is not None or episode.overruled:
+            before = [None] * (len(episode.actions) - 1 - len(episode.overruled))
+            episode.overruled += [*before, answer.overruled]
         episode.last_observation = self._observations[row] = observation
 
     def _end(self, row: int, reason: TerminateReason) -> None:

@@ -41,6 +41,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "discriminator_penalty": _NOT_NEGATIVE,
     "discriminator_replay": _WHOLE,
     "eval_seed_start": _WHOLE,
+    "teacher_share": _FRACTION,
+    "teacher_decay": _FRACTION,
     "gamma": _FRACTION,
     "gae_lambda": _FRACTION,
     "clip": _POSITIVE,
@@ -86,7 +88,17 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     @property
     def has_cycles(self) -> bool:
         """Whether the training data is made anew by the agent every cycle."""
-        return self.method != "sft" or self.states == "agent"
+        return self.method != "sft" or self.rolls_out
+
+    @property
+    def inspects(self) -> bool:
+        """Whether the agent acts at the states of the demonstrations."""
+        return self.has_cycles and self.states != "agent"
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether the agent acts in the environment, and the expert is asked at its states."""
+        return self.states != "expert"
 
     def _set_epochs(self) -> None:
         if not self.has_cycles:
@@ -116,10 +128,7 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} must be {rule}, got {value}")
-        if self.states == "agent" and self.samples != 1:
-            raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
-        if self.states == "expert" and self.rollouts is not None:
-            raise ValueError(f"rollouts={self.rollouts} needs states='agent'")
+        self._check_states()
         if self.has_cycles and self.max_steps > 0:
             raise ValueError(
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
@@ -128,7 +137,31 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
         if self.method == "inverse":
             self._check_inverse()
 
+    def _check_states(self) -> None:
+        if self.states == "agent" and self.samples != 1:
+            raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
+        if self.states == "mixed" and self.method == "sft":
+            raise ValueError(
+                "states='mixed' compares actions, and method='sft' compares none: with "
+                "states='agent' it learns from the demonstrations and the rollouts of all cycles"
+            )
+        for name in ("rollouts", "teacher_share"):
+            if not self.rolls_out and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs states='agent' or 'mixed', got 'expert'"
+                )
+        if self.teacher_decay != 1 and not self.teacher_share:
+            raise ValueError(
+                f"teacher_decay={self.teacher_decay} needs a teacher_share > 0, got "
+                f"{self.teacher_share}"
+            )
+
     def _check_inverse(self) -> None:
+        if self.baseline != "value" and self.states == "mixed":
+            raise ValueError(
+                f"baseline={self.baseline!r} compares the samples of a state with each other, and "
+                "states='mixed' has one at the agent's states: take baseline='value'"
+            )
         if self.baseline != "value" and self.samples < 2:
             raise ValueError(
                 f"baseline={self.baseline!r} compares the samples of a state with each other, got "

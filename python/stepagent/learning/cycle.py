@@ -30,14 +30,17 @@ def _nothing() -> NDArray[np.float32]:
 class Comparison:
     """One trajectory of a cycle.
 
-    The last three are in the order of the trunk's tree, and empty where the method needs none.
+    The scores are in the order of the trunk's tree, and empty where the method needs none.
 
     Args:
         branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
-        expert_trunk: The trunk is the expert's and the branches the agent's; else the reverse.
+        expert_trunk: The trunk is a demonstration and the branches are the agent's; else it is a
+            rollout of the agent's and the branches are the expert's answers.
         ref_logps: (N,) fp32 log-probs under the reference.
         old_logps: (N,) fp32 log-probs under the policy that acted.
         advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
+        teacher_T: (T,) bool, the steps of a rollout at which the expert acted in the agent's place:
+            there the branch is what the agent would have done. Empty where it never did.
     """
 
     trunk: Trunk
@@ -46,11 +49,27 @@ class Comparison:
     ref_logps: NDArray[np.float32] = field(default_factory=_nothing)
     old_logps: NDArray[np.float32] = field(default_factory=_nothing)
     advantages: NDArray[np.float32] = field(default_factory=_nothing)
+    teacher_T: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
         """The expert alone: no alternatives."""
         return cls(trunk, [[] for _ in range(trunk.num_steps)], expert_trunk=True)
+
+    @property
+    def expert_T(self) -> NDArray[np.bool_]:
+        """(T,): the trunk's action is the expert's, and the branches are the agent's."""
+        if len(self.teacher_T):
+            return self.teacher_T
+        return np.full(self.trunk.num_steps, self.expert_trunk)
+
+    @property
+    def expert_answers(self) -> int:
+        """What the expert was asked for: its answers at a rollout's states, followed or not."""
+        if self.expert_trunk:
+            return 0
+        pairs = zip(self.expert_T, self.branches, strict=True)
+        return sum(1 if taught else len(step) for taught, step in pairs)
 
     @property
     def tokens(self) -> int:
@@ -100,31 +119,33 @@ class StepTable:
     same_P: Tensor
 
     @classmethod
-    def of(cls, trees: Sequence[TokenTree], expert_trunk: Tensor) -> StepTable:
+    def of(cls, trees: Sequence[TokenTree], expert: Tensor) -> StepTable:
         """The steps of ``trees``.
 
         Args:
             trees: Packed from trunks and branches.
-            expert_trunk: (I,) bool per trunk: the trunk is the expert's.
+            expert: bool per step of the trunks, one trunk after the other: the trunk's action
+                there is the expert's and the branches are the agent's; else the reverse.
         """
 
         def joined(name: str) -> Tensor:
             return torch.cat([torch.as_tensor(getattr(tree, name)).cpu() for tree in trees]).long()
 
         branch_S, trunk_S = joined("step_branch"), joined("step_trunk")
-        expert_trunk_S = expert_trunk.cpu()[trunk_S]
+        state_S = (branch_S == 0).cumsum(0) - 1
+        expert_own_S = expert.cpu()[state_S]
         lengths_S = torch.cat([torch.as_tensor(t.step_offsets).cpu().diff() for t in trees]).long()
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
         tried_P = torch.nonzero(branch_S > 0).squeeze(1)
         own_P = tried_P - branch_S[tried_P]
-        swap_P = ~expert_trunk_S[tried_P]
+        swap_P = ~expert_own_S[tried_P]
         labels_N = joined("labels")
         actions = torch.split(labels_N, lengths_S.tolist())
         return cls(
             offsets=offsets,
             trunk_S=trunk_S,
-            state_S=(branch_S == 0).cumsum(0) - 1,
-            expert_S=(branch_S == 0) == expert_trunk_S,
+            state_S=state_S,
+            expert_S=(branch_S == 0) == expert_own_S,
             expert_P=torch.where(swap_P, tried_P, own_P),
             agent_P=torch.where(swap_P, own_P, tried_P),
             same_P=torch.tensor(
@@ -148,6 +169,24 @@ class StepTable:
             agent_tokens=int(lengths_S.sum()) - expert_tokens,
         )
 
+    def agent_runs(self) -> tuple[Tensor, Tensor]:
+        """The agent's steps as trajectories.
+
+        What it did in a rollout is one, without the steps at which the expert acted: to the agent
+        those are the environment's. An action that was tried and not taken is one by itself.
+
+        Returns:
+            order_A: the places among the A agent's steps, one trajectory after the other.
+            offsets: (R+1,) into them.
+        """
+        taken_S = torch.diff(self.state_S, prepend=self.state_S.new_tensor([-1])) > 0
+        alone_S = len(taken_S) + torch.arange(len(taken_S), device=taken_S.device)
+        run_A, order_A = torch.sort(
+            torch.where(taken_S, self.trunk_S, alone_S)[~self.expert_S], stable=True
+        )
+        lengths = torch.unique_consecutive(run_A, return_counts=True)[1]
+        return order_A, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
     def expert_nll(self, logps_N: Tensor, total: float) -> Tensor:
         """−log π summed over the tokens of the expert's actions, / ``total``; a connected zero."""
         expert_N = self.expert_S.repeat_interleave(self.offsets.diff())
@@ -159,7 +198,8 @@ def pack_with_steps(
 ) -> tuple[list[TokenTree], StepTable]:
     """The trees of a batch and the table of their steps."""
     trees = pack_comparisons(comparisons, max_tokens)
-    return trees, StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+    expert = np.concatenate([c.expert_T for c in comparisons])
+    return trees, StepTable.of(trees, torch.from_numpy(expert))
 
 
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
@@ -200,6 +240,8 @@ def save_comparisons(
         "branch_ids": _flat(branches),
         "branch_lengths": _lengths(branches),
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
+        "teacher": np.concatenate([c.teacher_T for c in comparisons]),
+        "trunk_teacher": _lengths([c.teacher_T for c in comparisons]),
     }
     for name in SCORES:
         scores = [getattr(c, name) for c in comparisons]
@@ -227,17 +269,27 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     rewinds: Sequence[Any] = [()] * len(spans)  # a file of before has none
     if "rewinds" in arrays:
         rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"])
+    teacher = [np.zeros(0, dtype=np.bool_)] * len(spans)  # nor these
+    if "teacher" in arrays:
+        teacher = _split(arrays["teacher"], arrays["trunk_teacher"])
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         rewinds,
         arrays["expert_trunk"],
+        teacher,
         *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
         strict=True,
     )
     comparisons = [
-        Comparison(Trunk(ids, spans, backs), [next(steps) for _ in spans], bool(expert), *scores)
-        for ids, spans, backs, expert, *scores in columns
+        Comparison(
+            Trunk(ids, spans, backs),
+            [next(steps) for _ in spans],
+            bool(expert),
+            *scores,
+            teacher_T=taught,
+        )
+        for ids, spans, backs, expert, taught, *scores in columns
     ]
     return comparisons, progress
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from ..data.actions import FormatName
 
 Method: TypeAlias = Literal["sft", "implicit", "inverse"]
-States: TypeAlias = Literal["expert", "agent"]
+States: TypeAlias = Literal["expert", "agent", "mixed"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
@@ -50,8 +50,8 @@ class StepAgentOptions:
     states: States = field(
         default="expert",
         metadata={
-            "help": "whose states are compared: the expert's (the paper), or the agent's own, "
-            "answered by the environment's expert (needs --env)",
+            "help": "whose states are compared: the expert's (the paper), the agent's own, "
+            "answered by the environment's expert (needs --env), or both in each cycle (mixed)",
             "choices": STATES,
         },
     )
@@ -115,14 +115,25 @@ class StepAgentOptions:
     rollouts: int | None = field(
         default=None,
         metadata={
-            "help": "agent rollouts per cycle with states=agent; default: one per trajectory"
+            "help": "agent rollouts per cycle, not with states=expert; default: one per trajectory"
         },
     )
     max_steps_per_episode: int | None = field(
         default=None, metadata={"help": "ends a rollout sooner than its environment would"}
     )
     rollout_seed_start: int = field(
-        default=0, metadata={"help": "first environment seed of the rollouts with states=agent"}
+        default=0, metadata={"help": "first environment seed of the rollouts"}
+    )
+    teacher_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "probability with which a step of a rollout is the expert's answer, in the "
+            "first cycle (DAgger's beta)"
+        },
+    )
+    teacher_decay: float = field(
+        default=1.0,
+        metadata={"help": "factor of the teacher_share from each cycle to the next"},
     )
     eval_episodes: int | None = field(
         default=None,
@@ -185,8 +196,8 @@ class StepAgentOptions:
             "choices": BASELINES,
         },
     )
-    gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
-    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
+    gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
+    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
     clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
     ratio: Ratio = field(
         default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}

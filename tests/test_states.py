@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 
 from stepagent import reference
+from stepagent.acting.asking import ask_again, least_sure
 from stepagent.acting.policies import ExpertPolicy
 from stepagent.acting.rollout import (
     action_tokens,
@@ -22,6 +23,7 @@ from stepagent.data.draws import uniforms
 from stepagent.data.encoding import encode
 from stepagent.data.trunk import Trunk
 from stepagent.envs import ExpertUnavailable
+from stepagent.envs.babyai import BabyAITextEnv
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.cycle import (
     Comparison,
@@ -338,6 +340,125 @@ def test_the_loss_of_a_mixed_cycle_with_a_teacher_is_the_slow_one(trainer):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+# ------------------------------------------------------------------ which states are asked about
+
+
+def told(logps: list[list[float]], **other: Any) -> Episode:
+    trunk = Trunk([1] * 9, [(2 * t + 1, 2 * t + 2) for t in range(len(logps))])
+    arrays = [np.array(step, np.float32) for step in logps]
+    return Episode("env", 0, actions=["a"] * len(logps), logps=arrays, trunk=trunk, **other)
+
+
+def test_the_agent_is_least_sure_where_its_action_was_least_probable():
+    first = told([[-0.1], [-1.0, -1.0], [-3.0]])
+    taught = told([[-2.5], [], [-0.5]], overruled=[None, np.array([1]), None])
+    lost = told([[-9.0]], crashed="lost")
+    episodes = [first, taught, lost]
+    assert least_sure(episodes, 0.2) == [[2], [], []]
+    assert least_sure(episodes, 0.4) == [[2], [0], []]
+    assert least_sure(episodes, 0.6) == [[1, 2], [0], []]
+    assert least_sure(episodes, 1.0) == [[0, 1, 2], [0, 2], []]
+    assert least_sure(episodes, 0.01) == [[2], [], []]  # at least one
+    assert least_sure([told([[-1.0], [-1.0]])], 0.5) == [[0]]  # of equals the first
+    assert least_sure([lost], 1.0) == [[]]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2, "workers": 2}])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_an_expert_asked_afterwards_answers_as_at_the_time(share, options):
+    whole, silent = rolled(share), rolled(share, only_to_act=True)
+    for one, other in zip(whole, silent, strict=True):
+        assert one.actions == other.actions
+        pairs = zip(one.expert_actions, acts(one), strict=True)
+        assert other.expert_actions == [a if taught else None for a, taught in pairs]
+    steps = least_sure(silent, 1.0)
+    for one, other in zip(
+        whole, ask_again(LEVEL, None, silent, steps, max_steps=6, **options), strict=True
+    ):
+        assert plain(one) == plain(other)
+
+    few = [own[-2:-1] for own in steps]
+    for one, other, own in zip(
+        whole, ask_again(LEVEL, None, silent, few, max_steps=6), few, strict=True
+    ):
+        pairs = enumerate(zip(one.expert_actions, acts(one), strict=True))
+        expected = [a if taught or t in own else None for t, (a, taught) in pairs]
+        assert other.expert_actions == expected
+
+
+def test_answers_without_an_action_are_replayed_as_they_were():
+    silent = rolled(0.0, action_format="react", only_to_act=True)
+    assert any(None in one.taken for one in silent)
+    steps = least_sure(silent, 1.0)
+    again = ask_again(LEVEL, None, silent, steps, max_steps=6, action_format="react")
+    for one, other in zip(rolled(0.0, action_format="react"), again, strict=True):
+        assert plain(one) == plain(other)
+
+
+class Forgetful(BabyAITextEnv):
+    """Another episode each time, whatever the seed."""
+
+    resets = 0
+
+    def reset(self, seed):
+        Forgetful.resets += 1
+        return super().reset(Forgetful.resets)
+
+
+def test_an_environment_that_does_not_repeat_itself_is_named():
+    silent = rolled(0.0, only_to_act=True)
+    with pytest.raises(ValueError, match=r"must show the same again .* got at step 0 of seed 0"):
+        ask_again(
+            lambda: Forgetful("BabyAI-GoToLocalS6N2-v0"), None, silent, [[0]] * 5, max_steps=6
+        )
+    with pytest.raises(ValueError, match="seed 0 is over before step 5: take ask='always'"):
+        ask_again(LEVEL, None, silent, [[5]] * 5, max_steps=2)
+
+
+def test_a_cycle_asks_where_the_agent_was_least_sure(trainer):
+    calls = []
+
+    def expert(env):
+        calls.append(env)
+        return env.expert_action()
+
+    model = tiny_agent(initializer_range=0.1)
+    options = {"states": "agent", "expert": expert, **ROLLOUTS}
+    always = trainer(model, **options)
+    always.begin_epoch(0)
+    assert len(calls) == always._cycle_log["expert_answers"] == 12
+    del calls[:]
+    some = trainer(model, ask="unsure", ask_share=0.25, **options)
+    some.begin_epoch(0)
+    assert len(calls) == some._cycle_log["expert_answers"] == 3
+
+    asked, sure = [], []
+    for one, other in zip(some._comparisons, always._comparisons, strict=True):
+        assert one.trunk.input_ids.tolist() == other.trunk.input_ids.tolist()
+        scores = separate_logprobs(model, [one.trunk], [[[]] * one.trunk.num_steps])
+        for own, step, answer in zip(
+            scores.split(np.diff(one.trunk.action_spans).ravel().tolist()),
+            one.branches,
+            other.branches,
+            strict=True,
+        ):
+            (asked if step else sure).append(own.sum().item())
+            assert not step or step[0].tolist() == answer[0].tolist()
+    assert len(asked) == 3
+    assert max(asked) < min(sure)
+
+
+@pytest.mark.parametrize("method", ["sft", "inverse"])
+def test_all_asked_afterwards_is_the_cycle_asked_at_the_time(trainer, method):
+    options = {"method": method, "states": "agent", "teacher_share": 0.3, **ROLLOUTS}
+    then, after = trainer(**options), trainer(ask="unsure", **options)
+    for made in (then, after):
+        made.train()
+    assert all(same(a, b) for a, b in zip(then._comparisons, after._comparisons, strict=True))
+    for one, other in zip(then.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 # ------------------------------------------------------------------ both kinds in one cycle
 
 
@@ -381,10 +502,13 @@ def test_the_first_cycle_of_a_full_share_learns_the_experts_own_episodes(trainer
         assert one.expert_T.all()
 
 
-@pytest.mark.parametrize("method", ["implicit", "inverse"])
-def test_a_resumed_run_equals_an_undisturbed_one(trainer, method):
+@pytest.mark.parametrize(
+    "own",
+    [{"method": "implicit", "ask": "unsure", "ask_share": 0.5}, {"method": "inverse"}],
+)
+def test_a_resumed_run_equals_an_undisturbed_one(trainer, own):
     options = {
-        "method": method,
+        **own,
         "states": "mixed",
         "teacher_share": 0.5,
         "save_strategy": "steps",
@@ -412,6 +536,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(trainer, method):
         ),
         ({"teacher_share": 0.5}, "teacher_share=0.5 needs states='agent' or 'mixed', got 'expert'"),
         ({"states": "agent", "teacher_share": 1.5}, r"teacher_share must be in \[0, 1\], got 1\.5"),
+        ({"ask": "unsure"}, "ask='unsure' needs states='agent' or 'mixed', got 'expert'"),
+        ({"states": "agent", "ask_share": 0.5}, "ask_share=0.5 needs ask='unsure', got 'always'"),
+        ({"states": "agent", "ask": "unsure", "ask_share": 0.0}, r"ask_share must be in \(0, 1\]"),
+        ({"states": "agent", "ask": "rarely"}, r"ask must be one of \('always', 'unsure'\), got"),
         ({"states": "agent", "teacher_decay": 0.5}, "teacher_decay=0.5 needs a teacher_share > 0"),
     ],
 )

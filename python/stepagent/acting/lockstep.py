@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Expert = Callable[[TextEnv], str]
+# Of the keys of episodes and their steps: which of them are meant, (B,) bool.
+Asks = Callable[[Sequence[int], Sequence[int]], "NDArray[np.bool_]"]
 T = TypeVar("T")
 
 CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
@@ -109,6 +111,7 @@ class Options:
     on_end: Callable[[Episode], None] | None = None
     action_format: ActionFormat = PLAIN
     teacher: Teacher | None = None  # needs an expert, and a policy of `Dialogues`
+    asks: Asks | None = None  # where the expert is asked; None: everywhere
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
@@ -264,10 +267,8 @@ class Lockstep:
 
     def _taught(self, teacher: Teacher, answers: Sequence[Decision]) -> list[Decision]:
         """The answers, with the expert's where the teacher acts and the expert has one."""
-        keys = [self._starts[row].key for row in self._active]
-        steps = [len(self._episodes[row].actions) for row in self._active]
         decided = list(answers)
-        for place in np.flatnonzero(teacher.acts(keys, steps)).tolist():
+        for place in self._places(teacher.acts):
             action = self._episodes[self._active[place]].expert_actions[-1]
             if action is None or not isinstance(decided[place], str):
                 continue  # without an answer the policy acts; where it has none, the episode ends
@@ -279,9 +280,23 @@ class Lockstep:
 
     def _query(self, expert: Expert) -> None:
         ask = expert_actions if expert is own_expert else functools.partial(_ask, expert)
-        answers = self._asked(ask)
-        for row, answer in zip(self._active, answers, strict=True):
+        asks = self._options.asks
+
+        def some(envs: list[TextEnv]) -> Sequence[str | None]:
+            if asks is None:
+                return ask(envs)
+            places = self._places(asks)
+            answers = dict(zip(places, ask([envs[place] for place in places]), strict=True))
+            return [answers.get(place) for place in range(len(envs))]
+
+        for row, answer in zip(self._active, self._asked(some), strict=True):
             self._episodes[row].expert_actions.append(answer)
+
+    def _places(self, asks: Asks) -> list[int]:
+        """Those of the running episodes that are meant, by their places."""
+        keys = [self._starts[row].key for row in self._active]
+        steps = [len(self._episodes[row].actions) for row in self._active]
+        return [int(place) for place in np.flatnonzero(asks(keys, steps))]
 
     def _asked(self, ask: Callable[[list[TextEnv]], Sequence[T]]) -> Sequence[T]:
         """What ``ask`` makes of the running environments; those that crash meanwhile are out."""

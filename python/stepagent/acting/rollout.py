@@ -259,8 +259,13 @@ def queried_rollouts(
     timeout: float | None = None,
     action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
     teacher_share: float = 0.0,
+    only_to_act: bool = False,
 ) -> list[Episode]:
-    """The episodes of `rollout_and_query`: what happens at a seed depends on no other."""
+    """The episodes of `rollout_and_query`: what happens at a seed depends on no other.
+
+    Args:
+        only_to_act: the expert is asked at the steps at which it acts, and at no other.
+    """
     form = as_format(action_format)
     teacher = Teacher(
         teacher_share, seed, functools.cache(lambda text: action_tokens(text, tokenizer))
@@ -273,6 +278,7 @@ def queried_rollouts(
         timeout,
         action_format=form,
         teacher=teacher if teacher_share else None,
+        asks=teacher.acts if only_to_act else None,
     )
     acting: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -10,6 +10,7 @@ import numpy as np
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from ..acting.asking import ask_again, least_sure
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
 from ..data.actions import FORMATS
@@ -166,13 +167,34 @@ class Collector:
                 progress=not self._args.disable_tqdm,
                 action_format=self._args.action_format,
                 teacher_share=self._args.teacher_share * self._args.teacher_decay**cycle,
+                only_to_act=self._args.ask == "unsure",
             )
 
         episodes = over_ranks(rolled_out, np.ones(self.rollouts), alike=alike)
+        if self._args.ask == "unsure":
+            episodes = self._asked(episodes)
         form = FORMATS[self._args.action_format]
         trunks, answers = trunks_and_answers(episodes, self._tokenizer, form)
         acted = [e for e in episodes if e.crashed is None and e.trunk is not None]
         return [compared(*one) for one in zip(acted, trunks, answers, strict=True)]
+
+    def _asked(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """The rollouts with the expert's answers where the agent was least sure, of all of them."""
+        env, steps = self._env, least_sure(episodes, self._args.ask_share)
+        assert env is not None
+
+        def asked(places: list[int]) -> list[Episode]:
+            chosen = [episodes[place] for place in places], [steps[place] for place in places]
+            return ask_again(
+                env,
+                self._expert,
+                *chosen,
+                max_steps=self._args.max_steps_per_episode,
+                action_format=self._args.action_format,
+            )
+
+        # No forward of the agent, so that the processes share these whatever it is sharded over.
+        return over_ranks(asked, [len(e.actions) for e in episodes])
 
 
 def compared(

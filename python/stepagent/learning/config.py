@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "eval_seed_start": _WHOLE,
     "teacher_share": _FRACTION,
     "teacher_decay": _FRACTION,
+    "ask_share": ("in (0, 1]", lambda x: 0 < x <= 1),
     "gamma": _FRACTION,
     "gae_lambda": _FRACTION,
     "clip": _POSITIVE,
@@ -150,6 +151,10 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs states='agent' or 'mixed', got 'expert'"
                 )
+        if self.ask == "unsure" and not self.rolls_out:
+            raise ValueError("ask='unsure' needs states='agent' or 'mixed', got 'expert'")
+        if self.ask_share != 1 and self.ask == "always":
+            raise ValueError(f"ask_share={self.ask_share} needs ask='unsure', got 'always'")
         if self.teacher_decay != 1 and not self.teacher_share:
             raise ValueError(
                 f"teacher_decay={self.teacher_decay} needs a teacher_share > 0, got "

@@ -13,6 +13,7 @@ from ..data.actions import FormatName
 
 Method: TypeAlias = Literal["sft", "implicit", "inverse"]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
+Ask: TypeAlias = Literal["always", "unsure"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
@@ -24,6 +25,7 @@ KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
+ASKS: tuple[Ask, ...] = get_args(Ask)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 KL_PLACES: tuple[KLPlace, ...] = get_args(KLPlace)
@@ -135,6 +137,15 @@ class StepAgentOptions:
         default=1.0,
         metadata={"help": "factor of the teacher_share from each cycle to the next"},
     )
+    ask: Ask = field(
+        default="always",
+        metadata={
+            "help": "at which of the agent's states the expert is asked: all (always), or the "
+            "ask_share of a cycle's at which the agent's own action was least probable (unsure)",
+            "choices": ASKS,
+        },
+    )
+    ask_share: float = field(default=1.0, metadata={"help": "see ask=unsure"})
     eval_episodes: int | None = field(
         default=None,
         metadata={

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from test_policies import REWRITING
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 
 from stepagent import reference
@@ -177,6 +178,26 @@ def test_after_the_teacher_the_agent_samples_from_what_it_then_sees():
                     assert logits[token] == pytest.approx(logits.max().item(), abs=1e-4)
                     ids.append(token)
             next(actions)
+
+
+def test_under_a_template_that_rewrites_earlier_turns_the_agent_sees_what_the_teacher_did():
+    tokenizer, model = babyai_tokenizer(REWRITING), tiny_agent(initializer_range=0.1)
+    episodes = rolled(0.5, model=model, tokenizer=tokenizer)
+    for one in episodes:
+        messages = one.trajectory().messages
+        for step, (start, stop) in enumerate(one.trunk.action_spans.tolist()):
+            prompt = tokenizer.apply_chat_template(
+                messages[: 2 * step + 1], add_generation_prompt=True, return_dict=False
+            )
+            assert one.trunk.state_ids(step).tolist() == prompt
+            if acts(one)[step]:
+                continue
+            ids = torch.tensor([[*prompt, *one.trunk.input_ids[start:stop].tolist()]])
+            with torch.no_grad():
+                logps_QV = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = logps_QV.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+            np.testing.assert_allclose(one.logps[step], expected.numpy(), atol=1e-4)
+    assert any(acts(one)[step] for one in episodes for step in range(len(one.actions)))
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 2, "workers": 2}])

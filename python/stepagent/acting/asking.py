@@ -17,7 +17,8 @@ from ..data.actions import action_format as as_format
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode
 from .answers import Answer
-from .lockstep import Expert, Options, Start, own_expert, roll_out
+from .lockstep import roll_out
+from .runs import Expert, Options, Start, own_expert
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

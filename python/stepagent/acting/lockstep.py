@@ -7,120 +7,26 @@ reach the environment: the agent gets a message, and the step counts as an inval
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .. import envs as environments
-from ..data.actions import PLAIN, ActionFormat
-from ..data.draws import check_count, uniforms
-from ..data.trajectory import Trajectory
-from ..envs.base import ExpertUnavailable, TextEnv
-from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, ask_about, expert_actions, open_pool
-from ..records.episodes import Episode, TerminateReason, split_system
+from ..data.actions import PLAIN
+from ..envs.base import TextEnv
+from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, ask_about, open_pool
+from ..records.episodes import Episode, TerminateReason
 from .answers import Answer, Decision, Stop
 from .dialogues import Dialogues
 from .policies import Policy
+from .runs import Asks, Expert, Options, Start, Teacher, answers_of
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Expert = Callable[[TextEnv], str]
-# Of the keys of episodes and their steps: which of them are meant, (B,) bool.
-Asks = Callable[[Sequence[int], Sequence[int]], "NDArray[np.bool_]"]
 T = TypeVar("T")
 
 CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
-
-
-def own_expert(env: TextEnv) -> str:
-    """The environment's own expert; of those in workers, all are asked at once."""
-    return env.expert_action()
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where an episode begins for the policy: at its first observation, or after some actions."""
-
-    seed: int  # the environment's
-    key: int  # of the policy's random numbers
-    trajectory: Trajectory | None = None
-    steps: int = 0  # actions of the trajectory to be replayed
-    name: str = ""
-
-    def content(self, turn: int) -> str:
-        """Of a turn of the trajectory, after the system message if it has one."""
-        assert self.trajectory is not None
-        return str(split_system(self.trajectory)[1][turn]["content"])
-
-    def check_system(self, policy: Policy) -> None:
-        """ValueError where the policy is given another system message than the trajectory's."""
-        if self.trajectory is None:
-            return
-        own, given = split_system(self.trajectory)[0], getattr(policy, "system", None)
-        if own != given:
-            roles = [message["role"] for message in self.trajectory.messages]
-            raise ValueError(
-                f"{self.name} ({self.trajectory.id!r}) must have user and assistant in "
-                f"turn, after the system message of the policy, {given!r}, got {roles} with the "
-                f"system message {own!r}"
-            )
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """At a share of the steps what the expert answers is done, in place of what the policy does.
-
-    Attributes:
-        share: the probability of each step, DAgger's β (Ross et al. 2011).
-        seed: of the random numbers that decide, which depend on it, on the episode and on the step.
-        tokens: the token ids of the text of an action.
-    """
-
-    share: float
-    seed: int
-    tokens: Callable[[str], NDArray[np.int32]]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"teacher_share must be in [0, 1], got {self.share}")
-
-    def acts(self, keys: Sequence[int], steps: Sequence[int]) -> NDArray[np.bool_]:
-        """Whether it acts at these steps of the episodes with these keys."""
-        # Apart from the draws of a step's tokens, whose places in the answer begin at 0.
-        decided: NDArray[np.bool_] = uniforms(self.seed, keys, steps, -1) < self.share
-        return decided
-
-
-@dataclass(frozen=True)
-class Options:
-    """Those of `stepagent.rollout.run_episodes`."""
-
-    expert: Expert | None
-    max_steps: int | None
-    batch_size: int
-    workers: int
-    timeout: float | None
-    split: str | None = None
-    on_end: Callable[[Episode], None] | None = None
-    action_format: ActionFormat = PLAIN
-    teacher: Teacher | None = None  # needs an expert, and a policy of `Dialogues`
-    asks: Asks | None = None  # where the expert is asked; None: everywhere
-
-    def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        if self.max_steps is not None:
-            check_count("max_steps", self.max_steps)
-        if not isinstance(self.workers, Integral) or self.workers < 0:
-            raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
 
 
 def roll_out(
@@ -279,14 +185,12 @@ class Lockstep:
         return decided
 
     def _query(self, expert: Expert) -> None:
-        ask = expert_actions if expert is own_expert else functools.partial(_ask, expert)
         asks = self._options.asks
 
         def some(envs: list[TextEnv]) -> Sequence[str | None]:
-            if asks is None:
-                return ask(envs)
-            places = self._places(asks)
-            answers = dict(zip(places, ask([envs[place] for place in places]), strict=True))
+            places = range(len(envs)) if asks is None else self._places(asks)
+            found = answers_of(expert, [envs[place] for place in places])
+            answers = dict(zip(places, found, strict=True))
             return [answers.get(place) for place in range(len(envs))]
 
         for row, answer in zip(self._active, self._asked(some), strict=True):
@@ -454,21 +358,3 @@ class Lockstep:
                 f"{CRASHES_IN_A_ROW} episodes in a row crashed, the last with seed "
                 f"{self._episodes[row].seed}: {latest[-1]}"
             )
-
-
-def _ask(expert: Expert, envs: Sequence[TextEnv]) -> list[str | None]:
-    """The answers of an expert, one environment after the other; None for none."""
-    answers: list[str | None] = []
-    for env in envs:
-        try:
-            answer: object = expert(env)
-        except ExpertUnavailable:
-            answers.append(None)  # recorded as unanswered, counted by the caller
-            continue
-        if not isinstance(answer, str):
-            raise TypeError(
-                f"the expert's answer in {env.name} must be a str, or ExpertUnavailable where "
-                f"it has none, got {answer!r}"
-            )
-        answers.append(answer)
-    return answers

@@ -25,8 +25,9 @@ from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode, split_system
-from .lockstep import Expert, Options, Start, Teacher, own_expert, roll_out
+from .lockstep import roll_out
 from .policies import ModelPolicy, Policy
+from .runs import Expert, Options, Start, Teacher, own_expert
 from .server_policies import EnginePolicy
 
 if TYPE_CHECKING:

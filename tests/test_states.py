@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_policies import REWRITING
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 
 from stepagent import reference
@@ -180,6 +179,16 @@ def test_after_the_teacher_the_agent_samples_from_what_it_then_sees():
             next(actions)
 
 
+REWRITING = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{{- 'red ' if message['role'] == 'assistant' and not loop.last else '' }}
+{{- message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
 def test_under_a_template_that_rewrites_earlier_turns_the_agent_sees_what_the_teacher_did():
     tokenizer, model = babyai_tokenizer(REWRITING), tiny_agent(initializer_range=0.1)
     episodes = rolled(0.5, model=model, tokenizer=tokenizer)
@@ -197,7 +206,8 @@ def test_under_a_template_that_rewrites_earlier_turns_the_agent_sees_what_the_te
                 logps_QV = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected = logps_QV.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
             np.testing.assert_allclose(one.logps[step], expected.numpy(), atol=1e-4)
-    assert any(acts(one)[step] for one in episodes for step in range(len(one.actions)))
+        assert len(one.trunk.rewinds) == len(one.actions) - 1
+    assert any(any(acts(one)) for one in episodes)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 2, "workers": 2}])

@@ -190,10 +190,11 @@ class Lockstep:
         def some(envs: list[TextEnv]) -> Sequence[str | None]:
             places = range(len(envs)) if asks is None else self._places(asks)
             found = answers_of(expert, [envs[place] for place in places])
-            answers = dict(zip(places, found, strict=True))
-            return [answers.get(place) for place in range(len(envs))]
+            by_place = dict(zip(places, found, strict=True))
+            return [by_place.get(place) for place in range(len(envs))]
 
-        for row, answer in zip(self._active, self._asked(some), strict=True):
+        answers = self._asked(some)
+        for row, answer in zip(self._active, answers, strict=True):
             self._episodes[row].expert_actions.append(answer)
 
     def _places(self, asks: Asks) -> list[int]:

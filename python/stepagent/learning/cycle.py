@@ -286,7 +286,7 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
             Trunk(ids, spans, backs),
             [next(steps) for _ in spans],
             bool(expert),
-            *scores,
+            **dict(zip(SCORES, scores, strict=True)),
             teacher_T=taught,
         )
         for ids, spans, backs, expert, taught, *scores in columns

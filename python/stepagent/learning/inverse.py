@@ -176,10 +176,15 @@ class InverseReflection:
             # Of the raw ones, whose size says which deviations are rounding.
             return group_relative(raw_A, state_A), rewards_A
         order_A, offsets = steps.agent_runs()
-        discount = {"gamma": self._args.gamma, "lam": self._args.gae_lambda}
-        found = step_gae(rewards_A[order_A], values_A[order_A], offsets, **discount)
+        advantages, returns = step_gae(
+            rewards_A[order_A],
+            values_A[order_A],
+            offsets,
+            gamma=self._args.gamma,
+            lam=self._args.gae_lambda,
+        )
         back_A = torch.argsort(order_A)
-        return found[0][back_A], found[1][back_A]
+        return advantages[back_A], returns[back_A]
 
     # -- the critic ------------------------------------------------------------------------------
 

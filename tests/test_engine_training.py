@@ -143,8 +143,10 @@ def test_a_run_with_an_engine_ends_as_one_without(server, trainer, options):
     assert not torch.equal(adapter_of(there), start)
 
 
-def test_an_engine_rolls_out_as_its_model_does(server):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_an_engine_rolls_out_as_its_model_does(server, share):
     options = {
+        "teacher_share": share,
         "tokenizer": TOKENIZER,
         "seeds": range(3),
         "max_new_tokens": 4,

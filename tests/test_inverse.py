@@ -17,7 +17,7 @@ from stepagent.data.encoding import Trunk
 from stepagent.envs import ExpertUnavailable
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.critic import StepCritic, critic_body
-from stepagent.learning.cycle import Comparison, StepTable, pack_comparisons
+from stepagent.learning.cycle import Comparison, StepTable, pack_comparisons, pack_with_steps
 from stepagent.learning.inverse import InverseReflection, accuracy, calibration_error
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.models import hidden_states, read_trees, score_trees
@@ -64,8 +64,7 @@ def hand_made(actions: list[list[int]], *, seed: int = 0) -> list[Comparison]:
 
 
 def table(comparisons: list[Comparison]) -> StepTable:
-    trees = pack_comparisons(comparisons, 4096)
-    return StepTable.of(trees, torch.tensor([c.expert_trunk for c in comparisons]))
+    return pack_with_steps(comparisons, 4096)[1]
 
 
 # ------------------------------------------------------------------ the rows that are judged
@@ -425,7 +424,7 @@ def trainer(args):
     def make(**options: Any) -> StepAgentTrainer:
         names = ("model", "ref_model", "env", "expert", "discriminator", "peft_config")
         mine = {name: options.pop(name) for name in names if name in options}
-        config = args(critic_epochs=2, learning_rate=1e-2, **options)
+        config = args(**{"critic_epochs": 2, "learning_rate": 1e-2} | options)
         model = mine.pop("model", None) or tiny_agent()
         return StepAgentTrainer(model, config, trajectories, babyai_tokenizer(), **mine)
 

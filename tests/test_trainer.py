@@ -583,7 +583,7 @@ def test_a_table_says_which_steps_are_compared():
     agent = Comparison(Trunk([1, 2, 3, 4], [(1, 2), (3, 4)]), [[np.array([7, 8])], []], False)
     for limit in (100, 6):  # one tree, and one for each
         trees = pack_comparisons([expert, agent], limit)
-        table = StepTable.of(trees, torch.tensor([True, False]))
+        table = StepTable.of(trees, torch.tensor([True, True, False, False]))
         # Steps: 0 a₁ | 1 â₁ = a₁ | 2 a₂ | 3 â₂ | 4 â₂' = a₂ || 5 â₁ | 6 a₁ | 7 â₂
         assert table.offsets.tolist() == [0, 1, 2, 4, 5, 7, 8, 10, 11]
         assert table.expert_P.tolist() == [0, 2, 2, 6]
@@ -740,9 +740,9 @@ def test_a_model_can_be_named_by_its_folder(trainer, tmp_path):
     [
         (
             {"method": "dpo"},
-            "method must be one of .*inverse, or module:Class .*, got 'dpo'",
+            "method must be one of .*inverse, .*or module:Class .*, got 'dpo'",
         ),
-        ({"states": "mine"}, r"states must be one of \('expert', 'agent'\), got 'mine'"),
+        ({"states": "mine"}, r"states must be one of \('expert', 'agent', 'mixed'\), got 'mine'"),
         ({"cycles": 0}, "cycles must be a whole number >= 1, got 0"),
         ({"cycles": 1.5}, r"cycles must be a whole number >= 1, got 1\.5"),
         ({"epochs_per_cycle": 0}, "epochs_per_cycle must be a whole number >= 1, got 0"),

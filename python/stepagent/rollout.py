@@ -3,14 +3,14 @@
 The public name of `stepagent.acting.rollout`.
 """
 
-from .acting.lockstep import (
-    own_expert,
-)
 from .acting.rollout import (
     Continuations,
     continue_rollouts,
     rollout_and_query,
     run_episodes,
+)
+from .acting.runs import (
+    own_expert,
 )
 
 __all__ = [

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Answer(str):
@@ -13,11 +17,13 @@ class Answer(str):
         truncated: it was cut at the token limit.
         problem: why it holds no action whatever the format, such as ``no text``; or None.
         action: what it does, where that is not to be read in it.
+        overruled: the token ids of the policy's own answer, where the expert's is in its place.
     """
 
     truncated: bool
     problem: str | None
     action: str | None
+    overruled: NDArray[np.int32] | None
 
     def __new__(
         cls,
@@ -25,9 +31,11 @@ class Answer(str):
         truncated: bool = False,
         problem: str | None = None,
         action: str | None = None,
+        overruled: NDArray[np.int32] | None = None,
     ) -> Answer:
         answer = super().__new__(cls, text)
         answer.truncated, answer.problem, answer.action = truncated, problem, action
+        answer.overruled = overruled
         return answer
 
     @property

@@ -154,10 +154,25 @@ class Dialogues:
 
     def record(self, row: int) -> tuple[Trunk, list[NDArray[np.float32]]]:
         """The episode of a running row: its tokens with the spans of the agent's actions, and per
-        action the log-probs of its tokens (fp32, at temperature 1; none where it was replayed)."""
+        action the log-probs of its tokens (fp32, at temperature 1; none where it was replayed or
+        overruled)."""
         dialogue = self._dialogues[row]
         trunk = Trunk(dialogue.token_ids, dialogue.action_spans, dialogue.rewinds)
         return trunk, [np.array(logps, dtype=np.float32) for logps in dialogue.logps]
+
+    def overrule(self, row: int, text: str, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Have a running row go on as if its newest action were this one, of somebody else, which
+        then has no log-probs; the token ids of its own."""
+        dialogue = self._dialogues[row]
+        start, stop = dialogue.action_spans[-1]
+        own = np.array(dialogue.token_ids[start:stop], dtype=np.int32)
+        seen = len(dialogue.line) - len(own)
+        del dialogue.token_ids[start:], dialogue.line[seen:], dialogue.slots[seen:]
+        dialogue.append(ids.tolist())
+        dialogue.action_spans[-1] = (start, len(dialogue.token_ids))
+        dialogue.logps[-1] = []
+        dialogue.messages[-1] = {"role": "assistant", "content": text}
+        return own
 
     def _taken(self, seed: int, trajectory: Trajectory, trunk: Trunk, step: int) -> Dialogue:
         """The dialogue after this many actions of a trajectory."""

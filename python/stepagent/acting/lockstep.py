@@ -7,100 +7,26 @@ reach the environment: the agent gets a message, and the step counts as an inval
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from .. import envs as environments
-from ..data.actions import PLAIN, ActionFormat
-from ..data.draws import check_count
-from ..data.trajectory import Trajectory
-from ..envs.base import ExpertUnavailable, TextEnv
-from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, ask_about, expert_actions, open_pool
-from ..records.episodes import Episode, TerminateReason, split_system
+from ..data.actions import PLAIN
+from ..envs.base import TextEnv
+from ..envs.pool import Call, EnvCrash, EnvFactory, EnvPool, ask_about, open_pool
+from ..records.episodes import Episode, TerminateReason
 from .answers import Answer, Decision, Stop
 from .dialogues import Dialogues
 from .policies import Policy
+from .runs import Asks, Expert, Options, Start, Teacher, answers_of
 
-Expert = Callable[[TextEnv], str]
 T = TypeVar("T")
 
 CRASHES_IN_A_ROW = 10  # episodes; more than bad luck
-
-
-def own_expert(env: TextEnv) -> str:
-    """The environment's own expert; of those in workers, all are asked at once."""
-    return env.expert_action()
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where an episode begins for the policy: at its first observation, or after some actions."""
-
-    seed: int  # the environment's
-    key: int  # of the policy's random numbers
-    trajectory: Trajectory | None = None
-    steps: int = 0  # actions of the trajectory to be replayed
-    name: str = ""
-
-    def content(self, turn: int) -> str:
-        """Of a turn of the trajectory, after the system message if it has one."""
-        assert self.trajectory is not None
-        return str(split_system(self.trajectory)[1][turn]["content"])
-
-    def check_shown(self, step: int, shown: str | None) -> None:
-        """ValueError where a replay shows another observation before an action than the trajectory
-        has; None: it was over before."""
-        assert self.trajectory is not None
-        name = f"{self.name} ({self.trajectory.id!r}), step {step}"
-        if shown is None:
-            raise ValueError(f"{name}: replayed, the episode of seed {self.seed} is over before")
-        if shown != self.content(2 * step):
-            raise ValueError(
-                f"{name}: replayed with seed {self.seed}, the environment shows {shown!r}, but "
-                f"the trajectory has {self.content(2 * step)!r}"
-            )
-
-    def check_system(self, policy: Policy) -> None:
-        """ValueError where the policy is given another system message than the trajectory's."""
-        if self.trajectory is None:
-            return
-        own, given = split_system(self.trajectory)[0], getattr(policy, "system", None)
-        if own != given:
-            roles = [message["role"] for message in self.trajectory.messages]
-            raise ValueError(
-                f"{self.name} ({self.trajectory.id!r}) must have user and assistant in "
-                f"turn, after the system message of the policy, {given!r}, got {roles} with the "
-                f"system message {own!r}"
-            )
-
-
-@dataclass(frozen=True)
-class Options:
-    """Those of `stepagent.rollout.run_episodes`."""
-
-    expert: Expert | None
-    max_steps: int | None
-    batch_size: int
-    workers: int
-    timeout: float | None
-    split: str | None = None
-    on_end: Callable[[Episode], None] | None = None
-    action_format: ActionFormat = PLAIN
-
-    def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        if self.max_steps is not None:
-            check_count("max_steps", self.max_steps)
-        if not isinstance(self.workers, Integral) or self.workers < 0:
-            raise ValueError(f"workers must be a whole number >= 0, got {self.workers!r}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
 
 
 def roll_out(
@@ -173,6 +99,8 @@ class Lockstep:
             if self._options.expert is not None:
                 self._query(self._options.expert)
             answers = self._act()  # first: a crash of an expert that is asked changes what follows
+            if self._options.teacher is not None:
+                answers = self._taught(self._options.teacher, answers)
             decided = list(zip(self._active, answers, strict=True))
             for row, answer in decided:
                 if answer is None or isinstance(answer, Stop):
@@ -235,11 +163,37 @@ class Lockstep:
             lambda envs: self._policy.act([self._observations[row] for row in self._active], envs)
         )
 
+    def _taught(self, teacher: Teacher, answers: Sequence[Decision]) -> list[Decision]:
+        """The answers, with the expert's where the teacher acts and the expert has one."""
+        decided = list(answers)
+        for place in self._places(teacher.acts):
+            action = self._episodes[self._active[place]].expert_actions[-1]
+            if action is None or not isinstance(decided[place], str):
+                continue  # without an answer the policy acts; where it has none, the episode ends
+            assert isinstance(self._policy, Dialogues)
+            text = self._options.action_format.written(action)
+            own = self._policy.overrule(place, text, teacher.tokens(text))
+            decided[place] = Answer(text, action=action, overruled=own)
+        return decided
+
     def _query(self, expert: Expert) -> None:
-        ask = expert_actions if expert is own_expert else functools.partial(_ask, expert)
-        answers = self._asked(ask)
+        asks = self._options.asks
+
+        def some(envs: list[TextEnv]) -> Sequence[str | None]:
+            places = range(len(envs)) if asks is None else self._places(asks)
+            found = answers_of(expert, [envs[place] for place in places])
+            by_place = dict(zip(places, found, strict=True))
+            return [by_place.get(place) for place in range(len(envs))]
+
+        answers = self._asked(some)
         for row, answer in zip(self._active, answers, strict=True):
             self._episodes[row].expert_actions.append(answer)
+
+    def _places(self, asks: Asks) -> list[int]:
+        """Those of the running episodes that are meant, by their places."""
+        keys = [self._starts[row].key for row in self._active]
+        steps = [len(self._episodes[row].actions) for row in self._active]
+        return [int(place) for place in np.flatnonzero(asks(keys, steps))]
 
     def _asked(self, ask: Callable[[list[TextEnv]], Sequence[T]]) -> Sequence[T]:
         """What ``ask`` makes of the running environments; those that crash meanwhile are out."""
@@ -321,11 +275,14 @@ class Lockstep:
         done = episode.done
         episode.observations.append(self._observations[row])
         episode.actions.append(answer.text)
-        # Both lists are empty until they tell something.
+        # These lists are empty until they tell something.
         episode.taken = [*done, action] if episode.taken or action != answer.text else []
         if answer.truncated or episode.truncated:
             missing = [False] * (len(episode.actions) - 1 - len(episode.truncated))
             episode.truncated += [*missing, answer.truncated]
+        if answer.overruled is not None or episode.overruled:
+            before = [None] * (len(episode.actions) - 1 - len(episode.overruled))
+            episode.overruled += [*before, answer.overruled]
         episode.last_observation = self._observations[row] = observation
 
     def _end(self, row: int, reason: TerminateReason) -> None:
@@ -394,21 +351,3 @@ class Lockstep:
                 f"{CRASHES_IN_A_ROW} episodes in a row crashed, the last with seed "
                 f"{self._episodes[row].seed}: {latest[-1]}"
             )
-
-
-def _ask(expert: Expert, envs: Sequence[TextEnv]) -> list[str | None]:
-    """The answers of an expert, one environment after the other; None for none."""
-    answers: list[str | None] = []
-    for env in envs:
-        try:
-            answer: object = expert(env)
-        except ExpertUnavailable:
-            answers.append(None)  # recorded as unanswered, counted by the caller
-            continue
-        if not isinstance(answer, str):
-            raise TypeError(
-                f"the expert's answer in {env.name} must be a str, or ExpertUnavailable where "
-                f"it has none, got {answer!r}"
-            )
-        answers.append(answer)
-    return answers

@@ -186,6 +186,12 @@ class ModelPolicy(Dialogues):
         self._filled_BS[row] = False
         self._filled_BS[row, self._dialogues[row].slots] = True
 
+    def overrule(self, row: int, text: str, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """As `Dialogues.overrule`: the cache keeps what is no longer seen."""
+        own = super().overrule(row, text, ids)
+        self._show_line(row)
+        return own
+
     def _encode(self, trajectory: Trajectory) -> Trunk:
         trunk = super()._encode(trajectory)
         name = f"trajectory {trajectory.id!r}"

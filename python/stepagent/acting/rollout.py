@@ -7,6 +7,7 @@ outcome: it is neither a failure nor a reward of 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode, split_system
-from .lockstep import Expert, Options, Start, own_expert, roll_out
+from .lockstep import roll_out
 from .policies import ModelPolicy, Policy
+from .runs import Expert, Options, Start, Teacher, own_expert
 from .server_policies import EnginePolicy
 
 if TYPE_CHECKING:
@@ -197,6 +199,7 @@ def rollout_and_query(
     progress: bool = False,
     action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
     chat_template_kwargs: dict[str, Any] | None = None,
+    teacher_share: float = 0.0,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 
@@ -209,8 +212,12 @@ def rollout_and_query(
         expert: asked for its action in an environment; None: the environment's own expert. With
             ``workers`` it sees what a `stepagent.envs.TextEnv` shows.
         chat_template_kwargs: for the agent's prompts and the expert's answers alike.
+        teacher_share: with this probability the expert's answer is what is done at a step, and so
+            the trunk's action and the branch's (DAgger's β, Ross et al. 2011): decided by ``seed``,
+            the episode's seed and the step alone. Where the expert has no answer, the agent acts.
 
     Raises:
+        ValueError: for a share that is not in [0, 1].
         RuntimeError: where all rollouts crashed.
     """
     tokenizer = with_arguments(tokenizer, chat_template_kwargs)
@@ -230,6 +237,7 @@ def rollout_and_query(
         timeout=timeout,
         progress=progress,
         action_format=action_format,
+        teacher_share=teacher_share,
     )
     return trunks_and_answers(episodes, tokenizer, as_format(action_format))
 
@@ -246,9 +254,33 @@ def queried_rollouts(
     eos_token_id: int | Sequence[int] | None,
     seed: int,
     progress: bool,
-    **options: Any,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    timeout: float | None = None,
+    action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
+    teacher_share: float = 0.0,
+    only_to_act: bool = False,
 ) -> list[Episode]:
-    """The episodes of `rollout_and_query`: what happens at a seed depends on no other."""
+    """The episodes of `rollout_and_query`: what happens at a seed depends on no other.
+
+    Args:
+        only_to_act: the expert is asked at the steps at which it acts, and at no other.
+    """
+    form = as_format(action_format)
+    teacher = Teacher(
+        teacher_share, seed, functools.cache(lambda text: action_tokens(text, tokenizer))
+    )
+    options = Options(
+        expert or own_expert,
+        max_steps,
+        batch_size,
+        workers,
+        timeout,
+        action_format=form,
+        teacher=teacher if teacher_share else None,
+        asks=teacher.acts if only_to_act else None,
+    )
     acting: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -260,14 +292,8 @@ def queried_rollouts(
     else:
         ends = given_ends(eos_token_id, "an engine")
         policy = EnginePolicy(model, tokenizer, eos_token_id=ends, **acting)
-    return run_episodes(
-        env,
-        policy,
-        seeds,
-        expert=expert or own_expert,
-        progress="rollout" if progress else None,
-        **options,
-    )
+    starts = [Start(place, place) for place in seeds]
+    return roll_out(env, policy, starts, options, "rollout" if progress else None)
 
 
 def trunks_and_answers(

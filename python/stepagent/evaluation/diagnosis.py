@@ -17,8 +17,9 @@ import numpy as np
 from torch import nn
 
 from ..acting.inspection import inspect
-from ..acting.lockstep import Options, Start, own_expert, roll_out
+from ..acting.lockstep import roll_out
 from ..acting.policies import ExpertPolicy, ModelPolicy, Policy
+from ..acting.runs import Options, Start, own_expert
 from ..acting.server_policies import EnginePolicy
 from ..data.actions import ActionFormat, FormatName
 from ..data.actions import action_format as as_format

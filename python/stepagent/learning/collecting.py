@@ -10,6 +10,7 @@ import numpy as np
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from ..acting.asking import ask_again, least_sure
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
 from ..data.actions import FORMATS
@@ -26,6 +27,7 @@ from .cycle import Comparison
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import StepAgentConfig
@@ -51,7 +53,10 @@ class Collector:
         self.end_tokens = ends_of(trunks)
         self.max_new_tokens = args.max_new_tokens or longest_action(trunks)
         self.count = len(trunks)
-        self.per_cycle = args.rollouts or len(trunks)
+        self.rollouts = args.rollouts or len(trunks)  # of a cycle that has any
+        self.per_cycle = args.rolls_out * self.rollouts
+        if args.states != "agent":
+            self.per_cycle += len(trunks)
         self._on_engine: PolicyOnEngine | None = None
 
     def act_on(self, engine: Engine | str, accelerator: Accelerator) -> None:
@@ -116,8 +121,10 @@ class Collector:
         """
         actor = policy if self._on_engine is None else self._on_engine.actor
         alike = sharded and self._on_engine is None
-        make = self._at_agent_states if self._args.states == "agent" else self._at_expert_states
-        return make(actor, cycle, alike)
+        made = self._at_expert_states(actor, cycle, alike) if self._args.inspects else []
+        if self._args.rolls_out:
+            made += self._at_agent_states(actor, cycle, alike)
+        return made
 
     def _at_expert_states(
         self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
@@ -143,7 +150,7 @@ class Collector:
     ) -> list[Comparison]:
         env = self._env
         assert env is not None  # the trainer has checked it
-        first = self._args.rollout_seed_start + cycle * self.per_cycle
+        first = self._args.rollout_seed_start + cycle * self.rollouts
 
         def rolled_out(places: list[int]) -> list[Episode]:
             return queried_rollouts(
@@ -159,12 +166,50 @@ class Collector:
                 max_steps=self._args.max_steps_per_episode,
                 progress=not self._args.disable_tqdm,
                 action_format=self._args.action_format,
+                teacher_share=self._args.teacher_share * self._args.teacher_decay**cycle,
+                only_to_act=self._args.ask == "unsure",
             )
 
-        episodes = over_ranks(rolled_out, np.ones(self.per_cycle), alike=alike)
+        episodes = over_ranks(rolled_out, np.ones(self.rollouts), alike=alike)
+        if self._args.ask == "unsure":
+            episodes = self._asked(episodes)
         form = FORMATS[self._args.action_format]
-        trunks, branches = trunks_and_answers(episodes, self._tokenizer, form)
-        return [Comparison(t, b, expert_trunk=False) for t, b in zip(trunks, branches, strict=True)]
+        trunks, answers = trunks_and_answers(episodes, self._tokenizer, form)
+        acted = [e for e in episodes if e.crashed is None and e.trunk is not None]
+        return [compared(*one) for one in zip(acted, trunks, answers, strict=True)]
+
+    def _asked(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """The rollouts with the expert's answers where the agent was least sure, of all of them."""
+        env, steps = self._env, least_sure(episodes, self._args.ask_share)
+        assert env is not None
+
+        def asked(places: list[int]) -> list[Episode]:
+            chosen = [episodes[place] for place in places], [steps[place] for place in places]
+            return ask_again(
+                env,
+                self._expert,
+                *chosen,
+                max_steps=self._args.max_steps_per_episode,
+                action_format=self._args.action_format,
+            )
+
+        # No forward of the agent, so that the processes share these whatever it is sharded over.
+        return over_ranks(asked, [len(e.actions) for e in episodes])
+
+
+def compared(
+    episode: Episode, trunk: Trunk, answers: Sequence[list[NDArray[np.int32]]]
+) -> Comparison:
+    """A rollout with the expert's answers, and the agent's actions where the expert acted."""
+    if not episode.overruled:
+        return Comparison(trunk, list(answers), expert_trunk=False)
+    own = episode.overruled
+    return Comparison(
+        trunk,
+        [answer if ids is None else [ids] for answer, ids in zip(answers, own, strict=True)],
+        expert_trunk=False,
+        teacher_T=np.array([ids is not None for ids in own]),
+    )
 
 
 def inspected(

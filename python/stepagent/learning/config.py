@@ -46,6 +46,9 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "discriminator_penalty": _NOT_NEGATIVE,
     "discriminator_replay": _WHOLE,
     "eval_seed_start": _WHOLE,
+    "teacher_share": _FRACTION,
+    "teacher_decay": _FRACTION,
+    "ask_share": ("in (0, 1]", lambda x: 0 < x <= 1),
     "gamma": _FRACTION,
     "gae_lambda": _FRACTION,
     "clip": _POSITIVE,
@@ -97,6 +100,16 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
         """Whether the training data is made anew by the agent every cycle."""
         return method_class(self.method, self.states).acts
 
+    @property
+    def inspects(self) -> bool:
+        """Whether the agent acts at the states of the demonstrations."""
+        return self.has_cycles and self.states != "agent"
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether the agent acts in the environment, and the expert is asked at its states."""
+        return self.states != "expert"
+
     def _set_epochs(self) -> None:
         if not self.has_cycles:
             if self.num_train_epochs is None:
@@ -134,10 +147,7 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} must be {rule}, got {value}")
-        if self.states == "agent" and self.samples != 1:
-            raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
-        if self.states == "expert" and self.rollouts is not None:
-            raise ValueError(f"rollouts={self.rollouts} needs states='agent'")
+        self._check_states()
         if self.has_cycles and self.max_steps > 0:
             raise ValueError(
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
@@ -145,6 +155,24 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             )
         method.options_of(self)
         method.check(self)
+
+    def _check_states(self) -> None:
+        if self.states == "agent" and self.samples != 1:
+            raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
+        for name in ("rollouts", "teacher_share"):
+            if not self.rolls_out and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs states='agent' or 'mixed', got 'expert'"
+                )
+        if self.ask == "unsure" and not self.rolls_out:
+            raise ValueError("ask='unsure' needs states='agent' or 'mixed', got 'expert'")
+        if self.ask_share != 1 and self.ask == "always":
+            raise ValueError(f"ask_share={self.ask_share} needs ask='unsure', got 'always'")
+        if self.teacher_decay != 1 and not self.teacher_share:
+            raise ValueError(
+                f"teacher_decay={self.teacher_decay} needs a teacher_share > 0, got "
+                f"{self.teacher_share}"
+            )
 
     def _check_of_method(self, own: type) -> None:
         """Refuse what was set of another method: it would change nothing."""

@@ -38,12 +38,15 @@ class Comparison:
 
     Args:
         branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
-        expert_trunk: The trunk is the expert's and the branches the agent's; else the reverse.
+        expert_trunk: The trunk is a demonstration and the branches are the agent's; else it is a
+            rollout of the agent's and the branches are the expert's answers.
         ref_logps: (N,) fp32 log-probs under the reference.
         old_logps: (N,) fp32 log-probs under the policy that acted.
         advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
         observed: (T,) which of the trunk's own steps are no actions but observations to be
             predicted; empty where none is.
+        teacher_T: (T,) bool, the steps of a rollout at which the expert acted in the agent's place:
+            there the branch is what the agent would have done. Empty where it never did.
     """
 
     trunk: Trunk
@@ -53,11 +56,28 @@ class Comparison:
     old_logps: NDArray[np.float32] = field(default_factory=_nothing)
     advantages: NDArray[np.float32] = field(default_factory=_nothing)
     observed: NDArray[np.bool_] = field(default_factory=_none)
+    teacher_T: NDArray[np.bool_] = field(default_factory=_none)
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
         """The expert alone: no alternatives."""
         return cls(trunk, [[] for _ in range(trunk.num_steps)], expert_trunk=True)
+
+    @property
+    def expert_T(self) -> NDArray[np.bool_]:
+        """(T,): the trunk's step is the expert's action, and the branches are the agent's."""
+        own = self.teacher_T
+        if not len(own):
+            own = np.full(self.trunk.num_steps, self.expert_trunk)
+        return own & ~self.observed if len(self.observed) else own
+
+    @property
+    def expert_answers(self) -> int:
+        """What the expert was asked for: its answers at a rollout's states, followed or not."""
+        if self.expert_trunk:
+            return 0
+        pairs = zip(self.expert_T, self.branches, strict=True)
+        return sum(1 if taught else len(step) for taught, step in pairs)
 
     @property
     def tokens(self) -> int:
@@ -107,41 +127,33 @@ class StepTable:
     same_P: Tensor
 
     @classmethod
-    def of(
-        cls,
-        trees: Sequence[TokenTree],
-        expert_trunk: Tensor,
-        observed: Sequence[NDArray[np.bool_]] = (),
-    ) -> StepTable:
+    def of(cls, trees: Sequence[TokenTree], expert: Tensor) -> StepTable:
         """The steps of ``trees``.
 
         Args:
             trees: Packed from trunks and branches.
-            expert_trunk: (I,) bool per trunk: the trunk is the expert's.
-            observed: of each trunk, or nothing, as `Comparison.observed`.
+            expert: bool per step of the trunks, one trunk after the other: the trunk's action
+                there is the expert's and the branches are the agent's; else the reverse.
         """
 
         def joined(name: str) -> Tensor:
             return torch.cat([torch.as_tensor(getattr(tree, name)).cpu() for tree in trees]).long()
 
         branch_S, trunk_S = joined("step_branch"), joined("step_trunk")
-        expert_trunk_S = expert_trunk.cpu()[trunk_S]
+        state_S = (branch_S == 0).cumsum(0) - 1
+        expert_own_S = expert.cpu()[state_S]
         lengths_S = torch.cat([torch.as_tensor(t.step_offsets).cpu().diff() for t in trees]).long()
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
         tried_P = torch.nonzero(branch_S > 0).squeeze(1)
         own_P = tried_P - branch_S[tried_P]
-        swap_P = ~expert_trunk_S[tried_P]
-        expert_S = (branch_S == 0) == expert_trunk_S
-        if any(map(len, observed)):
-            index_S = joined("step_index")
-            expert_S &= ~_observed(observed, trunk_S, index_S)
+        swap_P = ~expert_own_S[tried_P]
         labels_N = joined("labels")
         actions = torch.split(labels_N, lengths_S.tolist())
         return cls(
             offsets=offsets,
             trunk_S=trunk_S,
-            state_S=(branch_S == 0).cumsum(0) - 1,
-            expert_S=expert_S,
+            state_S=state_S,
+            expert_S=(branch_S == 0) == expert_own_S,
             expert_P=torch.where(swap_P, tried_P, own_P),
             agent_P=torch.where(swap_P, own_P, tried_P),
             same_P=torch.tensor(
@@ -165,6 +177,24 @@ class StepTable:
             agent_tokens=int(lengths_S.sum()) - expert_tokens,
         )
 
+    def agent_runs(self) -> tuple[Tensor, Tensor]:
+        """The agent's steps as trajectories.
+
+        What it did in a rollout is one, without the steps at which the expert acted: to the agent
+        those are the environment's. An action that was tried and not taken is one by itself.
+
+        Returns:
+            order_A: the places among the A agent's steps, one trajectory after the other.
+            offsets: (R+1,) into them.
+        """
+        taken_S = torch.diff(self.state_S, prepend=self.state_S.new_tensor([-1])) > 0
+        alone_S = len(taken_S) + torch.arange(len(taken_S), device=taken_S.device)
+        run_A, order_A = torch.sort(
+            torch.where(taken_S, self.trunk_S, alone_S)[~self.expert_S], stable=True
+        )
+        lengths = torch.unique_consecutive(run_A, return_counts=True)[1]
+        return order_A, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
     def expert_nll(self, logps_N: Tensor, total: float) -> Tensor:
         """−log π summed over the tokens of the expert's actions, / ``total``; a connected zero."""
         expert_N = self.expert_S.repeat_interleave(self.offsets.diff())
@@ -176,17 +206,8 @@ def pack_with_steps(
 ) -> tuple[list[TokenTree], StepTable]:
     """The trees of a batch and the table of their steps."""
     trees = pack_comparisons(comparisons, max_tokens)
-    expert_trunk = torch.tensor([c.expert_trunk for c in comparisons])
-    return trees, StepTable.of(trees, expert_trunk, [c.observed for c in comparisons])
-
-
-def _observed(observed: Sequence[NDArray[np.bool_]], trunk_S: Tensor, index_S: Tensor) -> Tensor:
-    """(S,) of the steps of trees."""
-    found = [
-        bool(len(observed[i]) and observed[i][t])
-        for i, t in zip(trunk_S.tolist(), index_S.tolist(), strict=True)
-    ]
-    return torch.tensor(found, dtype=torch.bool)
+    expert = np.concatenate([c.expert_T for c in comparisons])
+    return trees, StepTable.of(trees, torch.from_numpy(expert))
 
 
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
@@ -229,6 +250,8 @@ def save_comparisons(
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
         "observed": np.concatenate([c.observed for c in comparisons]),
         "observed_lengths": _lengths([c.observed for c in comparisons]),
+        "teacher": np.concatenate([c.teacher_T for c in comparisons]),
+        "trunk_teacher": _lengths([c.teacher_T for c in comparisons]),
     }
     for name in SCORES:
         scores = [getattr(c, name) for c in comparisons]
@@ -256,21 +279,32 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     rewinds: Sequence[Any] = [()] * len(spans)  # a file of before has none
     if "rewinds" in arrays:
         rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"])
-    observed: Sequence[Any] = [_none()] * len(spans)
+    observed: Sequence[Any] = [_none()] * len(spans)  # nor these
     if "observed" in arrays:
         observed = _split(arrays["observed"], arrays["observed_lengths"])
+    teacher: Sequence[Any] = [_none()] * len(spans)
+    if "teacher" in arrays:
+        teacher = _split(arrays["teacher"], arrays["trunk_teacher"])
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         rewinds,
         arrays["expert_trunk"],
-        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
+        teacher,
         observed,
+        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
         strict=True,
     )
     comparisons = [
-        Comparison(Trunk(ids, spans, backs), [next(steps) for _ in spans], bool(expert), *rest)
-        for ids, spans, backs, expert, *rest in columns
+        Comparison(
+            Trunk(ids, spans, backs),
+            [next(steps) for _ in spans],
+            bool(expert),
+            **dict(zip(SCORES, scores, strict=True)),
+            observed=seen,
+            teacher_T=taught,
+        )
+        for ids, spans, backs, expert, taught, seen, *scores in columns
     ]
     return comparisons, progress
 

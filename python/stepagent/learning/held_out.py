@@ -77,7 +77,7 @@ def check_evaluation(
     args: StepAgentConfig,
     env: str | EnvFactory | None,
     sets: Mapping[str, HeldOut],
-    per_cycle: int,
+    rollouts: int,
     fixed_reference: bool,
     own_metrics: bool,
 ) -> None:
@@ -93,8 +93,8 @@ def check_evaluation(
         )
     if args.eval_episodes and env is None:
         raise ValueError(f"eval_episodes={args.eval_episodes} needs env: a name or factory")
-    if args.eval_episodes and args.states == "agent":
-        last = args.rollout_seed_start + args.cycles * per_cycle
+    if args.eval_episodes and args.rolls_out:
+        last = args.rollout_seed_start + args.cycles * rollouts
         if args.eval_seed_start < last and (
             args.eval_seed_start + args.eval_episodes > args.rollout_seed_start
         ):

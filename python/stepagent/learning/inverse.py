@@ -165,8 +165,8 @@ class InverseReflection:
     ) -> tuple[Tensor, Tensor]:
         """Advantages and returns of the agent's steps, from rewards of mean 0 and deviation 1.
 
-        On a trajectory of the agent's a step's return is what follows; at a state of the expert's
-        what the agent's action leads to is not known, so each action is a trajectory of its own.
+        On a trajectory of the agent's a step's return is what follows; where its action was tried
+        and not taken, what it leads to is not known, and it is a trajectory of its own.
         """
         raw_A, rewards_A = rewards_A, standardised(rewards_A)
         state_A = steps.state_S[agent_A]
@@ -175,14 +175,16 @@ class InverseReflection:
         if self._args.baseline == "group":
             # Of the raw ones, whose size says which deviations are rounding.
             return group_relative(raw_A, state_A), rewards_A
-        if self._args.states == "agent":
-            lengths = torch.bincount(steps.trunk_S[agent_A])
-        else:
-            lengths = torch.ones(len(agent_A), dtype=torch.long)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        return step_gae(
-            rewards_A, values_A, offsets, gamma=self._args.gamma, lam=self._args.gae_lambda
+        order_A, offsets = steps.agent_runs()
+        advantages, returns = step_gae(
+            rewards_A[order_A],
+            values_A[order_A],
+            offsets,
+            gamma=self._args.gamma,
+            lam=self._args.gae_lambda,
         )
+        back_A = torch.argsort(order_A)
+        return advantages[back_A], returns[back_A]
 
     # -- the critic ------------------------------------------------------------------------------
 

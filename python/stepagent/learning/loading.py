@@ -93,21 +93,21 @@ def encode_run(
     such states, so it is to be prompted so.
 
     Raises:
-        ValueError: as `encode_all`, and with ``states="agent"`` for rows whose states are others
+        ValueError: as `encode_all`, and for a run with rollouts for rows whose states are others
             than those of the agent's rollouts.
     """
     tokenizer = with_arguments(tokenizer, parse_arguments(args.chat_template_kwargs))
     read: list[Trajectory] = []
     trunks = encode_all(dataset, tokenizer, progress=not args.disable_tqdm, read=read)
     tokenizer = with_arguments(tokenizer, shared_arguments(read, run_arguments(tokenizer)))
-    if args.states == "agent":
+    if args.rolls_out:
         for place, trajectory in enumerate(read):
             try:
                 check_continues(trajectory, run_arguments(tokenizer))
             except ValueError as error:
                 raise ValueError(
-                    f"states='agent' prompts the agent alike everywhere, but train_dataset[{place}]"
-                    f" does not: {error}"
+                    f"states={args.states!r} prompts the agent alike everywhere, but "
+                    f"train_dataset[{place}] does not: {error}"
                 ) from error
     return read, trunks, tokenizer
 

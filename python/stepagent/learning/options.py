@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from ..data.actions import FormatName
 
 Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse", "early_experience"]
-States: TypeAlias = Literal["expert", "agent"]
+States: TypeAlias = Literal["expert", "agent", "mixed"]
+Ask: TypeAlias = Literal["always", "unsure"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
@@ -25,6 +26,7 @@ KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
+ASKS: tuple[Ask, ...] = get_args(Ask)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 KL_PLACES: tuple[KLPlace, ...] = get_args(KLPlace)
@@ -59,9 +61,9 @@ class RunOptions:
     states: States = field(
         default=None,  # type: ignore[arg-type]  # the configuration fills it in
         metadata={
-            "help": "whose states are compared: the expert's (the paper), or the agent's own, "
-            "answered by the environment's expert (needs --env); default: the expert's, of dagger "
-            "the agent's",
+            "help": "whose states are compared: the expert's (the paper), the agent's own, "
+            "answered by the environment's expert (needs --env), or both in each cycle (mixed); "
+            "default: the expert's, of dagger the agent's",
             "choices": STATES,
         },
     )
@@ -115,15 +117,35 @@ class RunOptions:
     rollouts: int | None = field(
         default=None,
         metadata={
-            "help": "agent rollouts per cycle with states=agent; default: one per trajectory"
+            "help": "agent rollouts per cycle, not with states=expert; default: one per trajectory"
         },
     )
     max_steps_per_episode: int | None = field(
         default=None, metadata={"help": "ends a rollout sooner than its environment would"}
     )
     rollout_seed_start: int = field(
-        default=0, metadata={"help": "first environment seed of the rollouts with states=agent"}
+        default=0, metadata={"help": "first environment seed of the rollouts"}
     )
+    teacher_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "probability with which a step of a rollout is the expert's answer, in the "
+            "first cycle (DAgger's beta)"
+        },
+    )
+    teacher_decay: float = field(
+        default=1.0,
+        metadata={"help": "factor of the teacher_share from each cycle to the next"},
+    )
+    ask: Ask = field(
+        default="always",
+        metadata={
+            "help": "at which of the agent's states the expert is asked: all (always), or the "
+            "ask_share of a cycle's at which the agent's own action was least probable (unsure)",
+            "choices": ASKS,
+        },
+    )
+    ask_share: float = field(default=1.0, metadata={"help": "see ask=unsure"})
     eval_episodes: int | None = field(
         default=None,
         metadata={
@@ -240,8 +262,8 @@ class InverseOptions(PPOOptions):
             "choices": BASELINES,
         },
     )
-    gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
-    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
+    gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
+    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
 
 
 @dataclass

@@ -95,7 +95,8 @@ class StepAgentTrainer(EvaluatingTrainer):
             cycle, so no copy is kept. The model that a policy's adapter lies in stands for the
             policy without its adapter.
         peft_config: Train this adapter instead of the whole model.
-        env: Environment name or factory, needed for ``states="agent"``.
+        env: Environment name or factory, needed for ``states="agent"`` and
+            ``"mixed"``.
         expert: Answers at the agent's states; None: the environment's own expert.
         discriminator: A decoder of the same tokenizer for the discriminator and the value function
             of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
@@ -134,8 +135,8 @@ class StepAgentTrainer(EvaluatingTrainer):
     ) -> None:
         if not isinstance(args, StepAgentConfig):
             raise TypeError(f"args must be a StepAgentConfig, got {type(args).__name__}")
-        if args.states == "agent" and env is None:
-            raise ValueError("states='agent' needs env: an environment name or factory")
+        if args.rolls_out and env is None:
+            raise ValueError(f"states={args.states!r} needs env: an environment name or factory")
         method_class(args.method, args.states).check_run(
             args,
             env=env is not None,
@@ -157,11 +158,10 @@ class StepAgentTrainer(EvaluatingTrainer):
             check_adapter(policy)
         trajectories, trunks, processing_class = encode_run(train_dataset, processing_class, args)
         self._collector = Collector(trunks, processing_class, args, env, expert)
-        inspects = args.has_cycles and args.states == "expert"
-        check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=inspects)
+        check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=args.inspects)
         sets = held_out(eval_dataset, policy, processing_class, args, self._collector)
-        per_cycle, metrics = self._collector.per_cycle, compute_metrics is not None
-        check_evaluation(args, env, sets, per_cycle, ref_model is not None, metrics)
+        rollouts, metrics = self._collector.rollouts, compute_metrics is not None
+        check_evaluation(args, env, sets, rollouts, ref_model is not None, metrics)
         check_optimizer(optimizers[0], policy)
         self._trunks = trunks
         self._epochs = EpochCallback(self)
@@ -276,9 +276,7 @@ class StepAgentTrainer(EvaluatingTrainer):
             "agreement": agreement(trunks, tried, **reading),
             # Beside identical_pairs, of tokens: here thoughts do not count.
             "identical_actions": action_agreement(trunks, tried, **reading),
-            "expert_answers": sum(
-                len(step) for c in fresh if not c.expert_trunk for step in c.branches
-            ),
+            "expert_answers": sum(c.expert_answers for c in fresh),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
             **published,

@@ -10,6 +10,7 @@ What can be trained on is the trajectory itself; all that an evaluation knows be
               token_ids (L), action_spans (T, 2), rewinds (K, 2; where there are any),
               logps (T, tokens of the action), made_with (hashes of the tokenizer and of its chat
               template): a local model's
+              overruled: T each, token ids or null, where the expert acted in the agent's place
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Episode:
     expert_actions: what the expert would have done; None where it had no answer.
     step_rewards: of a method, for the actions taken; None where there is none.
     logps: per action the policy's log-prob of each of its tokens (fp32, at temperature 1); empty
-    for an action that was replayed.
+    for an action that was replayed, or that is the expert's.
+    overruled: the token ids of what the agent would have done, at the steps at which the expert
+    acted in its place, and None at the others; empty where it never did.
     """
 
     environment: str
@@ -75,6 +78,7 @@ class Episode:
     success: bool = False
     trunk: Trunk | None = None  # of a model's episode that ended: its token ids as sampled
     logps: list[NDArray[np.float32]] = field(default_factory=list)  # with a trunk
+    overruled: list[NDArray[np.int32] | None] = field(default_factory=list)  # with a trunk
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of a model's episode
     made_with: dict[str, str] = field(default_factory=dict)  # with a trunk: whose ids it has
     crashed: str | None = None  # what happened to its environment, or to its policy
@@ -123,6 +127,8 @@ class Episode:
             if len(self.trunk.rewinds):
                 meta["rewinds"] = self.trunk.rewinds.tolist()
             meta["logps"] = [logps.tolist() for logps in self.logps]
+            if self.overruled:
+                meta["overruled"] = [i if i is None else i.tolist() for i in self.overruled]
             if self.made_with:
                 meta["made_with"] = dict(self.made_with)
         return meta
@@ -152,7 +158,11 @@ class Episode:
                 )
         lists = {key: meta.get(key) or [] for key in (*_PER_STEP, *_PER_STEP_ASKED)}
         logps = [np.array(step, dtype=np.float32) for step in meta.get("logps", [])]
-        for key, values in {**lists, "logps": logps}.items():
+        overruled = [
+            ids if ids is None else np.array(ids, dtype=np.int32)
+            for ids in meta.get("overruled", [])
+        ]
+        for key, values in {**lists, "logps": logps, "overruled": overruled}.items():
             if not isinstance(values, list) or len(values) not in (0, T):
                 raise ValueError(
                     f"{name}: {key!r} in meta must have a value for each of the {T} steps, or "
@@ -170,6 +180,7 @@ class Episode:
             actions=contents[1::2],
             trunk=trunk,
             logps=logps,
+            overruled=overruled,
             chat_template_kwargs=dict(trajectory.chat_template_kwargs),
             made_with=dict(meta.get("made_with") or {}),
             system=system,

@@ -20,6 +20,11 @@ class DAgger(SFT):
 
     @classmethod
     def check(cls, args: StepAgentConfig) -> None:
+        if args.states == "mixed":
+            raise ValueError(
+                f"states='mixed' compares actions, and method={args.method!r} compares none: with "
+                "states='agent' it learns from the demonstrations and the rollouts of all cycles"
+            )
         if args.states != "agent":
             raise ValueError(
                 f"method='dagger' asks the expert at the agent's states, got states={args.states!r}"

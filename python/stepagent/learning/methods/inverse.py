@@ -31,6 +31,11 @@ class Inverse(PPOMethod):
     @classmethod
     def check(cls, args: StepAgentConfig) -> None:
         super().check(args)
+        if args.baseline != "value" and args.states == "mixed":
+            raise ValueError(
+                f"baseline={args.baseline!r} compares the samples of a state with each other, and "
+                "states='mixed' has one at the agent's states: take baseline='value'"
+            )
         if args.baseline != "value" and args.samples < 2:
             raise ValueError(
                 f"baseline={args.baseline!r} compares the samples of a state with each other, got "

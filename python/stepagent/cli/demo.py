@@ -11,7 +11,7 @@ from ..optional import require
 from .base import NEW_FOLDER, Interrupted, reports
 
 if TYPE_CHECKING:
-    from ..learning.options import Method
+    from ..tools.demo import Method
 
 
 @click.command()

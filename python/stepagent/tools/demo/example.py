@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ def example(demo: Demo) -> ExampleTrajectory:
         demo.tokenizer,
         beta=demo.settings.beta,
         max_new_tokens=MAX_NEW_TOKENS,
+        ends=[demo.tokenizer.eos_token_id],
     )
 
 
@@ -49,8 +51,13 @@ def with_step_rewards(
     *,
     beta: float,
     max_new_tokens: int,
+    ends: Sequence[int],
 ) -> ExampleTrajectory:
-    """What both models do at the expert's states, and β (log π − log π_sft) of the actions."""
+    """What both models do at the expert's states, and β (log π − log π_sft) of the actions.
+
+    Args:
+        ends: ids of the tokens that end an action.
+    """
     trunk = encode(trajectory, tokenizer)
     (before,), (after,) = (
         inspect(
@@ -58,7 +65,7 @@ def with_step_rewards(
             [trunk],
             max_new_tokens=max_new_tokens,
             temperature=0.0,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
         )
         for model in (sft, agent)
     )

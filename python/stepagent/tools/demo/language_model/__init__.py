@@ -51,11 +51,11 @@ def run_language_model_demo(
     demo = LanguageModelDemo(output, settings)
     with demo.seconds:
         measure_stage(demo, UNTRAINED)
-    with demo.seconds:
-        demo.train_sft()
-    for arm in arms:
+    for stage in ("sft", "sft_long", *arms):
         with demo.seconds:
-            demo.train_arm(arm)
+            demo.train(stage)
+        with demo.seconds:
+            measure_stage(demo, stage)
     with demo.seconds:
         metrics = measure(demo)
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -28,7 +28,7 @@ from ..folder import Stopwatch, check_same_run
 from ..training import train_stage
 from .costs import UpdateCosts
 from .settings import Settings
-from .stages import TITLES, UNTRAINED, stage_options
+from .stages import ARMS, TITLES, UNTRAINED, stage_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,29 +127,23 @@ class LanguageModelDemo:
 
     # -- training --------------------------------------------------------------------------------
 
-    def train_sft(self) -> None:
-        """The supervised models: one that is cut short, and one that is trained for longer."""
-        for stage in ("sft", "sft_long"):
-            lora = LoraConfig(
-                r=self.settings.lora_rank,
-                lora_alpha=2 * self.settings.lora_rank,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
-            self._train(stage, self._untrained, lora)
+    def train(self, stage: str) -> None:
+        """One of ``TITLES``: an arm goes on from ``sft``, the others begin a new adapter."""
+        lora = LoraConfig(
+            r=self.settings.lora_rank,
+            lora_alpha=2 * self.settings.lora_rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
 
-    def train_arm(self, arm: str) -> None:
-        """One of ``ARMS``, from the supervised model that was cut short."""
-        self._train(arm, lambda: self._adapted("sft", trained=True))
-
-    def _train(self, stage: str, model: Callable[[], Any], lora: LoraConfig | None = None) -> None:
         def make_trainer(args: StepAgentConfig) -> StepAgentTrainer:
+            goes_on = stage in ARMS
             return StepAgentTrainer(
-                model(),
+                self._adapted("sft", trained=True) if goes_on else self._untrained(),
                 args,
                 self.trajectories,
                 self.tokenizer,
-                peft_config=lora,
+                peft_config=None if goes_on else lora,
                 env=self.settings.environment,
                 callbacks=[UpdateCosts()],
             )

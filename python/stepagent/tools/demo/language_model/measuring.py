@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ....acting.inspection import inspect
 from ....data.actions import PLAIN
@@ -46,6 +48,8 @@ def measure_stage(demo: LanguageModelDemo, stage: str) -> dict[str, list[float]]
         "agreement": _agreement(demo, stage),
     }
     write_text(path, json.dumps(found))
+    means = (f"{name.replace('_', ' ')} {np.mean(values):.1%}" for name, values in found.items())
+    tqdm.write(f"{stage}: {', '.join(means)}", file=sys.stderr)
     return found
 
 

@@ -70,7 +70,7 @@ class LanguageModelDemo:
 
     def expert(self, file: str, seeds: Sequence[int]) -> list[Trajectory]:
         """The expert's episodes, kept in ``file``, as trajectories."""
-        episodes = self._episodes(self.folder / file, ExpertPolicy, "expert", seeds)
+        episodes = self._episodes(self.folder / file, ExpertPolicy, "expert", seeds, None)
         return [episode.trajectory() for episode in episodes]
 
     def episodes(self, stage: str) -> list[Episode]:
@@ -78,7 +78,8 @@ class LanguageModelDemo:
         path = self.folder / stage / "episodes.jsonl"
         path.parent.mkdir(exist_ok=True)
         seeds = self.settings.evaluation_seeds
-        return self._episodes(path, lambda: self._policy(stage), stage, seeds)
+        limit = self.settings.max_steps
+        return self._episodes(path, lambda: self._policy(stage), stage, seeds, limit)
 
     def _policy(self, stage: str) -> ModelPolicy:
         policy = ModelPolicy(
@@ -96,16 +97,20 @@ class LanguageModelDemo:
         return self.instructions if stage == UNTRAINED else None
 
     def _episodes(
-        self, path: Path, policy: Callable[[], Policy], name: str, seeds: Sequence[int]
+        self,
+        path: Path,
+        policy: Callable[[], Policy],
+        name: str,
+        seeds: Sequence[int],
+        max_steps: int | None,
     ) -> list[Episode]:
         """Run and keep those that ``path`` does not have. A batch runs as a whole: it decides
         rounding, so that what is missing is what it would have been."""
-        s = self.settings
         run = {
             "command": "demo",
-            "env": s.environment,
+            "env": self.settings.environment,
             "policy": name,
-            "max_steps": s.max_steps,
+            "max_steps": max_steps,
             "batch_size": _BATCH,
         }
         with open_episodes(path, run, seeds) as file:
@@ -114,10 +119,10 @@ class LanguageModelDemo:
             found: list[Episode] = []
             if missing:
                 found = run_episodes(
-                    s.environment,
+                    self.settings.environment,
                     policy(),
                     [seed for batch in missing for seed in batch],
-                    max_steps=s.max_steps,
+                    max_steps=max_steps,
                     batch_size=_BATCH,
                     progress=name,
                     on_end=file.append,

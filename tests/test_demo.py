@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("minigrid")
 
+from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.records.episodes import load_episodes
 from stepagent.report.demo import closing_table
 from stepagent.tools import demo
@@ -92,7 +93,7 @@ def test_a_second_run_reuses_what_is_there(
     def train(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(demo.StepAgentTrainer, "train", train)
+    monkeypatch.setattr(StepAgentTrainer, "train", train)
     again = demo.run_demo(folder, TINY)
     assert again["seconds"] >= metrics["seconds"]
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
@@ -103,15 +104,15 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
 ) -> None:
     """Ctrl-C in the middle of StepAgent's second cycle, then the same command again."""
     _, metrics = finished
-    log_cycle = demo.StepAgentTrainer.log_cycle
+    log_cycle = StepAgentTrainer.log_cycle
 
-    def interrupt(trainer: demo.StepAgentTrainer) -> None:
+    def interrupt(trainer: StepAgentTrainer) -> None:
         log_cycle(trainer)
         if trainer.args.method == "implicit" and trainer.state.epoch == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo.StepAgentTrainer, "log_cycle", interrupt)
+        patch.setattr(StepAgentTrainer, "log_cycle", interrupt)
         with pytest.raises(KeyboardInterrupt):
             demo.run_demo(tmp_path, TINY)
     resumed = demo.run_demo(tmp_path, TINY)

@@ -53,8 +53,8 @@ def run_cell(folder: Path, run: int, arm: str) -> dict[str, Any]:
     path = folder / f"run{run}" / "cells" / f"{arm}.json"
     if path.exists():
         return json.loads(path.read_text())
-    stages = demo._Demo(folder / f"run{run}", replace(demo.Settings(), seed=run), "implicit")
-    stages._train_sft()
+    stages = demo.Demo(folder / f"run{run}", replace(demo.Settings(), seed=run), "implicit")
+    stages.train_sft()
     model, result = stages.model("sft"), {"run": run, "arm": arm}
     if arm != "SFT":
         stage, options = ARMS[arm]
@@ -76,7 +76,7 @@ def run_cell(folder: Path, run: int, arm: str) -> dict[str, Any]:
             "expert_answers": sum(entry.get("expert_answers", 0) for entry in cycles),
         }
         model = trainer.model
-    episodes = stages._episodes(stages._policy(model), stages.settings.evaluation_seeds, arm)
+    episodes = stages.episodes(stages.policy(model), stages.settings.evaluation_seeds, arm)
     result["success"] = [int(episode.success) for episode in episodes]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))

@@ -22,6 +22,13 @@ _KINDS = {
 }
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$STEPAGENT_CACHE``, or else in the user's cache."""
+    chosen = os.environ.get("STEPAGENT_CACHE")
+    cache = chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "stepagent")
+    return Path(cache).expanduser()
+
+
 def destination(path: str | os.PathLike[str]) -> Path:
     """What ``path`` leads to, with symbolic links followed: a regular file, or nothing yet.
 

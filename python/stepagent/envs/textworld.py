@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from stepagent.envs.base import ExpertUnavailable
+from stepagent.files import cache_folder
 
 SIZES = {
     "easy": {"rooms": 3, "objects": 6, "quest": 4},
@@ -93,10 +94,7 @@ def game_folder() -> Path:
 
     A game depends on TextWorld's version, its size and its seed, by which it is named.
     """
-    cache = os.environ.get("STEPAGENT_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "stepagent"
-    )
-    return Path(cache).expanduser() / "textworld" / str(textworld.__version__)
+    return cache_folder() / "textworld" / str(textworld.__version__)
 
 
 def kept_game(folder: Path, size: dict[str, int], seed: int) -> str:

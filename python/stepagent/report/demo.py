@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .board import style
-from .numbers import number
+from .numbers import number, points
 from .page import write_page
 from .runs import Run, load_run
 
@@ -17,7 +17,9 @@ __all__ = ["ExampleStep", "ExampleTrajectory", "closing_table", "write_demo_repo
 
 _LABELS = {
     "random": "Random actions",
+    "zero_shot": "Untrained",
     "sft": "SFT",
+    "sft_long": "SFT, for longer",
     "sft_continued": "SFT continued",
     "dagger": "DAgger",
     "stepagent_expert_states": "StepAgent, expert’s states",
@@ -64,7 +66,22 @@ def write_demo_report(folder: Path, metrics: dict[str, Any], example: ExampleTra
     KeyError for a required key that is missing.
     """
     _require(metrics)
-    agents = _agents(metrics)
+    write_stages_page(folder, metrics, example, "demo.html.jinja")
+
+
+def write_stages_page(
+    folder: Path,
+    metrics: dict[str, Any],
+    example: ExampleTrajectory,
+    template: str,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill ``template`` about the stages in ``folder`` that ``metrics`` has a success rate of.
+
+    Args:
+        more: what the template needs beside the values of the demo's page.
+    """
+    agents = stages_of(metrics)
     runs = _runs(folder, agents)
     names, states = [run.name for run in runs], metrics[metrics["main"]]["states"]
     values = {
@@ -76,10 +93,9 @@ def write_demo_report(folder: Path, metrics: dict[str, Any], example: ExampleTra
         "hyperparameters": dict(_flatten(metrics.get("hyperparameters") or {})),
         "example": example,
         "strength": lambda reward: _strength(reward, _scale(example)),
+        **(more or {}),
     }
-    write_page(
-        folder / "report.html", "demo.html.jinja", runs, baseline=label("sft"), values=values
-    )
+    write_page(folder / "report.html", template, runs, baseline=label("sft"), values=values)
 
 
 def label(agent: str) -> str:
@@ -87,7 +103,7 @@ def label(agent: str) -> str:
     return _LABELS.get(agent, agent.replace("_", " "))
 
 
-def _agents(metrics: Mapping[str, Any]) -> list[str]:
+def stages_of(metrics: Mapping[str, Any]) -> list[str]:
     """The stages that were evaluated: those with a label in its order, then the others."""
     found = [name for name, v in metrics.items() if isinstance(v, Mapping) and "success_rate" in v]
     order = list(_LABELS)
@@ -136,21 +152,28 @@ def _strength(reward: float | None, scale: float) -> float:
 def closing_table(metrics: dict[str, Any]) -> str:
     """What was reached, for the terminal."""
     rows = [f"{'':28}{'success':>9}   95 % interval   expert's action on held-out states"]
-    for name in _agents(metrics):
+    for name in stages_of(metrics):
         result, same = metrics[name], metrics["expert_agreement"].get(name)
         low, high = result["interval"]
         agreement = "" if same is None else f"{same:.1%}"
         rate = f"{result['success_rate']:.1%}"
         rows.append(f"{label(name):28}{rate:>9}   {low:.1%} … {high:.1%}   {agreement:>8}")
-    for rival, difference in metrics["differences"].items():
-        gain = {k: 100 * v for k, v in difference.items()}
-        rows.append(
-            f"{label(metrics['main'])} − {label(rival)}: {gain['mean']:+.1f} points "
-            f"(95 % interval {gain['low']:+.1f} … {gain['high']:+.1f}, paired)"
-        )
+    rows += gains(metrics)
     tokens = metrics["tokens"]
     rows.append(
         f"tokens encoded in trees: {tokens['unique']:,}; as separate pairs: {tokens['naive']:,} "
         f"({tokens['naive'] / tokens['unique']:.1f}×)"
     )
     return "\n".join(rows)
+
+
+def gains(metrics: Mapping[str, Any]) -> list[str]:
+    """The main stage's success less that of each other, a line each."""
+    rows = []
+    for rival, difference in metrics["differences"].items():
+        mean, low, high = (points(difference[key]) for key in ("mean", "low", "high"))
+        rows.append(
+            f"{label(metrics['main'])} − {label(rival)}: {mean} points "
+            f"(95 % interval {low} … {high}, paired)"
+        )
+    return rows

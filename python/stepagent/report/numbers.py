@@ -65,6 +65,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def gigabytes(size: float | None) -> str:
+    """A size in bytes."""
+    return formatted(number(size) / 1e9, ".1f") + ("" if math.isnan(number(size)) else " GB")
+
+
 def visible(text: object) -> str:
     """Control characters as their pictures (NUL is ␀), lone surrogates as �: HTML has neither.
 
@@ -83,5 +88,5 @@ def _picture(match: re.Match[str]) -> str:
 
 
 FILTERS: tuple[Callable[..., str], ...] = (
-    *(percent, interval, points, signed, count, times, plain, duration, visible),
+    *(percent, interval, points, signed, count, times, plain, duration, gigabytes, visible),
 )

@@ -575,8 +575,9 @@ def test_an_invalid_option_is_named(args, options, message):
 
 
 def test_what_would_not_be_used_is_refused(trainer, args):
+    unset = {"critic_epochs": 10, "discriminator_replay": 1}
     with pytest.raises(ValueError, match="discriminator is given, but method='implicit' has none"):
-        trainer(method="implicit", critic_epochs=10, discriminator=tiny_agent())
+        trainer(method="implicit", discriminator=tiny_agent(), **unset)
     with pytest.raises(ValueError, match="kl_in='reward' needs a ref_model"):
         trainer(kl_in="reward", kl_coef=0.1)
 

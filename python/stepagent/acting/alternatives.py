@@ -24,7 +24,8 @@ from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode, split_system
-from .lockstep import Options, Start, roll_out
+from .lockstep import roll_out
+from .runs import Options, Start
 from .rollout import env_seed
 
 if TYPE_CHECKING:

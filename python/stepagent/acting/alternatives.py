@@ -25,8 +25,8 @@ from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode, split_system
 from .lockstep import roll_out
-from .runs import Options, Start
 from .rollout import env_seed
+from .runs import Options, Start
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -264,7 +264,7 @@ def _laid_out(lines: list[list[_Step]], control: ControlTokens) -> Trunk:
     for line in lines:
         tokens = _tokens(line[-1].text, before, control)
         found = _spans([step for step in line if step.index >= 0], tokens, control)
-        depth = min(_common_prefix(path, tokens.ids), found[0][0] - 1)
+        depth = min(common_prefix(path, tokens.ids), found[0][0] - 1)
         if depth < len(path):
             rewinds.append((len(ids), depth))
         end = len(tokens.ids) if line is lines[-1] else found[-1][1]
@@ -279,7 +279,7 @@ def _tokens(text: str, before: Tokens | None, control: ControlTokens) -> Tokens:
     """The tokens of a text; what it has in common with the one before is not tokenized again."""
     if before is None:
         return control.tokenize(text)
-    place, token = before.last_anchor(_common_prefix(before.text, text))
+    place, token = before.last_anchor(common_prefix(before.text, text))
     rest = control.tokenize(text[place:])
     kept = before.anchors[before.anchors[:, 0] < place]
     anchors = np.concatenate([kept, rest.anchors + np.array([place, token])])
@@ -309,7 +309,7 @@ def _spans(steps: Sequence[_Step], tokens: Tokens, control: ControlTokens) -> li
 
 
 def _seam(step: _Step, state: list[int], ids: list[int], control: ControlTokens) -> ValueError:
-    same = _common_prefix(state, ids)
+    same = common_prefix(state, ids)
     shared = len(control.decode(ids[:same]))
     before, token = control.decode(state)[shared:], control.decode(ids[: same + 1])[shared:]
     if not token.startswith(before):
@@ -321,7 +321,7 @@ def _seam(step: _Step, state: list[int], ids: list[int], control: ControlTokens)
     )
 
 
-def _common_prefix(a: Any, b: Any) -> int:
+def common_prefix(a: Any, b: Any) -> int:
     """How much two sequences have in common at their beginnings."""
     low, high = 0, min(len(a), len(b))
     while low < high:

@@ -137,6 +137,12 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
         if self.states == "expert" and self.rollouts is not None:
             raise ValueError(f"rollouts={self.rollouts} needs states='agent'")
+        if self.scored_part != "all" and self.action_format == "plain":
+            raise ValueError(
+                f"scored_part={self.scored_part!r} needs an action_format that tells thought from "
+                "action, got 'plain', in which there is nothing to leave out: take 'react', 'json' "
+                "or 'tool_call'"
+            )
         if self.has_cycles and self.max_steps > 0:
             raise ValueError(
                 f"max_steps={self.max_steps} cannot be combined with cycles: "

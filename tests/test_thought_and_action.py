@@ -473,6 +473,26 @@ def test_a_run_on_actions_resumes_as_if_it_had_not_stopped(config, learnt, tmp_p
             assert metrics[1][name] == value or name.endswith(("runtime", "per_second"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dagger", "implicit", "inverse"])
+def test_at_the_agent_s_states_the_expert_s_answers_count_as_actions(config, model, method):
+    """The agent writes no action here: all of its text counts, of the answers the action alone."""
+    options = {"states": "agent", "rollouts": 2, "max_steps_per_episode": 2, "cycles": 1}
+    if method == "inverse":
+        options["critic_epochs"] = 1
+    args = config(method=method, scored_part="action", max_new_tokens=6, **options)
+    made = StepAgentTrainer(deepcopy(model), args, ROWS, TOKENIZER, env="babyai:GoToLocalS6N2")
+    made.train()
+    for one in made._comparisons[-2:]:
+        steps = one.step_tokens()
+        of_steps = np.split(one.counted, np.cumsum([*map(len, steps)])[:-1])
+        for ids, number, mask in zip(steps, one.action_ids, of_steps, strict=True):
+            said = TOKENIZER.decode(ids[mask][:-1] if number >= 0 else ids[mask]).strip()
+            whole = TOKENIZER.decode(ids).strip()
+            assert said == whole if number < 0 else whole == f"Action: {said}<|im_end|>"
+        assert (one.action_ids >= 0).any()
+
+
 # ------------------------------------------------------------------ bad input
 
 

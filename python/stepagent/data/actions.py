@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -56,6 +56,7 @@ class ActionFormat:
         write: the text of an action alone, as the expert's; without a thought.
         refusal: what the agent reads after a text without an action.
         instructions: asks a model to write so; may be empty.
+        place: where an action stands that is no piece of its text, as a call's name and arguments.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ActionFormat:
     write: Callable[[str], str] = field(compare=False, default=str)
     refusal: str = field(compare=False, default="Invalid format. The answer holds no action.")
     instructions: str = field(compare=False, default="")
+    place: Callable[[str], tuple[int, int] | None] | None = field(compare=False, default=None)
 
     def parse(self, text: str) -> Parsed:
         """Thought and action of a text.
@@ -84,6 +86,39 @@ class ActionFormat:
         if not isinstance(action, str):
             raise TypeError(f"action format {self.name!r} must give a str, got {action!r}")
         return Parsed(action, thought)
+
+    def located(self, text: str) -> tuple[int, int] | None:
+        """Where in a text its action stands: the rest is thought, and what marks the two.
+
+        A thought may hold the action's words as well. The action is where another word, put in
+        its place, is what the format reads.
+
+        Args:
+            text: all that the model wrote in one turn.
+
+        Returns:
+            (start, stop) in characters; None for a text without an action.
+
+        Raises:
+            ValueError: where the format reads an action that stands nowhere in the text.
+        """
+        action = self.parse(text).action
+        if action is None:
+            return None
+        probe = "probe"
+        while probe in text:
+            probe += "e"
+        for start, stop in _mentions(action, text):
+            if self.parse(text[:start] + probe + text[stop:]).action == probe:
+                return start, stop
+        found = self.place(text) if self.place else None
+        if found is None:
+            raise ValueError(
+                f"action format {self.name!r} must read an action that stands in the text, got "
+                f"{action!r} of {text!r}: take scored_part='all', or a format whose action is a "
+                "piece of what the model writes"
+            )
+        return found
 
     def written(self, action: str) -> str:
         """The text of an action alone; ValueError where it would be read as another."""
@@ -191,6 +226,18 @@ def _tool_call(text: str) -> str:
     return _called(call["name"], arguments or {})
 
 
+def _call_place(text: str) -> tuple[int, int] | None:
+    """Where the call's JSON object stands."""
+    spoken = _spoken(text)
+    before = len(text.rstrip()) - len(spoken)  # the thinking
+    marked = _CALL.search(spoken)
+    found = _found_object(marked[1] if marked else spoken)
+    if found is None:
+        return None
+    before += marked.start(1) if marked else 0
+    return before + found[1], before + found[2]
+
+
 def _called(name: str, arguments: dict[str, Any]) -> str:
     """The argument ``action`` where there is one; otherwise the name and what it is given."""
     if isinstance(arguments.get("action"), str):
@@ -220,6 +267,7 @@ FORMATS: dict[str, ActionFormat] = {
         write=lambda action: call_text("act", {"action": action}),
         refusal="Invalid format. The answer must contain a tool call.",
         instructions="Answer with one tool call, as\n" + call_text("act", {"action": "…"}),
+        place=_call_place,
     ),
 }
 
@@ -267,17 +315,39 @@ def _unwrapped(action: str) -> str:
     return action
 
 
+def _mentions(action: str, text: str) -> Iterator[tuple[int, int]]:
+    """Where a text has these words: to the letter, or as a JSON string with its escapes."""
+    start = text.find(action) if action else -1
+    while start >= 0:
+        yield start, start + len(action)
+        start = text.find(action, start + 1)
+    decoder = json.JSONDecoder(strict=False)
+    for quote in re.finditer('"', text):
+        try:
+            inner, stop = decoder.raw_decode(text, quote.start())
+        except ValueError:
+            continue
+        if inner.strip() == action:
+            yield quote.end(), stop - 1
+
+
 def _first_object(text: str) -> dict[str, Any] | None:
     """The first JSON object in a text."""
+    found = _found_object(text)
+    return found[0] if found else None
+
+
+def _found_object(text: str) -> tuple[dict[str, Any], int, int] | None:
+    """The first JSON object in a text, and where it stands."""
     decoder = json.JSONDecoder(strict=False)
     place = text.find("{")
     while place >= 0:
         try:
-            found, _ = decoder.raw_decode(text, place)
+            found, stop = decoder.raw_decode(text, place)
         except ValueError:
-            found = None
+            found, stop = None, place
         if isinstance(found, dict):
-            return found
+            return found, place, stop
         place = text.find("{", place + 1)
     return None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..acting.server_policies import EnginePolicy
 from ..data.actions import ActionFormat, FormatName
 from ..data.actions import action_format as as_format
 from ..data.arguments import with_arguments
-from ..data.branch import Branch, action_reader
+from ..data.branch import Branch, action_of
 from ..data.draws import check_count
 from ..data.ends import ends_of, given_ends
 from ..data.trunk import Trunk
@@ -96,7 +97,7 @@ def diagnose(
         raise ValueError(f"env and seeds must be given together, got env={env!r}, seeds={seeds!r}")
     ends = ends_of(trunks) if eos_token_id is None else given_ends(eos_token_id, "diagnose")
     form = as_format(action_format)
-    read = action_reader(form, tokenizer, {*ends, *ends_of(trunks)})
+    read = partial(action_of, form=form, tokenizer=tokenizer, ends={*ends, *ends_of(trunks)})
     own = _own_actions(trunks, read, form)
     longest = max(int(np.diff(trunk.action_spans).max()) for trunk in trunks)
     asked: dict[str, Any] = {

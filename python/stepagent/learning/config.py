@@ -148,6 +148,12 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} must be {rule}, got {value}")
         self._check_states()
+        if self.scored_part != "all" and self.action_format == "plain":
+            raise ValueError(
+                f"scored_part={self.scored_part!r} needs an action_format that tells thought from "
+                "action, got 'plain', in which there is nothing to leave out: take 'react', 'json' "
+                "or 'tool_call'"
+            )
         if self.has_cycles and self.max_steps > 0:
             raise ValueError(
                 f"max_steps={self.max_steps} cannot be combined with cycles: "

@@ -10,6 +10,9 @@ own likelihood q stands in, which begins as the policy's:
 
     logit of D = log π(a|s) − log q(a|s) + head(row),    log π(a|s) = Σ log π of the action's tokens
 
+Of an action that follows a thought, log π(a|s) is a sum over all thoughts, which is not known:
+there the logit is head(row).
+
 S steps of the trees, E discriminators, H hidden.
 """
 
@@ -82,13 +85,16 @@ class StepCritic(nn.Module):
             logq_S=step_sums(logq_N, offsets.to(logq_N.device)),
         )
 
-    def logits(self, reading: StepReading, logp_S: Tensor) -> Tensor:
+    def logits(self, reading: StepReading, logp_S: Tensor | None) -> Tensor:
         """(E, S) logits of D = P(agent | s, a).
 
         Args:
-            logp_S: (S,) log π of each action under the policy that is judged.
+            logp_S: (S,) log π of each action under the policy that is judged; None where it is not
+                known, as of an action after any thought: the heads have to learn all then.
         """
         heads_ES = torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
+        if logp_S is None:
+            return heads_ES
         return heads_ES + (logp_S.to(reading.logq_S) - reading.logq_S)
 
     def values(self, state_SH: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,21 @@ from ..data.trunk import Trunk
 from ..trees.tree import TokenTree, pack_step_pairs
 from .averages import Counts
 
-SCORES = ("ref_logps", "old_logps", "advantages")  # of a Comparison, in its order
+TOKEN_SCORES = ("ref_logps", "old_logps")
+SCORES = (*TOKEN_SCORES, "advantages")  # of a Comparison, in its order
+PARTS = ("action_ids", "counted")  # what `learning/parts.py` says of a Comparison
+_OPTIONAL = (*SCORES, *PARTS, "observed", "teacher_T")
 
 
 def _nothing() -> NDArray[np.float32]:
     return np.zeros(0, dtype=np.float32)
 
 
-def _none() -> NDArray[np.bool_]:
+def _no_ids() -> NDArray[np.int32]:
+    return np.zeros(0, dtype=np.int32)
+
+
+def _no_flags() -> NDArray[np.bool_]:
     return np.zeros(0, dtype=np.bool_)
 
 
@@ -34,7 +41,7 @@ def _none() -> NDArray[np.bool_]:
 class Comparison:
     """One trajectory of a cycle.
 
-    The scores are in the order of the trunk's tree, and empty where the method needs none.
+    The arrays are in the order of the trunk's tree, and empty where they are not needed.
 
     Args:
         branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
@@ -47,6 +54,9 @@ class Comparison:
             predicted; empty where none is.
         teacher_T: (T,) bool, the steps of a rollout at which the expert acted in the agent's place:
             there the branch is what the agent would have done. Empty where it never did.
+        action_ids: (S,) int32, steps of one state with one id are one action, whatever they say
+            beside it; -1 for a step without an action. Empty: as many actions as texts.
+        counted: (N,) bool, the tokens that losses cover; empty: all.
     """
 
     trunk: Trunk
@@ -55,8 +65,10 @@ class Comparison:
     ref_logps: NDArray[np.float32] = field(default_factory=_nothing)
     old_logps: NDArray[np.float32] = field(default_factory=_nothing)
     advantages: NDArray[np.float32] = field(default_factory=_nothing)
-    observed: NDArray[np.bool_] = field(default_factory=_none)
-    teacher_T: NDArray[np.bool_] = field(default_factory=_none)
+    action_ids: NDArray[np.int32] = field(default_factory=_no_ids)
+    counted: NDArray[np.bool_] = field(default_factory=_no_flags)
+    observed: NDArray[np.bool_] = field(default_factory=_no_flags)
+    teacher_T: NDArray[np.bool_] = field(default_factory=_no_flags)
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
@@ -84,6 +96,14 @@ class Comparison:
         """Tokens that its tree encodes, or a few more."""
         return len(self.trunk.input_ids) + sum(len(b) for step in self.branches for b in step)
 
+    def step_tokens(self) -> list[NDArray[np.int32]]:
+        """The tokens of each step, in the order of the tree: the trunk's own, then the branches."""
+        return [
+            action
+            for (start, stop), tried in zip(self.trunk.action_spans, self.branches, strict=True)
+            for action in (self.trunk.input_ids[start:stop], *tried)
+        ]
+
 
 def pack_comparisons(comparisons: Sequence[Comparison], max_tokens: int) -> list[TokenTree]:
     """The token trees of a batch, each under ``max_tokens``.
@@ -110,12 +130,13 @@ class StepTable:
     """The steps of a batch of trees, and which of them are compared.
 
     Attributes:
-        offsets: (S+1,) into the scored tokens.
+        offsets: (S+1,) into the tokens that count.
         trunk_S: The trajectory of each step.
         state_S: A number for its state, the same for all actions there.
         expert_S: True where the step is the expert's action; else the agent's, or observed.
         expert_P, agent_P: (P,) the two steps of each compared pair.
-        same_P: True where both are the same tokens.
+        same_P: True where both are the same action: the same tokens, or read as the same.
+        counted_N: (N,) bool, those of the trees' scored tokens that count; None: all.
     """
 
     offsets: Tensor
@@ -125,15 +146,24 @@ class StepTable:
     expert_P: Tensor
     agent_P: Tensor
     same_P: Tensor
+    counted_N: Tensor | None = None
 
     @classmethod
-    def of(cls, trees: Sequence[TokenTree], expert: Tensor) -> StepTable:
+    def of(
+        cls,
+        trees: Sequence[TokenTree],
+        expert: Tensor,
+        *,
+        action_ids_S: Tensor | None = None,
+        counted_N: Tensor | None = None,
+    ) -> StepTable:
         """The steps of ``trees``.
 
         Args:
             trees: Packed from trunks and branches.
             expert: bool per step of the trunks, one trunk after the other: the trunk's action
                 there is the expert's and the branches are the agent's; else the reverse.
+            action_ids_S, counted_N: as a `Comparison`'s, of all trunks.
         """
 
         def joined(name: str) -> Tensor:
@@ -144,11 +174,21 @@ class StepTable:
         expert_own_S = expert.cpu()[state_S]
         lengths_S = torch.cat([torch.as_tensor(t.step_offsets).cpu().diff() for t in trees]).long()
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths_S.cumsum(0)])
+        if counted_N is not None:
+            before_N = torch.cat([torch.zeros(1, dtype=torch.long), counted_N.long().cumsum(0)])
+            offsets = before_N[offsets]
         tried_P = torch.nonzero(branch_S > 0).squeeze(1)
         own_P = tried_P - branch_S[tried_P]
         swap_P = ~expert_own_S[tried_P]
         labels_N = joined("labels")
         actions = torch.split(labels_N, lengths_S.tolist())
+        same_P = torch.tensor(
+            [torch.equal(actions[a], actions[b]) for a, b in zip(tried_P, own_P, strict=True)],
+            dtype=torch.bool,
+        )
+        if action_ids_S is not None:
+            ids_P = action_ids_S[tried_P]
+            same_P |= (ids_P >= 0) & (ids_P == action_ids_S[own_P])
         return cls(
             offsets=offsets,
             trunk_S=trunk_S,
@@ -156,15 +196,18 @@ class StepTable:
             expert_S=(branch_S == 0) == expert_own_S,
             expert_P=torch.where(swap_P, tried_P, own_P),
             agent_P=torch.where(swap_P, own_P, tried_P),
-            same_P=torch.tensor(
-                [torch.equal(actions[a], actions[b]) for a, b in zip(tried_P, own_P, strict=True)],
-                dtype=torch.bool,
-            ),
+            same_P=same_P,
+            counted_N=counted_N,
         )
 
     def to(self, device: torch.device) -> StepTable:
         """A copy on ``device``."""
-        return StepTable(**{name: value.to(device) for name, value in vars(self).items()})
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return StepTable(**{name: value.to(device) for name, value in given.items()})
+
+    def counting(self, values_N: Tensor) -> Tensor:
+        """Of values of all scored tokens, those of the tokens that count; in order."""
+        return values_N if self.counted_N is None else values_N[self.counted_N]
 
     def counts(self) -> Counts:
         """What there is to average over."""
@@ -207,7 +250,32 @@ def pack_with_steps(
     """The trees of a batch and the table of their steps."""
     trees = pack_comparisons(comparisons, max_tokens)
     expert = np.concatenate([c.expert_T for c in comparisons])
-    return trees, StepTable.of(trees, torch.from_numpy(expert))
+    steps = StepTable.of(
+        trees,
+        torch.from_numpy(expert),
+        action_ids_S=_of_all(comparisons, "action_ids", lambda step: np.full(1, -1, np.int32)),
+        counted_N=_of_all(comparisons, "counted", lambda step: np.ones(len(step), dtype=bool)),
+    )
+    return trees, steps
+
+
+def _of_all(
+    comparisons: Sequence[Comparison],
+    name: str,
+    default: Callable[[NDArray[np.int32]], NDArray[Any]],
+) -> Tensor | None:
+    """One of the `PARTS` of all comparisons; None where none has it.
+
+    Args:
+        default: of a step, where a comparison is without.
+    """
+    if not any(len(getattr(c, name)) for c in comparisons):
+        return None
+    found = [
+        part if len(part := getattr(c, name)) else np.concatenate([*map(default, c.step_tokens())])
+        for c in comparisons
+    ]
+    return torch.from_numpy(np.concatenate(found))
 
 
 def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
@@ -248,12 +316,8 @@ def save_comparisons(
         "branch_ids": _flat(branches),
         "branch_lengths": _lengths(branches),
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
-        "observed": np.concatenate([c.observed for c in comparisons]),
-        "observed_lengths": _lengths([c.observed for c in comparisons]),
-        "teacher": np.concatenate([c.teacher_T for c in comparisons]),
-        "trunk_teacher": _lengths([c.teacher_T for c in comparisons]),
     }
-    for name in SCORES:
+    for name in _OPTIONAL:
         scores = [getattr(c, name) for c in comparisons]
         arrays |= {name: np.concatenate(scores), f"{name}_lengths": _lengths(scores)}
     save_file(arrays, path, metadata={"progress": json.dumps(progress)})
@@ -279,20 +343,14 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     rewinds: Sequence[Any] = [()] * len(spans)  # a file of before has none
     if "rewinds" in arrays:
         rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"])
-    observed: Sequence[Any] = [_none()] * len(spans)  # nor these
-    if "observed" in arrays:
-        observed = _split(arrays["observed"], arrays["observed_lengths"])
-    teacher: Sequence[Any] = [_none()] * len(spans)
-    if "teacher" in arrays:
-        teacher = _split(arrays["teacher"], arrays["trunk_teacher"])
+    # A file of before lacks some.
+    optional = [name for name in _OPTIONAL if name in arrays]
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         rewinds,
         arrays["expert_trunk"],
-        teacher,
-        observed,
-        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in SCORES),
+        *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in optional),
         strict=True,
     )
     comparisons = [
@@ -300,11 +358,9 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
             Trunk(ids, spans, backs),
             [next(steps) for _ in spans],
             bool(expert),
-            **dict(zip(SCORES, scores, strict=True)),
-            observed=seen,
-            teacher_T=taught,
+            **dict(zip(optional, values, strict=True)),
         )
-        for ids, spans, backs, expert, taught, seen, *scores in columns
+        for ids, spans, backs, expert, *values in columns
     ]
     return comparisons, progress
 

@@ -38,6 +38,7 @@ from .cycle import (
 from .held_out import HeldOut, best_metric, held_out, key_of, load_pairs, metric_names, save_pairs
 from .methods import method_class
 from .methods.method import Batch, Method
+from .parts import StepParts
 from .scoring import Scorer
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ class Evaluator:
         self._compute_metrics, self._sharded = compute_metrics, sharded
         self._cycle: int | None = None
 
+    @property
+    def _parts(self) -> StepParts:
+        return StepParts.of_run(self._args, self._tokenizer, self._collector.end_tokens)
+
     def restart(self) -> None:
         """Forget the cycle."""
         self._cycle = None
@@ -87,7 +92,7 @@ class Evaluator:
             branches = self._acts(policy, held, samples, temperature, cycle)
             tried = [[[b.token_ids for b in step] for step in steps] for steps in branches]
             pairs = zip(held.trunks, tried, strict=True)
-            comparisons = [Comparison(t, b, expert_trunk=True) for t, b in pairs]
+            comparisons = self._parts.told([Comparison(t, b, expert_trunk=True) for t, b in pairs])
             held.comparisons = self._scorer.with_scores(
                 policy, comparisons, method.scores, sharded=self._sharded
             )
@@ -156,7 +161,9 @@ class Evaluator:
         *,
         predicts: bool = False,
     ) -> tuple[dict[str, float], EvalPrediction | None]:
-        comparisons = held.comparisons or [Comparison.demonstration(t) for t in held.trunks]
+        comparisons = held.comparisons or self._parts.told(
+            [Comparison.demonstration(t) for t in held.trunks]
+        )
         scored = self._scorer.scored(policy, comparisons, alike=self._sharded)
         logps_N = torch.from_numpy(np.concatenate(scored)).double()
         _, steps = pack_with_steps(comparisons, self._args.max_tokens)
@@ -185,7 +192,7 @@ class Evaluator:
             name: torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
             for name in SCORES
         }
-        batch = Batch(logps_N, None, scores, steps, steps.counts())
+        batch = Batch.of(logps_N, None, scores, steps, steps.counts())
         found = {"nll": float(batch.nll())}
         values = method.measure(batch, comparisons)
         return found | {name: float(v.double().mean()) for name, v in values.items() if len(v)}
@@ -218,7 +225,7 @@ class Evaluator:
         wanted = self._args.include_for_metrics
         losses = None
         if "loss" in wanted:
-            nll_T = -step_sums(logps_N, steps.offsets)[steps.expert_S]
+            nll_T = -step_sums(steps.counting(logps_N), steps.offsets)[steps.expert_S]
             sizes = [trunk.num_steps for trunk in trunks]
             losses = [part.double().numpy() for part in torch.split(nll_T, sizes)]
         experts = [[t.input_ids[start:stop] for start, stop in t.action_spans] for t in trunks]

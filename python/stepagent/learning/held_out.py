@@ -17,6 +17,7 @@ from .collecting import Collector, longest_action
 from .cycle import Comparison, load_comparisons, save_comparisons
 from .loading import encode_all
 from .methods import method_class
+from .parts import StepParts
 from .preflight import check_budget
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def held_out(
         longest = args.max_new_tokens or max(collector.max_new_tokens, longest_action(trunks))
         inspects = bool(method_class(args.method, args.states).scores)
         check_budget(policy, trunks, args, longest, inspects=inspects, name=name)
+        StepParts.of_run(args, tokenizer, collector.end_tokens).check(trunks, name)
         sets[str(key)] = HeldOut(trunks, first)
         first += len(trunks)
     return sets

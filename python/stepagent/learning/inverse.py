@@ -41,10 +41,12 @@ from .cycle import (
     save_comparisons,
 )
 from .losses import discriminator_loss, inverse_step_reward, kl_terms
+from .parts import StepParts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..trees.tree import TokenTree
     from .config import StepAgentConfig
 
 CRITIC_FILE, REPLAY_FILE = "critic.safetensors", "replay.safetensors"
@@ -63,10 +65,18 @@ class InverseReflection:
     """The discriminators, the value function, their optimiser, and the cycles they remember."""
 
     def __init__(
-        self, policy: PreTrainedModel, args: StepAgentConfig, body: PreTrainedModel | None = None
+        self,
+        policy: PreTrainedModel,
+        args: StepAgentConfig,
+        body: PreTrainedModel | None = None,
+        parts: StepParts | None = None,
     ) -> None:
-        """``body`` judges; None: what ``args.discriminator_body`` says."""
+        """``body`` judges; None: what ``args.discriminator_body`` says.
+
+        ``parts``: where its format has thoughts, actions are judged without them.
+        """
         self._args = args
+        self._parts = None if parts is None or parts.plain else parts
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             self.critic = StepCritic(
@@ -157,7 +167,8 @@ class InverseReflection:
         if self._args.kl_in != "reward" or not self._args.kl_coef:
             return 0.0
         old_N, ref_N = (_joined(comparisons, name) for name in ("old_logps", "ref_logps"))
-        kl_S = step_sums(kl_terms(old_N, ref_N, self._args.kl_estimator), steps.offsets)
+        kl_N = steps.counting(kl_terms(old_N, ref_N, self._args.kl_estimator))
+        kl_S = step_sums(kl_N, steps.offsets)
         return self._args.kl_coef * kl_S[agent_A]
 
     def _advantages(
@@ -195,22 +206,22 @@ class InverseReflection:
         """Logits (E, S) and values (S,) of all steps, float64 on the CPU; rows (S, H) of states."""
         size = self._args.per_device_eval_batch_size
         sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
-        logp_S = step_sums(_joined(comparisons, "old_logps"), steps.offsets)
+        logp_S = step_sums(steps.counting(_joined(comparisons, "old_logps")), steps.offsets)
         logps = torch.split(logp_S, sizes)
+        seen = self._seen(comparisons)
 
         def judged(places: list[int]) -> list[tuple[Tensor, ...]]:
             found: list[tuple[Tensor, ...]] = []
             for batch in (places[i : i + size] for i in range(0, len(places), size)):
-                chosen = [comparisons[i] for i in batch]
-                reading = self.critic.read(pack_comparisons(chosen, self._args.max_tokens))
-                logits_ES = self.critic.logits(reading, torch.cat([logps[i] for i in batch]))
+                reading = self._read([seen[i] for i in batch])
+                logits_ES = self._logits(reading, torch.cat([logps[i] for i in batch]))
                 values_S = self.critic.values(reading.state_SH)
                 parts = [part.cpu() for part in (logits_ES.T, values_S, reading.state_SH)]
                 rows = [sizes[i] for i in batch]
                 found += zip(*(torch.split(part, rows) for part in parts), strict=True)
             return found
 
-        columns = zip(*over_ranks(judged, [c.tokens for c in comparisons]), strict=True)
+        columns = zip(*over_ranks(judged, [c.tokens for c in seen]), strict=True)
         logits_SE, values_S, state_SH = (torch.cat(parts) for parts in columns)
         logits_ES, values_S = logits_SE.T.double(), values_S.double()
         if not bool(logits_ES.isfinite().all() and values_S.isfinite().all()):
@@ -220,8 +231,33 @@ class InverseReflection:
             )
         return logits_ES, values_S, state_SH.to(self._args.device)
 
+    def _seen(self, comparisons: Sequence[Comparison]) -> Sequence[Comparison]:
+        """What discriminators read: the comparisons, or their actions alone without thoughts."""
+        return comparisons if self._parts is None else self._parts.alone(comparisons)
+
+    def _read(
+        self, seen: Sequence[Comparison], trees: Sequence[TokenTree] | None = None
+    ) -> StepReading:
+        """The critic's reading of each step of what it sees.
+
+        Args:
+            trees: of the same comparisons, with their thoughts, where they are packed already.
+        """
+        if self._parts is None:
+            return self.critic.read(trees or pack_comparisons(seen, self._args.max_tokens))
+        # The trunk's own actions come once more, alone, beside its line: so much more room.
+        room = max(self._args.max_tokens, *(c.tokens for c in seen))
+        trees = pack_comparisons(seen, room)
+        branch_S = torch.cat([torch.from_numpy(tree.step_branch) for tree in trees])
+        return self.critic.read(trees).at(torch.nonzero(branch_S > 0).squeeze(1))
+
+    def _logits(self, reading: StepReading, logp_S: Tensor) -> Tensor:
+        """(E, S); how likely an action is whatever the thought is not known, so heads learn all."""
+        return self.critic.logits(reading, logp_S if self._parts is None else None)
+
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
         """Passes over the comparisons; the mean loss of the last."""
+        seen = self._seen(comparisons)
 
         def loss(batch: list[int]) -> tuple[Tensor | None, int]:
             chosen = [comparisons[i] for i in batch]
@@ -229,8 +265,9 @@ class InverseReflection:
             if not len(steps.expert_P):
                 return None, 0  # the expert had no answer at any of these states
             pairs_K = torch.cat([steps.expert_P, steps.agent_P])
-            logp_K = step_sums(_joined(chosen, "old_logps"), steps.offsets)[pairs_K]
-            reading = self.critic.read(trees).at(pairs_K)
+            old_N = steps.counting(_joined(chosen, "old_logps"))
+            logp_K = step_sums(old_N, steps.offsets)[pairs_K]
+            reading = self._read([seen[i] for i in batch], trees).at(pairs_K)
             return self._discriminator_loss(reading, logp_K), len(steps.expert_P)
 
         return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
@@ -245,7 +282,7 @@ class InverseReflection:
         rows_KH = reading.action_SH
         if penalty and not rows_KH.requires_grad:
             rows_KH.requires_grad_(True)
-        logits_EK = self.critic.logits(reading, logp_K.to(rows_KH.device))
+        logits_EK = self._logits(reading, logp_K.to(rows_KH.device))
         expert_EP, agent_EP = logits_EK.chunk(2, dim=1)
         losses = [
             discriminator_loss(expert_P, agent_P, smoothing=smoothing)

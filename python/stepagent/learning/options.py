@@ -23,6 +23,7 @@ DiscriminatorBody: TypeAlias = Literal["own", "adapter", "frozen"]
 RewardForm: TypeAlias = Literal["agent", "expert", "difference"]
 Ratio: TypeAlias = Literal["step", "token"]
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+ScoredPart: TypeAlias = Literal["all", "action", "thought"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
@@ -36,6 +37,7 @@ BODIES: tuple[DiscriminatorBody, ...] = get_args(DiscriminatorBody)
 REWARD_FORMS: tuple[RewardForm, ...] = get_args(RewardForm)
 RATIOS: tuple[Ratio, ...] = get_args(Ratio)
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
+SCORED_PARTS: tuple[ScoredPart, ...] = get_args(ScoredPart)
 
 
 @dataclass
@@ -102,8 +104,17 @@ class RunOptions:
         default="plain",
         metadata={
             "help": "how the agent writes an action: plain, react, json or tool_call; read in its "
-            "rollouts, and for the agreement",
+            "rollouts, for the agreement, and wherever two actions are compared",
             "choices": FORMATS,
+        },
+    )
+    scored_part: ScoredPart = field(
+        default="all",
+        metadata={
+            "help": "which tokens of a step losses and step rewards cover: all, those of the "
+            "action, or those of the thought; needs an action_format that has thoughts. What is "
+            "left out stays context",
+            "choices": SCORED_PARTS,
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(

@@ -60,6 +60,7 @@ from .loading import encode_run, load_policy, load_reference
 from .methods import method_class, method_of
 from .methods.method import Batch, Run
 from .noise import check_quiet
+from .parts import StepParts
 from .preflight import (
     check_budget,
     check_discriminator,
@@ -159,6 +160,8 @@ class StepAgentTrainer(EvaluatingTrainer):
         trajectories, trunks, processing_class = encode_run(train_dataset, processing_class, args)
         self._collector = Collector(trunks, processing_class, args, env, expert)
         check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=args.inspects)
+        self._parts = StepParts.of_run(args, processing_class, self._collector.end_tokens)
+        self._parts.check(trunks, "train_dataset")
         sets = held_out(eval_dataset, policy, processing_class, args, self._collector)
         rollouts, metrics = self._collector.rollouts, compute_metrics is not None
         check_evaluation(args, env, sets, rollouts, ref_model is not None, metrics)
@@ -223,7 +226,9 @@ class StepAgentTrainer(EvaluatingTrainer):
 
     def _start(self) -> None:
         # What is learnt from: at first the demonstrations, then what the method makes of a cycle.
-        self._comparisons = [Comparison.demonstration(trunk) for trunk in self._trunks]
+        self._comparisons = self._parts.told(
+            [Comparison.demonstration(trunk) for trunk in self._trunks]
+        )
         self._cycle: int | None = None
         # The cycle's figures, empty once they are logged.
         self._cycle_log: dict[str, float] = {}
@@ -264,7 +269,9 @@ class StepAgentTrainer(EvaluatingTrainer):
     def _begin_cycle(self, cycle: int) -> None:
         self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end
         published = self._collector.publish(self._policy, cycle, self._score_policy)
-        fresh = self._collector.collect(self._policy, cycle, sharded=self._is_sharded)
+        fresh = self._parts.told(
+            self._collector.collect(self._policy, cycle, sharded=self._is_sharded)
+        )
         self._cycle = cycle
         trunks, tried = [c.trunk for c in fresh], [c.branches for c in fresh]
         reading: Any = {
@@ -274,7 +281,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         self._cycle_log = {
             "cycle": cycle,
             "agreement": agreement(trunks, tried, **reading),
-            # Beside identical_pairs, of tokens: here thoughts do not count.
+            # Beside identical_pairs, which in the plain format are of tokens.
             "identical_actions": action_agreement(trunks, tried, **reading),
             "expert_answers": sum(c.expert_answers for c in fresh),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
@@ -372,7 +379,8 @@ class StepAgentTrainer(EvaluatingTrainer):
             loss = logps_N.sum() * 0.0  # still connected: all processes go through the backward
         else:
             scores = {name: inputs[name].to(logps_N.device) for name in SCORES}
-            batch = Batch(logps_N, entropy_N, scores, steps.to(logps_N.device), total)
+            steps = steps.to(logps_N.device)
+            batch = Batch.of(logps_N, entropy_N, scores, steps, total)
             loss, figures = self._method.loss(batch)
         if routing is not None:
             balance = routing.loss(inputs["trees"])

@@ -44,6 +44,11 @@ class EarlyExperience(Method):
                 "method='early_experience' tries alternatives at the expert's states, got "
                 f"states={args.states!r}"
             )
+        if args.scored_part != "all":
+            raise ValueError(
+                "scored_part must be 'all' with method='early_experience', whose observations have "
+                f"no parts, got {args.scored_part!r}"
+            )
 
     def start(self, run: Run) -> None:
         """What would fail in the first cycle fails here: seeds, and what the template writes."""

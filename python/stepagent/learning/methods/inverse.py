@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...data.ends import ends_of
 from ..cycle import Comparison
 from ..figures import reward_figures, sides
 from ..inverse import InverseReflection
 from ..options import InverseOptions
+from ..parts import StepParts
 from .method import REWARDS, SIDES, Batch, Run
 from .ppo import PPOMethod
 
@@ -47,7 +49,8 @@ class Inverse(PPOMethod):
         return REWARDS
 
     def start(self, run: Run) -> None:
-        self.reflection = InverseReflection(run.policy, self.args, run.discriminator)
+        parts = StepParts.of_run(self.args, run.tokenizer, ends_of(run.trunks))
+        self.reflection = InverseReflection(run.policy, self.args, run.discriminator, parts)
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

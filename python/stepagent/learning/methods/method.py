@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..averages import Counts
-from ..cycle import Comparison, StepTable
+from ..cycle import TOKEN_SCORES, Comparison, StepTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,8 @@ class Batch:
     """A batch under the policy as it is now, on the device of the log-probs.
 
     Attributes:
-        logps: (N,) log-probs of the tokens of all steps, with a gradient in training.
+        logps: (N,) log-probs of the tokens of all steps that count (``scored_part``), with a
+            gradient in training.
         entropy: (N,) of the policy at each token; None unless the method's ``entropy`` is true.
         scores: (N,) ``ref_logps`` and ``old_logps`` as the method's ``scores`` ask, (S,)
             ``advantages`` as its ``reflect`` left them; empty where they were not.
@@ -80,6 +81,23 @@ class Batch:
     scores: Mapping[str, Tensor]
     steps: StepTable
     total: Counts
+
+    @classmethod
+    def of(
+        cls,
+        logps_N: Tensor,
+        entropy_N: Tensor | None,
+        scores: Mapping[str, Tensor],
+        steps: StepTable,
+        total: Counts,
+    ) -> Batch:
+        """From values of all scored tokens: those of the tokens that count."""
+        kept = {
+            name: steps.counting(values) if name in TOKEN_SCORES and len(values) else values
+            for name, values in scores.items()
+        }
+        entropy_N = None if entropy_N is None else steps.counting(entropy_N)
+        return cls(steps.counting(logps_N), entropy_N, kept, steps, total)
 
     def nll(self) -> Tensor:
         """The share of the mean −log π over the tokens of the expert's actions."""

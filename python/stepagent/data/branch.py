@@ -89,16 +89,29 @@ def _share(
 def _same_action(
     form: ActionFormat, tokenizer: PreTrainedTokenizerBase, ends: Container[int]
 ) -> Callable[[NDArray[np.int32], NDArray[np.int32]], bool]:
-    def read(ids: NDArray[np.int32]) -> str | None:
-        kept = ids[:-1] if int(ids[-1]) in ends else ids
-        text = tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)
-        return form.parse(str(text).strip()).action
-
     def equal(tried: NDArray[np.int32], own: NDArray[np.int32]) -> bool:
-        action = read(tried)
-        return action is not None and action == read(own)
+        action = action_of(tried, form, tokenizer, ends)
+        return action is not None and action == action_of(own, form, tokenizer, ends)
 
     return equal
+
+
+def action_of(
+    ids: NDArray[np.int32],
+    form: ActionFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Container[int],
+) -> str | None:
+    """The action that a format reads in what was written; None where there is none."""
+    return form.parse(written_text(ids, tokenizer, ends).strip()).action
+
+
+def written_text(
+    ids: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, ends: Container[int]
+) -> str:
+    """The text of what was written in one turn, less the token that ends it."""
+    kept = ids[:-1] if len(ids) and int(ids[-1]) in ends else ids
+    return str(tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False))
 
 
 def _ids(action: Branch | NDArray[np.int32]) -> NDArray[np.int32]:

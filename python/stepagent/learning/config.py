@@ -133,6 +133,8 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} must be {rule}, got {value}")
+        method.options_of(self)
+        method.check(self)
         if self.states == "agent" and self.samples != 1:
             raise ValueError(f"states='agent' has one action per state, got samples={self.samples}")
         if self.states == "expert" and self.rollouts is not None:
@@ -142,8 +144,6 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
                 "set cycles and epochs_per_cycle"
             )
-        method.options_of(self)
-        method.check(self)
 
     def _check_of_method(self, own: type) -> None:
         """Refuse what was set of another method: it would change nothing."""

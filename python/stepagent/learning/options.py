@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from ..data.actions import FormatName
 
-Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse"]
+Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse", "srl", "distillation"]
 States: TypeAlias = Literal["expert", "agent"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
@@ -46,7 +46,9 @@ class RunOptions:
             "help": "how the agent learns, one of these or a `Method` of your own as module:Class. "
             "implicit: StepAgent's implicit step rewards; inverse: a discriminator's verdict as "
             "the step reward, followed by PPO; sft: supervised; dagger: supervised on the "
-            "expert's answers at the agent's states (needs --env)",
+            "expert's answers at the agent's states (needs --env); srl: PPO on the likeness of its "
+            "action to the expert's; distillation: towards a teacher's (--ref-model) probabilities "
+            "of the agent's own tokens",
             "choices": METHODS,
             "open": True,
         },
@@ -160,10 +162,20 @@ class ImplicitOptions(PairOptions):
 
 
 @dataclass
-class PPOOptions(PairOptions):
-    """Of methods whose step rewards PPO follows."""
+class DistillationOptions(PairOptions):
+    """Of ``method="distillation"``, and of all that stay near the policy that acted."""
 
     clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
+    )
+
+
+@dataclass
+class PPOOptions(DistillationOptions):
+    """Of methods whose step rewards PPO follows."""
+
     ratio: Ratio = field(
         default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
     )
@@ -178,17 +190,28 @@ class PPOOptions(PairOptions):
             "choices": KL_PLACES,
         },
     )
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
-    )
     entropy_coef: float = field(
         default=0.0, metadata={"help": "takes this times the mean entropy of a token from the loss"}
     )
 
 
 @dataclass
-class InverseOptions(PPOOptions):
+class SRLOptions(PPOOptions):
+    """Of ``method="srl"``, and of all that can compare the samples of a state."""
+
+    baseline: Baseline = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "what an action is compared with: the state's value (generalised advantage "
+            "estimation; not of srl), or the other samples at its state (leave_one_out, group; "
+            "needs samples); default: value, of srl group",
+            "choices": BASELINES,
+        },
+    )
+
+
+@dataclass
+class InverseOptions(SRLOptions):
     """Of ``method="inverse"``."""
 
     discriminator_body: DiscriminatorBody = field(
@@ -230,15 +253,6 @@ class InverseOptions(PPOOptions):
     discriminator_replay: int = field(
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
     )
-    baseline: Baseline = field(
-        default=None,  # type: ignore[arg-type]
-        metadata={
-            "help": "what an action is compared with: the state's value (generalised advantage "
-            "estimation), or the other samples at its state (leave_one_out, group; needs samples); "
-            "default: value",
-            "choices": BASELINES,
-        },
-    )
     gamma: float = field(default=0.95, metadata={"help": "discount per step, states=agent"})
     gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages, states=agent"})
 
@@ -249,4 +263,9 @@ class StepAgentOptions(RunOptions, ImplicitOptions, InverseOptions):
 
 
 # Of which method an option is.
-OPTIONS_OF_METHODS: dict[str, type] = {"implicit": ImplicitOptions, "inverse": InverseOptions}
+OPTIONS_OF_METHODS: dict[str, type] = {
+    "implicit": ImplicitOptions,
+    "inverse": InverseOptions,
+    "srl": SRLOptions,
+    "distillation": DistillationOptions,
+}

@@ -21,6 +21,8 @@ _FILES = {
     "dagger": "stepagent.learning.methods.dagger:DAgger",
     "implicit": "stepagent.learning.methods.implicit:Implicit",
     "inverse": "stepagent.learning.methods.inverse:Inverse",
+    "srl": "stepagent.learning.methods.srl:SRL",
+    "distillation": "stepagent.learning.methods.distillation:Distillation",
 }
 _registered: dict[str, type[Method]] = {}
 

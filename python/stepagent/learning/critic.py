@@ -88,8 +88,11 @@ class StepCritic(nn.Module):
         Args:
             logp_S: (S,) log π of each action under the policy that is judged.
         """
-        heads_ES = torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
-        return heads_ES + (logp_S.to(reading.logq_S) - reading.logq_S)
+        return self.heads(reading) + (logp_S.to(reading.logq_S) - reading.logq_S)
+
+    def heads(self, reading: StepReading) -> Tensor:
+        """(E, S), what the discriminators' heads make of the actions' rows alone."""
+        return torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
 
     def values(self, state_SH: Tensor) -> Tensor:
         """(S,) values of states; no gradient flows into the body."""

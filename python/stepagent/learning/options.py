@@ -20,6 +20,7 @@ KLPlace: TypeAlias = Literal["loss", "reward"]
 ModelDtype: TypeAlias = Literal["float32", "bfloat16", "float16", "checkpoint"]
 DiscriminatorBody: TypeAlias = Literal["own", "adapter", "frozen"]
 RewardForm: TypeAlias = Literal["agent", "expert", "difference"]
+JudgedForm: TypeAlias = Literal["agent", "expert", "difference", "iq"]
 Ratio: TypeAlias = Literal["step", "token"]
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 
@@ -32,6 +33,7 @@ FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 MODEL_DTYPES: tuple[ModelDtype, ...] = get_args(ModelDtype)
 BODIES: tuple[DiscriminatorBody, ...] = get_args(DiscriminatorBody)
 REWARD_FORMS: tuple[RewardForm, ...] = get_args(RewardForm)
+JUDGED_FORMS: tuple[JudgedForm, ...] = get_args(JudgedForm)
 RATIOS: tuple[Ratio, ...] = get_args(Ratio)
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 
@@ -231,11 +233,12 @@ class InverseOptions(SRLOptions):
             "choices": AGGREGATES,
         },
     )
-    reward_form: RewardForm = field(
+    reward_form: JudgedForm = field(
         default="agent",
         metadata={
-            "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum",
-            "choices": REWARD_FORMS,
+            "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum; iq: "
+            "Q(s, a), where D judges Q less gamma times the next step's (needs states=agent)",
+            "choices": JUDGED_FORMS,
         },
     )
     critic_learning_rate: float = field(

@@ -3,7 +3,7 @@
 The agent descends the reverse divergence from a teacher π_T, the ``ref_model``: the mean over the N
 tokens that it wrote in the cycle, each after the prefix that it wrote itself, with its gradient,
 
-    1/N Σ_n KL(π(·|n) ‖ π_T(·|n)),    1/N Σ_n E_{x ~ π(·|n)} (log π(x|n) − log π_T(x|n)) ∇ log π(x|n)
+    1/N Σ_n KL(π(·|n) ‖ π_T(·|n)),    1/N Σ_n E_{x ~ π(·|n)} (log π − log π_T)(x|n) ∇ log π(x|n)
 
 The expectation is estimated by the one token that was sampled, and followed as PPO does:
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cycle import Comparison
 from ..figures import reward_figures, sides
 from ..inverse import InverseReflection
+from ..iq import IQReflection
 from ..options import InverseOptions
 from .method import REWARDS, SIDES, Batch, Run
 from .ppo import PPOMethod
@@ -37,12 +38,22 @@ class Inverse(PPOMethod):
                 f"samples={args.samples}: raise it, or take baseline='value'"
             )
 
+        if args.reward_form == "iq" and args.states != "agent":
+            raise ValueError(
+                "reward_form='iq' needs states='agent', as what follows an action of the agent is "
+                f"judged with it, got states={args.states!r}"
+            )
+
     @classmethod
     def moving(cls, fixed_reference: bool) -> tuple[str, ...]:
         return REWARDS
 
     def start(self, run: Run) -> None:
-        self.reflection = InverseReflection(run.policy, self.args, run.discriminator)
+        given = run.policy, self.args, run.discriminator
+        if self.options.reward_form == "iq":
+            self.reflection = IQReflection(*given, demonstrations=run.trunks)
+        else:
+            self.reflection = InverseReflection(*given)
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

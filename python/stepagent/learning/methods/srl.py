@@ -90,7 +90,8 @@ class SRL(PPOMethod):
         counts = [len(state) for state in rewards]
         rewards_A = torch.tensor([r for state in rewards for r in state], dtype=torch.float64)
         states_A = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        parts = iter(_ADVANTAGES[self.options.baseline](rewards_A, states_A).split(counts))
+        advantages_A = _ADVANTAGES[self.options.baseline](rewards_A, states_A)
+        parts = iter(torch.split(advantages_A, counts))
         prepared = []
         for c in fresh:
             steps = [part for _ in c.branches for part in (np.zeros(1), next(parts).numpy())]
@@ -104,7 +105,7 @@ class SRL(PPOMethod):
 
     def rewards(self, comparison: Comparison) -> list[list[float]]:
         """``[t][k]``, of each action tried; none where the expert's own cannot be read."""
-        found = []
+        found: list[list[float]] = []
         spans = comparison.trunk.action_spans
         for (start, stop), tried in zip(spans, comparison.branches, strict=True):
             expert = self._action(comparison.trunk.input_ids[start:stop])

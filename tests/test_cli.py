@@ -439,6 +439,12 @@ def test_a_supervised_adapter_learns_the_experts_words(folder: Path, tmp_path: P
     assert "agreement with the expert" in run("inspect", "--model", output, *data)
 
 
+def test_a_teacher_is_given_by_name(folder: Path, tmp_path: Path) -> None:
+    options = ("--method", "distillation", "--cycles", 1, "--output_dir", tmp_path / "agent")
+    (cycle,) = report(*train(folder, *options, "--ref-model", folder / "model"))["cycles"]
+    assert cycle["reverse_kl"] == pytest.approx(0, abs=1e-5)  # the agent is its own teacher
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_server_acts_with_the_adapter_in_training(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
@@ -529,6 +535,7 @@ def test_a_bad_line_is_named_by_file_and_number(
         (("--lora-rank", "0"), 2, "'--lora-rank'"),
         (("--engine", "vllm"), 2, "'vllm' is no server's URL"),
         (("--engine", "http://localhost:1"), 1, "has none: give a peft_config"),
+        (("--method", "distillation"), 1, "method='distillation' needs a ref_model: the teacher"),
         (("--resume",), 1, "there is no checkpoint in"),
         (("--max_tokens", "5"), 1, "max_tokens must be at least"),
     ],

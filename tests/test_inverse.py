@@ -19,6 +19,7 @@ from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.critic import StepCritic, critic_body
 from stepagent.learning.cycle import Comparison, StepTable, pack_comparisons, pack_with_steps
 from stepagent.learning.inverse import InverseReflection, accuracy, calibration_error
+from stepagent.learning.iq import IQReflection, logits_along
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.models import hidden_states, read_trees, score_trees
 from stepagent.ops import step_sums
@@ -406,6 +407,111 @@ def test_accuracy_and_calibration_of_known_logits():
     assert calibration_error(torch.zeros(1, 6), steps) == pytest.approx(0, abs=1e-9)
 
 
+# ------------------------------------------------------------------ the IQ form
+
+
+def trajectory(actions: list[int], first: int, answers: list[int] | None = None) -> Comparison:
+    """A rollout of one-word actions, with the expert's answers; a demonstration without them."""
+    ids, spans = [first], []
+    for t, action in enumerate(actions):
+        ids += [20 + t, action, END]
+        spans.append((len(ids) - 2, len(ids)))
+    if answers is None:
+        return Comparison.demonstration(Trunk(ids, spans))
+    tried = [[np.array([a, END], np.int32)] for a in answers]
+    scores = np.full(4 * len(actions), -1.0, np.float32)
+    return Comparison(Trunk(ids, spans), tried, False, ref_logps=scores, old_logps=scores)
+
+
+SHOWN = [trajectory([GOOD, 7, GOOD], 10), trajectory([GOOD], 11)]
+ROLLED = [trajectory([BAD, GOOD], 10, [GOOD, 7]), trajectory([8, BAD, BAD, 7], 12, [GOOD] * 4)]
+
+
+def iq_reflection(args: StepAgentConfig) -> IQReflection:
+    reflection = IQReflection(tiny_agent(), args, demonstrations=[c.trunk for c in SHOWN])
+    torch.manual_seed(4)
+    for head in reflection.critic.discriminators:
+        torch.nn.init.normal_(head[2].weight)
+    return reflection
+
+
+def slow_q(reflection: IQReflection, comparison: Comparison) -> np.ndarray:
+    """(E, T) of the trunk's actions, each read in a sequence of its own, in float64."""
+    with torch.no_grad():
+        rows, _ = separate_rows(
+            reflection.critic.body, comparison.trunk, [[] for _ in comparison.branches]
+        )
+    found = []
+    for head in reflection.critic.discriminators:
+        inner, outer = ((m.weight.detach().double(), m.bias.detach().double()) for m in head[::2])
+        x = rows.double().numpy() @ inner[0].T.numpy() + inner[1].numpy()
+        found.append((x / (1 + np.exp(-x)) @ outer[0].T.numpy() + outer[1].numpy())[:, 0])
+    return np.stack(found)
+
+
+def test_an_iq_logit_is_what_is_left_of_q_after_the_next_step():
+    q = torch.tensor([[1.0, 2.0, 4.0, -1.0, 3.0]])
+    trunk = torch.tensor([0, 0, 1, 2, 2])
+    assert logits_along(q, trunk, 0.5).tolist() == [[0.0, -2.0, -4.0, 2.5, -3.0]]
+    assert logits_along(q, trunk, 0.0).tolist() == (-q).tolist()
+
+
+def test_the_iq_loss_is_that_of_whole_trajectories(args):
+    options = {"states": "agent", "reward_form": "iq", "gamma": 0.8, "discriminators": 2}
+    options |= {"critic_epochs": 1, "critic_learning_rate": 1e-30, "discriminator_smoothing": 0.1}
+    reflection = iq_reflection(args(per_device_train_batch_size=4, **options))
+    loss = reflection._fit_discriminators(ROLLED, 0)
+    sides: list[list[np.ndarray]] = [[], []]
+    for side, comparisons in enumerate((SHOWN, ROLLED)):
+        for comparison in comparisons:
+            q = slow_q(reflection, comparison)
+            after = np.concatenate([q[:, 1:], np.zeros((2, 1))], 1)
+            sides[side].append(1 / (1 + np.exp(-(q - 0.8 * after))))  # P(expert)
+    expert, agent = (np.concatenate(parts, 1) for parts in sides)
+    expected = -(0.9 * np.log(expert) + 0.1 * np.log(1 - expert)).mean()
+    expected -= (0.9 * np.log(1 - agent) + 0.1 * np.log(agent)).mean()
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_iq_advantages_are_q_of_the_agents_actions(args):
+    """Not their sums along the rollout: Q holds what follows."""
+    options = {"states": "agent", "reward_form": "iq", "discriminators": 2, "critic_epochs": 3}
+    reflection = iq_reflection(args(reward_aggregate="mean", **options))
+    prepared, figures = reflection.prepare(ROLLED, 0)
+    q = np.concatenate([slow_q(reflection, c).mean(0) for c in ROLLED])
+    found = np.concatenate([c.advantages for c in prepared])
+    assert not found[1::2].any()  # the expert's answers
+    np.testing.assert_allclose(found[::2], (q - q.mean()) / q.std(), atol=1e-4)
+    assert figures["step_reward"] == pytest.approx(q.mean(), abs=1e-5)
+    assert 0 <= figures["discriminator_accuracy"] <= 1
+    # The next cycle's are less the value, which has learnt of Q.
+    values = reflection._judge(ROLLED, table(ROLLED))[1]
+    assert bool(values.any())
+
+
+def test_iq_tells_demonstrations_from_rollouts(args):
+    options = {"states": "agent", "reward_form": "iq", "critic_epochs": 20}
+    reflection = iq_reflection(args(critic_learning_rate=1e-2, **options))
+    _, figures = reflection.prepare(ROLLED, 0)
+    assert figures["discriminator_accuracy"] == 1
+    assert figures["discriminator_loss"] < 0.8
+
+
+def test_the_iq_form_resumes_bit_for_bit(trainer, tmp_path):
+    from test_trainer import LEVEL
+
+    options = {"states": "agent", "env": LEVEL, "reward_form": "iq", "cycles": 2, "rollouts": 4}
+    options |= {"max_steps_per_episode": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer(**options)
+    whole.train()
+    again = trainer(**options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    for mine, other in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    critics = [made._method.reflection.critic.parameters() for made in (again, whole)]
+    assert all(torch.equal(mine, other) for mine, other in zip(*critics, strict=True))
+
+
 # ------------------------------------------------------------------ PPO in the trainer
 
 
@@ -567,6 +673,7 @@ def test_the_verdict_is_logged_each_cycle(trainer):
         ({"target_kl": 0.0}, "target_kl must be finite and > 0, got 0.0"),
         ({"kl_estimator": "k1", "kl_coef": 0.1}, "kl_estimator='k1' has a gradient of mean 0"),
         ({"clip": math.nan}, "clip must be finite and > 0, got nan"),
+        ({"reward_form": "iq"}, "reward_form='iq' needs states='agent', .* got states='expert'"),
     ],
 )
 def test_an_invalid_option_is_named(args, options, message):

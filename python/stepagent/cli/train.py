@@ -85,6 +85,12 @@ def _check_url(ctx: click.Context, param: click.Parameter, value: str | None) ->
     callback=_check_url,
     help="Of a `vllm serve` that acts in place of the model here, with its adapter (--lora-rank).",
 )
+@click.option(
+    "--ref-model",
+    "--ref_model",
+    metavar="NAME_OR_PATH",
+    help="A fixed reference; the teacher of --method distillation.",
+)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output_dir.")
 @on_error_option
 @click.argument("inherited", nargs=-1, type=click.UNPROCESSED, metavar="[--NAME VALUE]...")
@@ -97,6 +103,7 @@ def train(
     lora_rank: int | None,
     attn_implementation: TreeAttention | None,
     engine: str | None,
+    ref_model: str | None,
     resume: bool,
     on_error: OnError,
     inherited: tuple[str, ...],
@@ -132,6 +139,7 @@ def train(
         config,
         reading.trajectories,
         tokenizer,
+        ref_model,
         peft_config=adapter,
         env=env,
         engine=engine,

@@ -147,6 +147,8 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} must be {rule}, got {value}")
+        method.options_of(self)
+        method.check(self)
         self._check_states()
         if self.scored_part != "all" and self.action_format == "plain":
             raise ValueError(
@@ -159,8 +161,6 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
                 f"max_steps={self.max_steps} cannot be combined with cycles: "
                 "set cycles and epochs_per_cycle"
             )
-        method.options_of(self)
-        method.check(self)
 
     def _check_states(self) -> None:
         if self.states == "agent" and self.samples != 1:

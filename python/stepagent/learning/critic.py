@@ -92,10 +92,14 @@ class StepCritic(nn.Module):
             logp_S: (S,) log π of each action under the policy that is judged; None where it is not
                 known, as of an action after any thought: the heads have to learn all then.
         """
-        heads_ES = torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
+        heads_ES = self.heads(reading)
         if logp_S is None:
             return heads_ES
         return heads_ES + (logp_S.to(reading.logq_S) - reading.logq_S)
+
+    def heads(self, reading: StepReading) -> Tensor:
+        """(E, S), what the discriminators' heads make of the actions' rows alone."""
+        return torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
 
     def values(self, state_SH: Tensor) -> Tensor:
         """(S,) values of states; no gradient flows into the body."""

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from ..trees.tree import TokenTree
     from .config import StepAgentConfig
+    from .options import RewardForm
 
 CRITIC_FILE, REPLAY_FILE = "critic.safetensors", "replay.safetensors"
 OPTIMIZER_FILE = "critic_optimizer.pt"
@@ -101,11 +102,7 @@ class InverseReflection:
             FloatingPointError: where logits or values are not finite.
         """
         _, steps = pack_with_steps(comparisons, self._args.max_tokens)
-        if not len(steps.expert_P):
-            raise ValueError(
-                f"cycle {cycle} has no step with an action of the expert and one of the agent: a "
-                "discriminator cannot learn from one side alone"
-            )
+        self._check_sides(steps, cycle)
         # The values are those of the body that they were fitted on: before it changes again.
         unseen_ES, values_S, _ = self._judge(comparisons, steps)
         loss = self._fit_discriminators([*comparisons, *self._replay], cycle)
@@ -114,16 +111,14 @@ class InverseReflection:
         rewards_A = self._rewards(logits_ES[:, agent_A])
         figures = {
             "discriminator_loss": loss,
-            "discriminator_accuracy": accuracy(logits_ES, steps),
-            "discriminator_accuracy_unseen": accuracy(unseen_ES, steps),
-            "discriminator_calibration_error": calibration_error(logits_ES, steps),
+            **self._figures(unseen_ES, logits_ES, steps),
             "step_reward": float(rewards_A.mean()),
             "step_reward_std": float(rewards_A.std(correction=0)),
         }
         figures["discriminator_collapsed"] = _collapsed(figures, cycle)
         rewards_A = rewards_A - self._kl_penalty(comparisons, steps, agent_A)
         advantages_A, returns_A = self._advantages(steps, agent_A, rewards_A, values_S[agent_A])
-        if bool(steps.same_P.all()):
+        if len(steps.same_P) and bool(steps.same_P.all()):
             advantages_A = torch.zeros_like(advantages_A)
         if self._args.baseline == "value":
             figures["value_explained"] = _explained(values_S[agent_A], returns_A)
@@ -136,6 +131,21 @@ class InverseReflection:
             for c, part in zip(comparisons, torch.split(advantages_S, sizes), strict=True)
         ]
         return prepared, figures
+
+    def _check_sides(self, steps: StepTable, cycle: int) -> None:
+        if not len(steps.expert_P):
+            raise ValueError(
+                f"cycle {cycle} has no step with an action of the expert and one of the agent: a "
+                "discriminator cannot learn from one side alone"
+            )
+
+    def _figures(self, unseen_ES: Tensor, logits_ES: Tensor, steps: StepTable) -> dict[str, float]:
+        """How well the discriminators judge, before and after this cycle's fit."""
+        return {
+            "discriminator_accuracy": accuracy(logits_ES, steps),
+            "discriminator_accuracy_unseen": accuracy(unseen_ES, steps),
+            "discriminator_calibration_error": calibration_error(logits_ES, steps),
+        }
 
     def _remember(self, comparisons: Sequence[Comparison]) -> None:
         """Keep the latest cycles for the discriminators, the present one included."""
@@ -150,9 +160,11 @@ class InverseReflection:
 
     def _rewards(self, logits_EA: Tensor) -> Tensor:
         """The verdict of the discriminators together: their least, mean or largest reward."""
-        rewards_EA = torch.stack(
-            [inverse_step_reward(logits_A, form=self._args.reward_form) for logits_A in logits_EA]
-        )
+        form = cast("RewardForm", self._args.reward_form)
+        rewards_EA = [inverse_step_reward(logits_A, form=form) for logits_A in logits_EA]
+        return self._aggregated(torch.stack(rewards_EA))
+
+    def _aggregated(self, rewards_EA: Tensor) -> Tensor:
         aggregate = _AGGREGATES[self._args.reward_aggregate]
         return aggregate(rewards_EA, 0)
 
@@ -206,15 +218,14 @@ class InverseReflection:
         """Logits (E, S) and values (S,) of all steps, float64 on the CPU; rows (S, H) of states."""
         size = self._args.per_device_eval_batch_size
         sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
-        logp_S = step_sums(steps.counting(_joined(comparisons, "old_logps")), steps.offsets)
-        logps = torch.split(logp_S, sizes)
+        logps = torch.split(self._logps(comparisons, steps), sizes)
         seen = self._seen(comparisons)
 
         def judged(places: list[int]) -> list[tuple[Tensor, ...]]:
             found: list[tuple[Tensor, ...]] = []
             for batch in (places[i : i + size] for i in range(0, len(places), size)):
                 reading = self._read([seen[i] for i in batch])
-                logits_ES = self._logits(reading, torch.cat([logps[i] for i in batch]))
+                logits_ES = self._verdicts(reading, torch.cat([logps[i] for i in batch]))
                 values_S = self.critic.values(reading.state_SH)
                 parts = [part.cpu() for part in (logits_ES.T, values_S, reading.state_SH)]
                 rows = [sizes[i] for i in batch]
@@ -251,8 +262,15 @@ class InverseReflection:
         branch_S = torch.cat([torch.from_numpy(tree.step_branch) for tree in trees])
         return self.critic.read(trees).at(torch.nonzero(branch_S > 0).squeeze(1))
 
-    def _logits(self, reading: StepReading, logp_S: Tensor) -> Tensor:
-        """(E, S); how likely an action is whatever the thought is not known, so heads learn all."""
+    def _logps(self, comparisons: Sequence[Comparison], steps: StepTable) -> Tensor:
+        """(S,) log π of each action, under the policy that acted."""
+        return step_sums(steps.counting(_joined(comparisons, "old_logps")), steps.offsets)
+
+    def _verdicts(self, reading: StepReading, logp_S: Tensor) -> Tensor:
+        """(E, S) of what rewards are made.
+
+        How likely an action is whatever the thought is not known, so heads learn all there.
+        """
         return self.critic.logits(reading, logp_S if self._parts is None else None)
 
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
@@ -265,8 +283,7 @@ class InverseReflection:
             if not len(steps.expert_P):
                 return None, 0  # the expert had no answer at any of these states
             pairs_K = torch.cat([steps.expert_P, steps.agent_P])
-            old_N = steps.counting(_joined(chosen, "old_logps"))
-            logp_K = step_sums(old_N, steps.offsets)[pairs_K]
+            logp_K = self._logps(chosen, steps)[pairs_K]
             reading = self._read([seen[i] for i in batch], trees).at(pairs_K)
             return self._discriminator_loss(reading, logp_K), len(steps.expert_P)
 
@@ -278,21 +295,29 @@ class InverseReflection:
         Args:
             reading: of the expert's actions of all pairs, then of the agent's.
         """
-        penalty, smoothing = self._args.discriminator_penalty, self._args.discriminator_smoothing
-        rows_KH = reading.action_SH
-        if penalty and not rows_KH.requires_grad:
-            rows_KH.requires_grad_(True)
-        logits_EK = self._logits(reading, logp_K.to(rows_KH.device))
+        smoothing, rows_KH = self._args.discriminator_smoothing, self._followed(reading)
+        logits_EK = self._verdicts(reading, logp_K.to(rows_KH.device))
         expert_EP, agent_EP = logits_EK.chunk(2, dim=1)
         losses = [
             discriminator_loss(expert_P, agent_P, smoothing=smoothing)
             for expert_P, agent_P in zip(expert_EP, agent_EP, strict=True)
         ]
-        loss = torch.stack(losses).mean()
-        if penalty:
-            (slope_KH,) = torch.autograd.grad(logits_EK.sum(), rows_KH, create_graph=True)
-            loss = loss + penalty / 2 * (slope_KH**2).sum(-1).mean()
-        return loss
+        return torch.stack(losses).mean() + self._slope(logits_EK, rows_KH)
+
+    def _followed(self, reading: StepReading) -> Tensor:
+        """The rows of the actions, which `_slope` can differentiate by where there is a penalty."""
+        rows_KH = reading.action_SH
+        if self._args.discriminator_penalty and not rows_KH.requires_grad:
+            rows_KH.requires_grad_(True)
+        return rows_KH
+
+    def _slope(self, verdicts_EK: Tensor, rows_KH: Tensor) -> Tensor | float:
+        """The penalty, λ/2 times the mean of the verdicts' squared gradient by the rows."""
+        penalty = self._args.discriminator_penalty
+        if not penalty:
+            return 0.0
+        (slope_KH,) = torch.autograd.grad(verdicts_EK.sum(), rows_KH, create_graph=True)
+        return penalty / 2 * (slope_KH**2).sum(-1).mean()
 
     def _fit_values(self, state_AH: Tensor, returns_A: Tensor, cycle: int) -> None:
         """Least squares of the states' values on the returns; the rows are constants."""
@@ -404,8 +429,8 @@ def accuracy(logits_ES: Tensor, steps: StepTable) -> float:
     A logit of 0 is half right; so is any on a pair whose two actions are the same.
     """
     mean_S = logits_ES.mean(0)
-    right_P = (mean_S[steps.agent_P].sign() - mean_S[steps.expert_P].sign()) / 4 + 0.5
-    return float(right_P.mean())
+    agent, expert = (mean_S[side].sign().mean() for side in (steps.agent_P, steps.expert_P))
+    return float((agent - expert) / 4 + 0.5)
 
 
 def calibration_error(logits_ES: Tensor, steps: StepTable, bins: int = 10) -> float:

@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from ..data.actions import FormatName
 
-Method: TypeAlias = Literal["sft", "dagger", "implicit", "inverse", "early_experience"]
+Method: TypeAlias = Literal[
+    "sft", "dagger", "implicit", "inverse", "early_experience", "srl", "distillation"
+]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
 Ask: TypeAlias = Literal["always", "unsure"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
@@ -21,6 +23,7 @@ KLPlace: TypeAlias = Literal["loss", "reward"]
 ModelDtype: TypeAlias = Literal["float32", "bfloat16", "float16", "checkpoint"]
 DiscriminatorBody: TypeAlias = Literal["own", "adapter", "frozen"]
 RewardForm: TypeAlias = Literal["agent", "expert", "difference"]
+JudgedForm: TypeAlias = Literal["agent", "expert", "difference", "iq"]
 Ratio: TypeAlias = Literal["step", "token"]
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 ScoredPart: TypeAlias = Literal["all", "action", "thought"]
@@ -35,6 +38,7 @@ FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 MODEL_DTYPES: tuple[ModelDtype, ...] = get_args(ModelDtype)
 BODIES: tuple[DiscriminatorBody, ...] = get_args(DiscriminatorBody)
 REWARD_FORMS: tuple[RewardForm, ...] = get_args(RewardForm)
+JUDGED_FORMS: tuple[JudgedForm, ...] = get_args(JudgedForm)
 RATIOS: tuple[Ratio, ...] = get_args(Ratio)
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 SCORED_PARTS: tuple[ScoredPart, ...] = get_args(ScoredPart)
@@ -51,7 +55,9 @@ class RunOptions:
             "implicit: StepAgent's implicit step rewards; inverse: a discriminator's verdict as "
             "the step reward, followed by PPO; sft: supervised; dagger: supervised on the "
             "expert's answers at the agent's states (needs --env); early_experience: supervised, "
-            "and on what the agent's own actions lead to at the expert's states (needs --env)",
+            "and on what the agent's own actions lead to at the expert's states (needs --env); "
+            "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
+            "teacher's (--ref-model) probabilities of the agent's own tokens",
             "choices": METHODS,
             "open": True,
         },
@@ -194,10 +200,20 @@ class ImplicitOptions(PairOptions):
 
 
 @dataclass
-class PPOOptions(PairOptions):
-    """Of methods whose step rewards PPO follows."""
+class DistillationOptions(PairOptions):
+    """Of ``method="distillation"``, and of all that stay near the policy that acted."""
 
     clip: float = field(default=0.2, metadata={"help": "PPO's bound on the change of a ratio"})
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
+    )
+
+
+@dataclass
+class PPOOptions(DistillationOptions):
+    """Of methods whose step rewards PPO follows."""
+
     ratio: Ratio = field(
         default="step", metadata={"help": "one ratio per action or per token", "choices": RATIOS}
     )
@@ -212,17 +228,28 @@ class PPOOptions(PairOptions):
             "choices": KL_PLACES,
         },
     )
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "skip the rest of a cycle once a batch has moved this far (nats a step)"},
-    )
     entropy_coef: float = field(
         default=0.0, metadata={"help": "takes this times the mean entropy of a token from the loss"}
     )
 
 
 @dataclass
-class InverseOptions(PPOOptions):
+class SRLOptions(PPOOptions):
+    """Of ``method="srl"``, and of all that can compare the samples of a state."""
+
+    baseline: Baseline = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "what an action is compared with: the state's value (generalised advantage "
+            "estimation; not of srl), or the other samples at its state (leave_one_out, group; "
+            "needs samples); default: value, of srl group",
+            "choices": BASELINES,
+        },
+    )
+
+
+@dataclass
+class InverseOptions(SRLOptions):
     """Of ``method="inverse"``."""
 
     discriminator_body: DiscriminatorBody = field(
@@ -242,11 +269,12 @@ class InverseOptions(PPOOptions):
             "choices": AGGREGATES,
         },
     )
-    reward_form: RewardForm = field(
+    reward_form: JudgedForm = field(
         default="agent",
         metadata={
-            "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum",
-            "choices": REWARD_FORMS,
+            "help": "agent: -log D, the paper's; expert: log(1 - D); difference: their sum; iq: "
+            "Q(s, a), where D judges Q less gamma times the next step's (needs states=agent)",
+            "choices": JUDGED_FORMS,
         },
     )
     critic_learning_rate: float = field(
@@ -263,15 +291,6 @@ class InverseOptions(PPOOptions):
     )
     discriminator_replay: int = field(
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
-    )
-    baseline: Baseline = field(
-        default=None,  # type: ignore[arg-type]
-        metadata={
-            "help": "what an action is compared with: the state's value (generalised advantage "
-            "estimation), or the other samples at its state (leave_one_out, group; needs samples); "
-            "default: value",
-            "choices": BASELINES,
-        },
     )
     gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
     gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
@@ -297,4 +316,6 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "implicit": ImplicitOptions,
     "inverse": InverseOptions,
     "early_experience": EarlyExperienceOptions,
+    "srl": SRLOptions,
+    "distillation": DistillationOptions,
 }

@@ -22,6 +22,8 @@ _FILES = {
     "implicit": "stepagent.learning.methods.implicit:Implicit",
     "inverse": "stepagent.learning.methods.inverse:Inverse",
     "early_experience": "stepagent.learning.methods.early_experience:EarlyExperience",
+    "srl": "stepagent.learning.methods.srl:SRL",
+    "distillation": "stepagent.learning.methods.distillation:Distillation",
 }
 _registered: dict[str, type[Method]] = {}
 

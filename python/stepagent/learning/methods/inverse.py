@@ -12,6 +12,7 @@ from ...data.ends import ends_of
 from ..cycle import Comparison
 from ..figures import reward_figures, sides
 from ..inverse import InverseReflection
+from ..iq import IQReflection
 from ..options import InverseOptions
 from ..parts import StepParts
 from .method import REWARDS, SIDES, Batch, Run
@@ -44,13 +45,29 @@ class Inverse(PPOMethod):
                 f"samples={args.samples}: raise it, or take baseline='value'"
             )
 
+        if args.reward_form == "iq" and args.states != "agent":
+            raise ValueError(
+                "reward_form='iq' needs states='agent', as what follows an action of the agent is "
+                f"judged with it, got states={args.states!r}"
+            )
+        if args.reward_form == "iq" and (args.action_format != "plain" or args.teacher_share):
+            raise ValueError(
+                "reward_form='iq' judges whole texts of rollouts that are the agent's alone: it "
+                "needs action_format='plain' and teacher_share=0, got "
+                f"{args.action_format!r} and {args.teacher_share}"
+            )
+
     @classmethod
     def moving(cls, fixed_reference: bool) -> tuple[str, ...]:
         return REWARDS
 
     def start(self, run: Run) -> None:
-        parts = StepParts.of_run(self.args, run.tokenizer, ends_of(run.trunks))
-        self.reflection = InverseReflection(run.policy, self.args, run.discriminator, parts)
+        given = run.policy, self.args, run.discriminator
+        if self.options.reward_form == "iq":
+            self.reflection = IQReflection(*given, demonstrations=run.trunks)
+        else:
+            parts = StepParts.of_run(self.args, run.tokenizer, ends_of(run.trunks))
+            self.reflection = InverseReflection(*given, parts)
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

@@ -15,6 +15,7 @@ from .method import SIDES, Batch, Method
 
 if TYPE_CHECKING:
     from ..config import StepAgentConfig
+    from ..cycle import StepTable
 
 
 class PPOMethod(Method):
@@ -58,15 +59,13 @@ class PPOMethod(Method):
 
     def _ppo(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         options, steps, total = self.options, batch.steps, batch.total
-        lengths_S, agent_S = steps.offsets.diff(), ~steps.expert_S
-        agent_N = agent_S.repeat_interleave(lengths_S)
-        offsets_A = F.pad(lengths_S[agent_S].cumsum(0), (1, 0))
+        agent_N, offsets_A = agents_tokens(steps)
         logps_n, old_n = batch.logps[agent_N], batch.scores["old_logps"][agent_N]
         in_loss = options.kl_in == "loss"
         loss = ppo_loss(
             logps_n,
             old_n,
-            batch.scores["advantages"][agent_S],
+            batch.scores["advantages"][~steps.expert_S],
             offsets_A,
             clip=options.clip,
             ratio=options.ratio,
@@ -81,8 +80,7 @@ class PPOMethod(Method):
         loss = loss * share
         log_ratios_A = step_rewards(logps_n.detach(), old_n, offsets_A, beta=1.0)
         figures = {
-            # E over the old policy's own samples of ρ − 1 − log ρ estimates KL(old ‖ π).
-            "kl": log_ratios_A.expm1() - log_ratios_A,
+            "kl": divergence(log_ratios_A),
             "clip_fraction": (log_ratios_A.expm1().abs() > options.clip).float(),
         }
         if batch.entropy is not None:
@@ -90,3 +88,14 @@ class PPOMethod(Method):
             loss = loss - options.entropy_coef * entropy_n.sum() / (total.agent_tokens or 1)
             figures["entropy"] = entropy_n.detach()
         return loss, figures
+
+
+def agents_tokens(steps: StepTable) -> tuple[Tensor, Tensor]:
+    """Which tokens (N,) are of the agent's A actions, and the offsets (A + 1,) of these in them."""
+    lengths_S, agent_S = steps.offsets.diff(), ~steps.expert_S
+    return agent_S.repeat_interleave(lengths_S), F.pad(lengths_S[agent_S].cumsum(0), (1, 0))
+
+
+def divergence(log_ratios_A: Tensor) -> Tensor:
+    """ρ − 1 − log ρ of each action, whose mean over the old policy's own estimates KL(old ‖ π)."""
+    return log_ratios_A.expm1() - log_ratios_A

@@ -37,7 +37,7 @@ def train_stage(
         return
     tqdm.write(f"\n{title}", file=sys.stderr)
     checkpoints = folder / "checkpoints"
-    saving = {"save_strategy": "epoch", "save_total_limit": 1}
+    saving: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
     trainer = make_trainer(StepAgentConfig(output_dir=str(checkpoints), **(saving | options)))
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     trainer.save_model(str(folder))

@@ -168,7 +168,8 @@ class LanguageModelDemo:
         model = AutoModelForCausalLM.from_pretrained(
             self._base, use_safetensors=True, dtype=torch.float32
         )
-        return cast("PreTrainedModel", model.to(self.device))
+        torch.nn.Module.to(model, self.device)
+        return cast("PreTrainedModel", model)
 
     def _adapted(self, stage: str, *, trained: bool = False) -> Any:
         folder = str(self.folder / stage)

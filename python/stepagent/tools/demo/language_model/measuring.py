@@ -134,4 +134,4 @@ def _agreement(demo: LanguageModelDemo, stage: str) -> list[float]:
         action_agreement([trunk], [steps], form=PLAIN, tokenizer=demo.tokenizer)
         for trunk, steps in zip(trunks, branches, strict=True)
     ]
-    return np.array(shares).tolist()
+    return shares

@@ -33,15 +33,18 @@ from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.tools import demo
 
 _HALF = {"rollouts": 100, "epochs_per_cycle": 8}  # half of the answers, the same updates
+_UNSURE = {"ask": "unsure", "ask_share": 0.5}  # the other half of the states is not asked at
 # An arm is a stage of the demo with other options.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "SFT continued": ("sft_continued", {}),
     "implicit": ("stepagent", {}),
     "DAgger": ("dagger", {}),
-    "implicit, half": ("stepagent", _HALF),
-    "DAgger, half": ("dagger", _HALF),
+    "implicit, half the rollouts": ("stepagent", _HALF),
+    "DAgger, half the rollouts": ("dagger", _HALF),
+    "implicit, half the answers": ("stepagent", _UNSURE),
+    "DAgger, half the answers": ("dagger", _UNSURE),
+    "implicit, both states": ("stepagent", {"states": "mixed", "epochs_per_cycle": 2}),
     "inverse": ("inverse", {}),
-    "inverse, half": ("inverse", _HALF),
     "implicit, expert's states": ("stepagent_expert_states", {"sft_weight": 0.0}),
     "inverse, expert's states": ("inverse_expert_states", {}),
 }

@@ -13,7 +13,7 @@ CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.module
 MODULES := $(sort $(shell find python/stepagent -name '*.py'))
 $(shell mkdir -p build; echo $(MODULES) | cmp -s - build/.modules || echo $(MODULES) > build/.modules)
 
-.PHONY: demo test test-all lint format types docs fuzz bench sdist wheels gpu-kit gpu-kit-cute clean
+.PHONY: demo test test-all lint format types docs fuzz bench peers sdist wheels gpu-kit gpu-kit-cute clean
 
 # A thread that waits for another lets go of its core: with other work about, spinning is far slower.
 demo: $(VENV)/.demo
@@ -86,6 +86,10 @@ gpu-kit:
 
 gpu-kit-cute:
 	$(GPU_KIT) --cute
+
+# The package in the trainers of others that install beside it.
+peers: $(VENV)/.dev
+	$(PYTEST) tests/test_examples.py $(wildcard tests/test_integrations*.py)
 
 # What is released, into dist/ (docs/releasing.md): the source, and from it the wheels of this
 # machine's architecture. cibuildwheel needs Docker on Linux. It has an environment of its own: what

@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --quiet --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP    := $(BIN)/pip install --quiet --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.?pp)
 CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.modules
 
@@ -12,7 +13,7 @@ CORE   := CMakeLists.txt pyproject.toml constraints.txt $(SOURCES) build/.module
 MODULES := $(sort $(shell find python/stepagent -name '*.py'))
 $(shell mkdir -p build; echo $(MODULES) | cmp -s - build/.modules || echo $(MODULES) > build/.modules)
 
-.PHONY: demo test test-all lint format types docs fuzz bench gpu-kit gpu-kit-cute clean
+.PHONY: demo test test-all lint format types docs fuzz bench peers sdist wheels gpu-kit gpu-kit-cute clean
 
 # A thread that waits for another lets go of its core: with other work about, spinning is far slower.
 demo: $(VENV)/.demo
@@ -58,8 +59,7 @@ fuzz: $(VENV)/.dev
 	  $$target -runs=$(RUNS) -seed=1 -max_len=128 || exit 1; \
 	done
 
-# The benchmarks of the README, but for the three seeds of the demo (benchmarks/demo_seeds.py), and
-# for those against TRL and verl, which are installed by hand (benchmarks/trees.py and packing.py).
+# The benchmarks of the README, but for those of training runs (benchmarks/claim/), and for those against TRL and verl, which are installed by hand (benchmarks/trees.py and packing.py).
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_pair_update.py
 	$(BIN)/python benchmarks/inspection.py
@@ -86,6 +86,27 @@ gpu-kit:
 gpu-kit-cute:
 	$(GPU_KIT) --cute
 
+# The package in the trainers of others that install beside it.
+peers: $(VENV)/.dev
+	$(PYTEST) tests/test_examples.py $(wildcard tests/test_integrations*.py)
+
+# What is released, into dist/ (docs/releasing.md): the source, and from it the wheels of this
+# machine's architecture. cibuildwheel needs Docker on Linux. It has an environment of its own: what
+# it needs is at odds with the pins.
+RELEASE := build/release-venv
+
+sdist: $(RELEASE)/.made
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --sdist --outdir dist
+
+wheels: sdist
+	$(RELEASE)/bin/cibuildwheel --output-dir dist dist/*.tar.gz
+
+$(RELEASE)/.made: Makefile
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet cibuildwheel==4.3.5
+	touch $@
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis
 	rm -rf .mypy_cache .ruff_cache .import_linter_cache .grimp_cache
@@ -94,7 +115,7 @@ clean:
 # sources, the pins or the modules' names change.
 $(VENV)/.built: $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) scikit-build-core pybind11 cmake ninja
+	$(PIP) scikit-build-core pybind11 setuptools-scm cmake ninja
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 

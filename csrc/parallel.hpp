@@ -12,6 +12,14 @@
 
 namespace stepagent {
 
+// Threads that are waited for, as std::jthread's are, which Apple's library has only of late.
+struct Joined {
+    std::vector<std::thread> threads;
+    ~Joined() {
+        for (auto& thread : threads) thread.join();
+    }
+};
+
 // Calls work(i) once for each i in [0, count), on the calling thread and up to threads - 1 others.
 // Where calls throw, the exception of the lowest i leaves here: indices are handed out in order, so
 // all before it have run.
@@ -36,9 +44,11 @@ void parallel_for(std::size_t count, std::size_t threads, const Work& work) {
         }
     };
     {
-        std::vector<std::jthread> others;
+        Joined others;
         try {
-            while (others.size() + 1 < std::min(threads, count)) others.emplace_back(run);
+            while (others.threads.size() + 1 < std::min(threads, count)) {
+                others.threads.emplace_back(run);
+            }
         } catch (const std::system_error&) {  // no more threads to be had: fewer do the work
         }
         run();

@@ -60,6 +60,25 @@ class MaskedSteps:
         zeros_BT = values_S.new_zeros(self.mask_BT.shape)
         return zeros_BT.masked_scatter(self.mask_BT, values_N)
 
+    def sums_until_next(self, values_BT: Tensor, name: str) -> Tensor:
+        """(S,) of (B, T): summed from a step's first token up to the next step, or the row's end.
+
+        So what an environment pays for an action may lie on its last token, or on what it answered.
+
+        Raises:
+            ValueError: for a value other than 0 before the first step of its row.
+        """
+        starts_BT = self.mask_BT & ~F.pad(self.mask_BT, (1, 0))[:, :-1]
+        within_BT = starts_BT.cumsum(1)
+        lost_BT = (within_BT == 0) & (values_BT != 0)
+        if bool(lost_BT.any()):
+            b, t = lost_BT.nonzero()[0].tolist()
+            raise ValueError(f"{name}[{b}, {t}] must be 0 before the first step of its row")
+        step_BT = within_BT + self.row_offsets[:-1, None] - 1
+        sums_S = values_BT.new_zeros(len(self.step_offsets) - 1)
+        inside_BT = within_BT > 0
+        return sums_S.index_add_(0, step_BT[inside_BT], values_BT[inside_BT])
+
     def at_ends(self, values_S: Tensor) -> Tensor:
         """(B, T) of (S,): at the last token of each step its value, 0 elsewhere."""
         values_N = values_S.new_zeros(int(self.step_offsets[-1]))

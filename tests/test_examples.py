@@ -25,6 +25,16 @@ def example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+def test_a_loop_of_ones_own_learns_the_experts_actions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    losses = example(name).train(steps=8)
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5), "the policy begins as its reference"
+    assert losses[-1] < losses[0] / 2
+
+
 def test_step_pairs_as_rows_and_as_a_tree_are_one_training_in_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     trl_step_dpo = example("trl_step_dpo")

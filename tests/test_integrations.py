@@ -252,8 +252,8 @@ def test_tinker_losses_say_what_a_datum_lacks() -> None:
     good = {"mask": MASK[0], "ref_logprobs": torch.zeros(8)}
     with pytest.raises(ValueError, match=r"data\[1\] must have loss_fn_inputs\['ref_logprobs'\]"):
         tinker.implicit_pairs(beta=1.0)([Datum(**good), Datum(mask=MASK[0])], logps)
+    empty = Datum(**{**good, "mask": torch.zeros(8)})
     with pytest.raises(ValueError, match=r"data\[1\] mask must mark"):
-        empty = Datum(**{**good, "mask": torch.zeros(8)})
         tinker.implicit_pairs(beta=1.0)([Datum(**good), empty], logps)
     with pytest.raises(ValueError, match="must be pairs"):
         tinker.implicit_pairs(beta=1.0)([Datum(**good)], logps[:1])

@@ -53,7 +53,8 @@ def _rows(inputs: Any) -> list[Tensor]:
 
 
 def _mean(values: Tensor, inputs: Any) -> Tensor:
-    return values.sum().detach() / inputs.loss_mask.sum().clamp(min=1)
+    count: Tensor = inputs.loss_mask.sum()
+    return values.sum().detach() / count.clamp(min=1)
 
 
 def _outputs(losses: Tensor, metrics: dict[str, Tensor]) -> Any:

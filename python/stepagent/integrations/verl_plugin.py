@@ -21,7 +21,7 @@ register_adv_est("stepagent_returns")(steps.step_returns)
 register_adv_est("stepagent_group")(steps.step_group_relative)
 
 
-@register_policy_loss("stepagent_step")
+@register_policy_loss("stepagent_step")  # type: ignore[untyped-decorator]
 def step_policy_loss(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -46,7 +46,7 @@ def step_policy_loss(
     return loss, {"actor/pg_clipfrac": share.item()}
 
 
-@register_policy_loss("stepagent_implicit")
+@register_policy_loss("stepagent_implicit")  # type: ignore[untyped-decorator]
 def implicit_policy_loss(
     old_log_prob: Tensor,
     log_prob: Tensor,

@@ -47,6 +47,8 @@ _DEFAULTS = {
 class _StepTrainer(DPOTrainer):  # type: ignore[misc]
     """What both have in common: the options they take, the reference, the metrics."""
 
+    data_collator: Any
+
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **options: Any) -> None:
         for name, default in _DEFAULTS.items() if args is not None else ():
             if getattr(args, name) != default:
@@ -72,8 +74,8 @@ class _StepTrainer(DPOTrainer):  # type: ignore[misc]
     def _log_pairs(
         self,
         tokens: Tensor,
-        rewards: tuple[Tensor, Tensor],
-        logps: tuple[Tensor, Tensor],
+        rewards: Sequence[Tensor],
+        logps: Sequence[Tensor],
         entropy_N: Tensor,
     ) -> None:
         """TRL's own metrics, under its names; its means are over all processes."""

@@ -25,10 +25,12 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "fabric_loop"])
 def test_a_loop_of_ones_own_learns_the_experts_actions(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "fabric_loop":
+        pytest.importorskip("lightning_fabric", reason="lightning-fabric is not installed")
     monkeypatch.syspath_prepend(str(FOLDER))
     losses = example(name).train(steps=8)
     assert losses[0] == pytest.approx(0.693147, abs=1e-5), "the policy begins as its reference"

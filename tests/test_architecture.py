@@ -47,8 +47,9 @@ def named(path: str) -> Any:
 
 @pytest.mark.parametrize("path", NAMED)
 def test_what_the_docs_name_is_there(path: str) -> None:
-    if path.startswith("stepagent.kernels"):
-        assert find_spec(path) is not None  # to import one loads triton
+    if path.startswith(("stepagent.kernels", "stepagent.integrations.trl")):
+        # Importing one loads triton or TRL.
+        assert find_spec(".".join(path.split(".")[:3])) is not None
     else:
         assert named(path) is not None
 

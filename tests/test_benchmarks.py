@@ -321,3 +321,14 @@ def test_weights_moved_tells_bfloat16_from_float32(tmp_path: Path) -> None:
     assert (kept["dtype"], whole["dtype"]) == ("torch.bfloat16", "torch.float32")
     assert kept["moved"] == kept["moved_in_bfloat16"] < 0.1
     assert whole["moved"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_step_of_dpo_in_trl_has_one_loss_in_all_three_trainers(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    out = tmp_path / "hosts.json"
+    command = [sys.executable, str(FOLDER / "hosts.py"), *TINY, f"--json={out}"]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads(out.read_text())
+    assert result["check"]["error"] <= 1e-5
+    assert set(result["check"]["loss"]) == {"dpo", "rows", "tree"}

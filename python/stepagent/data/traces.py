@@ -39,6 +39,17 @@ def from_trace(trace: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def sampled_nodes(trace: dict[str, Any]) -> list[int]:
+    """The nodes whose tokens `from_trace` scores, in its order: branch by branch."""
+    nodes = [{k: v for k, v in node.items() if v is not None} for node in trace["nodes"]]
+    order: list[int] = []
+    seen: set[int] = set()
+    for path in _paths(nodes):
+        order += [i for i in path if any(nodes[i].get("mask", ())) and i not in seen]
+        seen.update(path)
+    return order
+
+
 def _check_node(name: str, node: dict[str, Any], index: int) -> None:
     parent = node.get("parent")
     if parent is not None and not (type(parent) is int and 0 <= parent < index):

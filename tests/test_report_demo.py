@@ -189,4 +189,5 @@ def test_the_closing_table_has_a_row_for_every_agent_and_paired_gains() -> None:
     ]
     assert rows[5].split() == ["StepAgent", "88.0%", "82.8%", "…", "91.8%", "94.1%"]
     assert rows[7] == "StepAgent − SFT: +12.5 points (95 % interval +7.1 … +17.9, paired)"
+    assert "one training run" in rows[-2]
     assert rows[-1].endswith("(12.0×)")

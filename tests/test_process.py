@@ -51,7 +51,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ("--version", 0, "version"),
         ("train --help", 0, "--discriminator_smoothing"),
         ("evaluate --help", 0, "--step-timeout"),
-        ("train --model a --data pyproject.toml --method nope", 2, "'sft', 'implicit', 'inverse'"),
+        ("train --model a --data pyproject.toml --method nope", 2, "'sft', 'dagger', 'implicit'"),
         ("train --model a --data pyproject.toml --metod sft", 2, "--method"),
         ("train --model a --data pyproject.toml --learning_rat 1", 2, "--learning_rate"),
         ("train --data pyproject.toml", 2, "Missing option '--model'"),

@@ -47,6 +47,8 @@ from stepagent.acting.rollout import run_episodes
 from stepagent.data.trajectory import Trajectory
 from stepagent.evaluation import RunsInterval, bootstrap_runs
 from stepagent.learning.config import StepAgentConfig
+from stepagent.learning.methods import register_method
+from stepagent.learning.methods.srl import SRL
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.tools.small_models import small_llama, word_tokenizer
 
@@ -61,10 +63,18 @@ ARMS: dict[str, dict[str, Any]] = {
         **{"method": "inverse", "samples": 4, "baseline": "leave_one_out"},
         "reward_form": "difference",
     },
-    "SRL": {"method": "srl", "samples": 4, "action_format": "react"},
+    "SRL": {"method": "srl_of_phrasings", "samples": 4},
     "early experience": {"method": "early_experience", "samples": 4},
 }
 MEASURES = ("success, greedy", "success, T = 1", "valid, T = 1", "agreement")
+
+
+@register_method("srl_of_phrasings")
+class SRLOfPhrasings(SRL):
+    """SRL whose actions are read as this environment reads them: its words have no line breaks."""
+
+    def _action(self, ids: Any) -> str | None:
+        return action_of(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def write_stages_page(
         "hyperparameters": dict(_flatten(metrics.get("hyperparameters") or {})),
         "example": example,
         "strength": lambda reward: _strength(reward, _scale(example)),
+        "spread": None,
         **(more or {}),
     }
     write_page(folder / "report.html", template, runs, baseline=label("sft"), values=values)

@@ -689,14 +689,19 @@ def test_what_would_not_be_used_is_refused(trainer, args):
         trainer(kl_in="reward", kl_coef=0.1)
 
 
-def test_an_expert_that_never_answers_leaves_one_side_alone(trainer):
+@pytest.mark.parametrize("method", ["dagger", "implicit", "inverse"])
+def test_an_expert_that_never_answers_teaches_nothing(trainer, method):
     from test_trainer import LEVEL
 
     def mute(env: Any) -> str:
         raise ExpertUnavailable("no answer")
 
-    made = trainer(states="agent", env=LEVEL, expert=mute, rollouts=2, max_steps_per_episode=2)
-    with pytest.raises(ValueError, match="cycle 0 has no step with an action of the expert"):
+    unset = {} if method == "inverse" else {"critic_epochs": 10, "discriminator_replay": 1}
+    made = trainer(
+        **{"method": method, "states": "agent", "rollouts": 2, "max_steps_per_episode": 2},
+        **{"env": LEVEL, "expert": mute, **unset},
+    )
+    with pytest.raises(ValueError, match=r"expert must answer .* no answer at any of 4"):
         made.train()
 
 

@@ -273,6 +273,7 @@ class StepAgentTrainer(EvaluatingTrainer):
             self._collector.collect(self._policy, cycle, sharded=self._is_sharded)
         )
         self._cycle = cycle
+        self._check_answered(fresh, cycle)
         trunks, tried = [c.trunk for c in fresh], [c.branches for c in fresh]
         reading: Any = {
             "form": FORMATS[self.args.action_format],
@@ -295,6 +296,18 @@ class StepAgentTrainer(EvaluatingTrainer):
         prepared = self._method.reflect(fresh, self._comparisons, cycle)
         self._comparisons, figures = broadcast_object_list([prepared])[0]
         self._cycle_log |= figures
+
+    def _check_answered(self, fresh: Sequence[Comparison], cycle: int) -> None:
+        """Before anything is learnt: an expert that has no answers would be learnt from in vain."""
+        rollouts = [c for c in fresh if not c.expert_trunk]
+        if cycle or not rollouts or not self._method.needs_answers:
+            return
+        if not any(c.expert_answers for c in rollouts):
+            states = sum(c.trunk.num_steps for c in rollouts)
+            raise ValueError(
+                f"the expert must answer at the agent's states with states={self.args.states!r}, "
+                f"but had no answer at any of {states}: give expert=, or an env that has one"
+            )
 
     def _with_scores(self, comparisons: Sequence[Comparison]) -> list[Comparison]:
         wanted, sharded = self._method.scores, self._is_sharded

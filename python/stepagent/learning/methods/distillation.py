@@ -41,6 +41,7 @@ class Distillation(Method):
     Options = DistillationOptions
     options: DistillationOptions
     scores = ("ref_logps", "old_logps")
+    needs_answers = False
     figures = ("reverse_kl", *SIDES)
 
     def __init__(self, args: StepAgentConfig) -> None:

@@ -119,6 +119,7 @@ class Method:
         defaults: Of options of `RunOptions` or of its own that are None unless given.
         figures: What `measure` returns at most.
         takes_discriminator: It is given a model that judges.
+        needs_answers: It learns from the expert's answers at the agent's states.
         needs_env: It uses the run's environment, at whosever states.
         entropy: Its loss needs the entropies of the policy.
         target_kl: Where the figure ``kl`` exceeds this, the rest of the cycle is skipped.
@@ -130,6 +131,7 @@ class Method:
     defaults: ClassVar[Mapping[str, Any]] = {}
     figures: ClassVar[tuple[str, ...]] = ()
     takes_discriminator: ClassVar[bool] = False
+    needs_answers: ClassVar[bool] = True
     needs_env: ClassVar[bool] = False
     entropy: bool = False
     target_kl: float | None = None

@@ -176,8 +176,9 @@ def _recommendation(states: ExpertStates, found: GreedyEpisodes | None) -> str:
     if found is None:
         return (
             "From trajectories alone: --method sft until the agreement at held-out states no "
-            "longer rises, then --method inverse. Where an expert can be asked in an environment: "
-            "--states agent; diagnose with --env says what that can gain."
+            "longer rises, then --method srl where thoughts stand before actions. Where an expert "
+            "can be asked in an environment: --method dagger; diagnose with --env says what that "
+            "can gain."
         )
     if found.failures == found.beyond:
         return (
@@ -187,12 +188,13 @@ def _recommendation(states: ExpertStates, found: GreedyEpisodes | None) -> str:
     if 2 * found.mendable >= found.failures - found.beyond:
         return (
             "The expert can be asked, and most of what can be gained is mending: train at the "
-            "agent's own states, --states agent with --method implicit, or with sft (DAgger)."
+            "agent's own states, --method dagger, or --method implicit with --states agent."
         )
     return (
         "Most of what can be gained is lost with the departure itself: train at the expert's "
-        "states until the agreement at held-out states no longer rises, with --method sft, then "
-        "inverse. --states agent shows the same states as far as the agent gets, and costs answers."
+        "states, with --method sft until the agreement at held-out states no longer rises, then "
+        "with --method early_experience for what the agent's own actions lead to. --states agent "
+        "shows the same states as far as the agent gets, and costs answers."
     )
 
 

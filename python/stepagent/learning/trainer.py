@@ -94,7 +94,8 @@ class StepAgentTrainer(EvaluatingTrainer):
         ref_model: A fixed reference, or the name or path of one; None resets the reference to the
             policy at each cycle's start, as the paper does. Its log-probs are computed once a
             cycle, so no copy is kept. The model that a policy's adapter lies in stands for the
-            policy without its adapter.
+            policy without its adapter; so does, with ``peft_config``, the name of ``model``, of
+            which one copy is then in memory.
         peft_config: Train this adapter instead of the whole model.
         env: Environment name or factory, needed for ``states="agent"`` and
             ``"mixed"``.
@@ -151,7 +152,7 @@ class StepAgentTrainer(EvaluatingTrainer):
             )
         policy = load_policy(model, peft_config, args)
         check_tree_support(policy)
-        ref_model = load_reference(ref_model, args)
+        ref_model = load_reference(ref_model, model, policy, args)
         check_reference(ref_model, policy)
         check_discriminator(discriminator, policy)
         check_quiet(policy, args)

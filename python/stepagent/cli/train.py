@@ -151,8 +151,10 @@ def train(
         engine=engine,
         eval_dataset=held_out,
     )
+    from ..learning.card import DataFacts
     from ..records.provenance import sitting
 
+    trainer.data_facts = DataFacts.of(reading.trunks, data)
     told = {"model": model, "data": str(data), "options": _TRAINING_DEFAULTS | given(own)}
     if eval_data is not None:
         told["eval_data"] = str(eval_data)

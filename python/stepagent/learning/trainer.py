@@ -7,7 +7,7 @@ This file is the order in which things happen. What happens has files of its own
 what is given by name, ``preflight.py``, ``noise.py`` and ``reference_policy.py`` what is refused,
 ``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``methods/`` what is
 learnt from a cycle and by which loss, ``evaluating.py`` what is measured on held-out trajectories,
-``checkpoint.py`` what a checkpoint holds.
+``checkpoint.py`` what a checkpoint holds, ``card.py`` what is said of the run beside a saved model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..envs.pool import EnvFactory
 from ..models import auxiliary_weight, check_tree_support, evaluation_mode, recorded_routing
 from .averages import Counts, RunningMeans
 from .batches import CycleData, collate, counts_of
+from .card import CardWritingTrainer, DataFacts
 from .checkpoint import (
     CYCLE_FILE,
     Place,
@@ -54,7 +55,7 @@ from .cycle import (
     unique_tokens,
 )
 from .epochs import EpochCallback
-from .evaluating import ComputeMetrics, EvaluatingTrainer, Evaluator
+from .evaluating import ComputeMetrics, Evaluator
 from .held_out import check_evaluation, held_out
 from .loading import encode_run, load_policy, load_reference
 from .methods import method_class, method_of
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
     from ..trees.tree import TokenTree
 
 
-class StepAgentTrainer(EvaluatingTrainer):
+class StepAgentTrainer(CardWritingTrainer):
     """Train an agent towards an expert's trajectories.
 
     Args:
@@ -168,6 +169,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         check_evaluation(args, env, sets, rollouts, ref_model is not None, metrics)
         check_optimizer(optimizers[0], policy)
         self._trunks = trunks
+        self.data_facts = DataFacts.of(trunks, train_dataset)
         self._epochs = EpochCallback(self)
         super().__init__(
             model=policy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,22 @@ from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.trainer import StepAgentTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+
+
+def lora() -> LoraConfig:  # a run writes into it
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
 
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Any:
     def make(model: Any = None, data: Any = None, **options: Any) -> StepAgentTrainer:
-        lora = options.pop("peft_config", None)
+        adapter = options.pop("peft_config", None)
         defaults: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
         defaults |= {"save_strategy": "no", "output_dir": str(tmp_path / "run"), "cycles": 2}
         args = StepAgentConfig(**defaults | options)
         data = trajectories() if data is None else data
         model = tiny_agent() if model is None else model
-        return StepAgentTrainer(model, args, data, babyai_tokenizer(), peft_config=lora)
+        return StepAgentTrainer(model, args, data, babyai_tokenizer(), peft_config=adapter)
 
     return make
 
@@ -47,7 +50,7 @@ def test_a_card_says_what_a_model_was_trained_from(trainer, tmp_path):
     data = tmp_path / "expert.jsonl"
     save_trajectories(data, trajectories())
     made = trainer(
-        str(tmp_path / "base"), str(data), peft_config=LORA, beta=0.5, learning_rate=2e-3
+        str(tmp_path / "base"), str(data), peft_config=lora(), beta=0.5, learning_rate=2e-3
     )
     made.train()
     made.save_model()
@@ -95,9 +98,9 @@ def test_a_card_of_a_run_without_cycles_has_its_last_loss_and_the_name_on_the_hu
     assert "`peft`" not in card.text
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["model", "adapter"])
-def test_a_card_that_a_person_wrote_is_kept_to_the_byte(lora, trainer):
-    made = trainer(peft_config=lora)
+@pytest.mark.parametrize("adapter", [None, lora], ids=["model", "adapter"])
+def test_a_card_that_a_person_wrote_is_kept_to_the_byte(adapter, trainer):
+    made = trainer(peft_config=adapter and adapter())
     folder = Path(made.args.output_dir)
     theirs = b"---\nlicense: mit\n---\r\n\r\n# Mine\r\n"
     (folder / "README.md").write_bytes(theirs)
@@ -119,7 +122,7 @@ def test_a_card_that_a_person_wrote_is_kept_to_the_byte(lora, trainer):
 
 
 def test_each_checkpoint_has_a_card(trainer):
-    made = trainer(save_strategy="epoch", peft_config=LORA)
+    made = trainer(save_strategy="epoch", peft_config=lora())
     made.train()
     cards = sorted(Path(made.args.output_dir).glob("checkpoint-*/README.md"))
     assert len(cards) == 2
@@ -156,16 +159,18 @@ def test_a_push_has_the_card_of_the_run_with_what_it_was_given(trainer, monkeypa
         made.create_model_card(dataset="mine")
 
 
-def test_a_run_from_the_command_line_names_its_file(trainer, tmp_path):
+def test_a_run_from_the_command_line_names_its_file(tmp_path, caplog):
+    """And its reference, the model's own name, is the policy without its adapter."""
     model, data, run = tmp_path / "model", tmp_path / "expert.jsonl", tmp_path / "agent"
     tiny_agent().save_pretrained(model)
     babyai_tokenizer().save_pretrained(model)
     save_trajectories(data, trajectories())
     options = ["--lora-rank", "2", "--ref-model", str(model), "--cycles", "1", "--use_cpu", "true"]
     paths = ["--model", str(model), "--data", str(data), "--output_dir", str(run)]
-    done = CliRunner().invoke(main, ["train", *paths, *options])
+    with caplog.at_level(logging.INFO):
+        done = CliRunner().invoke(main, ["train", *paths, *options])
     assert done.exit_code == 0, done.output
     assert f"from `expert.jsonl` (SHA-256 `{hashlib.sha256(data.read_bytes()).hexdigest()}`" in (
         card_in(run).text
     )
-    assert json.loads((run / "log.json").read_text())
+    assert "one copy of the base in memory" in caplog.text

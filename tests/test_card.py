@@ -66,7 +66,7 @@ def test_a_card_says_what_a_model_was_trained_from(trainer, tmp_path):
     for said in (
         "# run",
         "An adapter (lora) of `base`",
-        "`method='implicit'` at `states='expert'`, 2 cycles",
+        "`method='implicit', states='expert', cycles=2`",
         f"{len(trajectories())} trajectories of an expert, {states} states, from `expert.jsonl`",
         hashlib.sha256(data.read_bytes()).hexdigest(),
         "| `beta` | 0.5 |",
@@ -94,7 +94,7 @@ def test_a_card_of_a_run_without_cycles_has_its_last_loss_and_the_name_on_the_hu
     assert card.data.library_name == "transformers"
     loss = [entry for entry in made.state.log_history if "loss" in entry][-1]["loss"]
     assert f"| `loss` | {loss:.5g} |" in card.text
-    assert "cycles" not in card.text
+    assert "`method='sft', states='expert'`" in card.text
     assert "`peft`" not in card.text
 
 
@@ -174,3 +174,6 @@ def test_a_run_from_the_command_line_names_its_file(tmp_path, caplog):
         card_in(run).text
     )
     assert "one copy of the base in memory" in caplog.text
+    page = (Path(__file__).parent.parent / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    unnamed = {path.name for path in run.rglob("*") if path.is_file() and path.name not in page}
+    assert not unnamed

@@ -177,11 +177,11 @@ def _on_the_hub(name: str) -> bool:
 
 def _origin(base: str, adapters: Sequence[str], args: StepAgentConfig) -> str:
     what = f"An adapter ({', '.join(adapters)}) of" if adapters else "Trained from"
-    cycles = f", {args.cycles} cycles" if args.has_cycles else ""
+    cycles = f", cycles={args.cycles}" if args.has_cycles else ""
     return (
         f"{what} {f'`{base}`' if base else 'a model without a name'}, by "
         "[stepagent](https://arxiv.org/abs/2411.03817): "
-        f"`method={args.method!r}` at `states={args.states!r}`{cycles}."
+        f"`method={args.method!r}, states={args.states!r}{cycles}`."
     )
 
 

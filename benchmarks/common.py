@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from stepagent import Trunk
+    from stepagent import Trajectory, Trunk
 
 VOCABULARY = 4096
 
@@ -94,6 +94,16 @@ def trajectory(options: argparse.Namespace) -> tuple[Trunk, list[NDArray[np.int3
     expert = np.stack([trunk.input_ids[start:stop] for start, stop in spans])
     agent = (expert + shifts - 1) % (VOCABULARY - 1) + 1  # never token 0, never the expert's
     return trunk, list(agent.astype(np.int32))
+
+
+def expert_trajectories(count: int) -> list[Trajectory]:
+    """Of BabyAI's expert, the shortest of the first seeds."""
+    from stepagent.acting.policies import ExpertPolicy
+    from stepagent.acting.rollout import run_episodes
+
+    episodes = run_episodes("babyai:GoToLocalS6N2", ExpertPolicy(), range(3 * count))
+    shortest = sorted(episodes, key=lambda episode: len(episode.actions))[:count]
+    return [episode.trajectory() for episode in shortest]
 
 
 def shape(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:

@@ -17,14 +17,9 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import common
-
-if TYPE_CHECKING:
-    from stepagent import Trajectory
-
-LEVEL = "babyai:GoToLocalS6N2"
 
 
 def main() -> None:
@@ -91,7 +86,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace, folder: Path) ->
         use_cpu=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(name)
-    trainer = StepAgentTrainer(name, args, trajectories(options.steps), tokenizer)
+    trainer = StepAgentTrainer(name, args, common.expert_trajectories(options.steps), tokenizer)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     start = time.perf_counter()
     trainer.train()
@@ -108,16 +103,6 @@ def measure(name: str, dtype: str, options: argparse.Namespace, folder: Path) ->
         "dtype": str(after[0].dtype),
         "seconds": seconds,
     }
-
-
-def trajectories(count: int) -> list[Trajectory]:
-    """The expert's, the shortest of the first seeds."""
-    from stepagent.acting.policies import ExpertPolicy
-    from stepagent.acting.rollout import run_episodes
-
-    episodes = run_episodes(LEVEL, ExpertPolicy(), range(3 * count))
-    shortest = sorted(episodes, key=lambda episode: len(episode.actions))[:count]
-    return [episode.trajectory() for episode in shortest]
 
 
 if __name__ == "__main__":

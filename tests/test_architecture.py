@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(stepagent.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
-NAMED = sorted(set(re.findall(r"\bstepagent(?:\.\w+)+", TEXT)))
+NAMED = sorted(set(re.findall(r"\bstepagent(?:\.(?!json\b)\w+)+", TEXT)))
 PUBLIC = {
     "episode_file": "EpisodeFile describe_seeds open_episodes",
     "episodes": "Episode load_episodes",

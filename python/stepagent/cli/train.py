@@ -23,6 +23,7 @@ from .reading import on_error_option, read
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedModel
 
     from ..data.trajectory import OnError
     from ..learning.config import StepAgentConfig
@@ -130,6 +131,11 @@ def train(
     agent, tokenizer = load_model(
         model, attn_implementation=attn_implementation, dtype=loading_dtype(config, adapter)
     )
+    from ..learning.loading import same_model
+
+    reference: PreTrainedModel | str | None = ref_model
+    if adapter is not None and ref_model is not None and same_model(ref_model, model):
+        reference = agent  # with the adapter off: one copy in memory
     # Whoever loads the trained model finds there what ends an action.
     agent.generation_config.eos_token_id = ends_of(reading.trunks)
     from ..learning.trainer import StepAgentTrainer
@@ -139,14 +145,16 @@ def train(
         config,
         reading.trajectories,
         tokenizer,
-        ref_model,
+        reference,
         peft_config=adapter,
         env=env,
         engine=engine,
         eval_dataset=held_out,
     )
+    from ..learning.card import DataFacts
     from ..records.provenance import sitting
 
+    trainer.data_facts = DataFacts.of(reading.trunks, data)
     told = {"model": model, "data": str(data), "options": _TRAINING_DEFAULTS | given(own)}
     if eval_data is not None:
         told["eval_data"] = str(eval_data)

@@ -38,7 +38,8 @@ _SERVED_OPTIONS = {
     *("task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"),
     *("base_model_name_or_path", "revision", "runtime_config"),
 }
-_SERVED_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
+# Of LoRA's `init_lora_weights`; the others change the base weights.
+INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 _ANOTHER_POLICY = 0.5  # nats a token; ten times what bfloat16 was seen to do to coarse logits
 
@@ -77,7 +78,7 @@ def _options(config: LoraConfig) -> dict[str, Any]:
         for name, value in vars(config).items()
         if name not in _SERVED_OPTIONS and value != getattr(plain, name, None)
     }
-    if config.init_lora_weights not in _SERVED_INITS:
+    if config.init_lora_weights not in INITS_BESIDE_BASE:
         changed["init_lora_weights"] = config.init_lora_weights
     return changed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -109,6 +109,17 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     def rolls_out(self) -> bool:
         """Whether the agent acts in the environment, and the expert is asked at its states."""
         return self.states != "expert"
+
+    def changed(self, names: Iterable[str]) -> dict[str, Any]:
+        """Of these options, those that are not what they would be if nobody had given them."""
+        plain = {field.name: field.default for field in fields(self)}
+        by_method = _DEFAULTS | dict(method_class(self.method, self.states).defaults)
+        values = {name: getattr(self, name) for name in names}
+        return {
+            name: value
+            for name, value in values.items()
+            if value != plain[name] and not (name in by_method and value == by_method[name])
+        }
 
     def _set_epochs(self) -> None:
         if not self.has_cycles:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,14 +24,19 @@ from ..data.encoding import encode
 from ..data.rows import without_nulls
 from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
 from ..data.trunk import Trunk
+from ..models import unwrapped
 from .precision import loading_dtype, say_precision
+from .reference_policy import change_of_base, has_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .config import StepAgentConfig
 
+
+_logger = logging.getLogger(__name__)
 
 MOST_STREAMED = 1_000_000  # rows of a dataset without a length; a run holds all of them
 
@@ -43,18 +50,45 @@ def load_policy(
         policy = load_named(model, loading_dtype(args, peft_config))
     if peft_config is not None:
         policy = _with_adapter(policy, peft_config, args.seed)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            f"model must have weights to train, but all of this {type(policy).__name__} are "
+            "frozen; an adapter is loaded so unless by PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True)"
+        )
     say_precision(policy, args)
     return policy
 
 
 def load_reference(
-    ref_model: PreTrainedModel | str | None, args: StepAgentConfig
+    ref_model: PreTrainedModel | str | None,
+    model: PreTrainedModel | str,
+    policy: nn.Module,
+    args: StepAgentConfig,
 ) -> PreTrainedModel | None:
-    """The reference: loaded where only named, in the dtype that its frozen weights need."""
-    if isinstance(ref_model, str):
-        dtype = loading_dtype(args, None, trained=False)
-        return cast("PreTrainedModel", load_named(ref_model, dtype))
-    return ref_model
+    """The reference: loaded where only named, in the dtype that its frozen weights need.
+
+    Not where it is the model by whose name the policy was loaded, below the policy's new adapter:
+    it is in memory already.
+
+    Args:
+        model: what the policy was made of.
+    """
+    if not isinstance(ref_model, str):
+        return ref_model
+    if isinstance(model, str) and same_model(ref_model, model) and has_adapter(policy):
+        change = change_of_base(policy)
+        if change is None:
+            return unwrapped(policy)
+        _logger.info("ref_model=%r is loaded beside the policy: %s", ref_model, change)
+    dtype = loading_dtype(args, None, trained=False)
+    return cast("PreTrainedModel", load_named(ref_model, dtype))
+
+
+def same_model(name: str, other: str) -> bool:
+    """Whether two names are one, or two paths one folder."""
+    folders = os.path.isdir(name) and os.path.isdir(other)
+    return name == other or (folders and os.path.samefile(name, other))
 
 
 def load_named(name: str, dtype: torch.dtype | str) -> Any:
@@ -63,6 +97,11 @@ def load_named(name: str, dtype: torch.dtype | str) -> Any:
     Raises:
         ValueError: naming it, where there is none.
     """
+    if Path(name, "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name!r} must be a folder with a model, got one with an adapter: load it by "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True) and give the model"
+        )
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -75,8 +114,15 @@ def load_named(name: str, dtype: torch.dtype | str) -> Any:
 def _with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
     try:
         from peft import get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError("peft_config needs PEFT: pip install 'stepagent[train]'") from error
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(  # PEFT would put the new one in its place, and what it learnt were lost
+            "model must be without an adapter where peft_config asks for one, got one that has an "
+            "adapter: train on without peft_config, as PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True), or put it into the weights by merge_and_unload()"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same adapter in every process
         return get_peft_model(model, peft_config)

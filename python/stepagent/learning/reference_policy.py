@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from ..engines.adapters import INITS_BESIDE_BASE
 from ..models import check_tree_support, text_config, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+_logger = logging.getLogger(__name__)
 
 
 def check_reference(ref_model: nn.Module | None, policy: nn.Module) -> None:
@@ -29,6 +33,14 @@ def check_reference(ref_model: nn.Module | None, policy: nn.Module) -> None:
     if not _is_base_of(ref_model, policy):
         _check_apart(ref_model, policy)
         check_tree_support(ref_model)
+        return
+    change = change_of_base(policy)
+    if change is not None:
+        raise ValueError(
+            "ref_model must be what the policy is with its adapter off, or another model, got the "
+            f"adapter's base: {change}. Give a copy from before, or its name"
+        )
+    _logger.info("the reference is the policy with its adapter off: one copy of the base in memory")
 
 
 def _check_apart(ref_model: nn.Module, policy: nn.Module) -> None:
@@ -47,7 +59,29 @@ def _is_base_of(ref_model: nn.Module, policy: nn.Module) -> bool:
 
     PEFT replaces layers in place, so the reference would run with the adapter too.
     """
-    return unwrapped(policy) is ref_model and hasattr(policy, "disable_adapter")
+    return has_adapter(policy) and unwrapped(policy) is ref_model
+
+
+def has_adapter(policy: nn.Module) -> bool:
+    """Whether it is a model of PEFT's, whose adapter can be turned off."""
+    return hasattr(policy, "disable_adapter")
+
+
+def change_of_base(policy: nn.Module) -> str | None:
+    """Why a policy with its adapter off is not the model that the adapter was put into, if so."""
+    base: Any = unwrapped(policy)
+    if getattr(base, "_hf_peft_config_loaded", False):
+        return "it had an adapter already, which is off with the new one"
+    for config in cast("Any", policy).peft_config.values():
+        init = getattr(config, "init_lora_weights", True)
+        if init not in INITS_BESIDE_BASE:
+            return f"init_lora_weights={init!r} changes the base weights"
+    prefix = getattr(cast("Any", policy).base_model, "prefix", None)
+    beside = (*(() if prefix is None else (prefix,)), "modules_to_save.", "trainable_tokens_")
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in beside):
+            return f"its own {name} is trained, adapter or not"
+    return None
 
 
 @contextmanager

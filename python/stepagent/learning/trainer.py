@@ -7,7 +7,7 @@ This file is the order in which things happen. What happens has files of its own
 what is given by name, ``preflight.py``, ``noise.py`` and ``reference_policy.py`` what is refused,
 ``collecting.py`` acting, ``scoring.py`` log-probs, ``batches.py`` batches, ``methods/`` what is
 learnt from a cycle and by which loss, ``evaluating.py`` what is measured on held-out trajectories,
-``checkpoint.py`` what a checkpoint holds.
+``checkpoint.py`` what a checkpoint holds, ``card.py`` what is said of the run beside a saved model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..envs.pool import EnvFactory
 from ..models import auxiliary_weight, check_tree_support, evaluation_mode, recorded_routing
 from .averages import Counts, RunningMeans
 from .batches import CycleData, collate, counts_of
+from .card import CardWritingTrainer, DataFacts
 from .checkpoint import (
     CYCLE_FILE,
     Place,
@@ -54,7 +55,7 @@ from .cycle import (
     unique_tokens,
 )
 from .epochs import EpochCallback
-from .evaluating import ComputeMetrics, EvaluatingTrainer, Evaluator
+from .evaluating import ComputeMetrics, Evaluator
 from .held_out import check_evaluation, held_out
 from .loading import encode_run, load_policy, load_reference
 from .methods import method_class, method_of
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
     from ..trees.tree import TokenTree
 
 
-class StepAgentTrainer(EvaluatingTrainer):
+class StepAgentTrainer(CardWritingTrainer):
     """Train an agent towards an expert's trajectories.
 
     Args:
@@ -94,7 +95,8 @@ class StepAgentTrainer(EvaluatingTrainer):
         ref_model: A fixed reference, or the name or path of one; None resets the reference to the
             policy at each cycle's start, as the paper does. Its log-probs are computed once a
             cycle, so no copy is kept. The model that a policy's adapter lies in stands for the
-            policy without its adapter.
+            policy without its adapter; so does, with ``peft_config``, the name of ``model``, of
+            which one copy is then in memory.
         peft_config: Train this adapter instead of the whole model.
         env: Environment name or factory, needed for ``states="agent"`` and
             ``"mixed"``.
@@ -151,7 +153,7 @@ class StepAgentTrainer(EvaluatingTrainer):
             )
         policy = load_policy(model, peft_config, args)
         check_tree_support(policy)
-        ref_model = load_reference(ref_model, args)
+        ref_model = load_reference(ref_model, model, policy, args)
         check_reference(ref_model, policy)
         check_discriminator(discriminator, policy)
         check_quiet(policy, args)
@@ -167,6 +169,7 @@ class StepAgentTrainer(EvaluatingTrainer):
         check_evaluation(args, env, sets, rollouts, ref_model is not None, metrics)
         check_optimizer(optimizers[0], policy)
         self._trunks = trunks
+        self.data_facts = DataFacts.of(trunks, train_dataset)
         self._epochs = EpochCallback(self)
         super().__init__(
             model=policy,

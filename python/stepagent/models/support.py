@@ -24,6 +24,7 @@ from ..trees.tree import pack_step_pairs
 from .attention import TREE_ATTENTION, UNIFORM_WINDOW_MODELS, dense_attention
 from .forward import as_long, evaluation_mode, score
 from .head import check_head
+from .quantised import prepare_quantised
 from .wrappers import text_config, unwrapped
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ _ENCODERS = {
 _PROBE_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
 _PROBE_ROUNDING_HALF = 0.25
 _PROBE_SHARE = 0.02
+_OTHER_MODEL = (
+    ". Use a model whose layers are full or sliding-window attention, such as Llama, Qwen3 or "
+    "Mistral"
+)
 _probed: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
@@ -100,14 +105,15 @@ def check_tree_support(model: nn.Module) -> None:
     # Adapters and quantisation change the modules of a model that has passed.
     modules = hash(tuple(type(module) for module in base.modules()))
     if _probed.get(base) != modules:
+        if (reason := prepare_quantised(model)) is not None:
+            raise _refusal(base, reason, "")
         _probe(model)
         _probed[base] = modules
 
 
-def _refusal(model: nn.Module, reason: str) -> ValueError:
+def _refusal(model: nn.Module, reason: str, advice: str = _OTHER_MODEL) -> ValueError:
     return ValueError(
-        f"{type(model).__name__} cannot be computed exactly on a token tree: {reason}. Use a model "
-        "whose layers are full or sliding-window attention, such as Llama, Qwen3 or Mistral"
+        f"{type(model).__name__} cannot be computed exactly on a token tree: {reason}{advice}"
     )
 
 

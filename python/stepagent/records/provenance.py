@@ -48,7 +48,7 @@ def sitting(output: Path, **told: Any) -> Iterator[None]:
             entry = {
                 "started": started.isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - clock, 1),
-                "versions": _versions(),
+                "versions": versions(),
                 **told,
             }
             path = provenance_path(output)
@@ -73,11 +73,12 @@ def sittings(output: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+def versions(*more: str) -> dict[str, str]:
+    """Of Python, of the packages that decide what a run does, and of ``more`` of them."""
+    found = {"python": platform.python_version()}
+    for package in (*_PACKAGES, *more):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return versions
+    return found

@@ -199,14 +199,21 @@ def test_sft_weight_adds_the_experts_mean_nll(trainer):
 
 
 def test_a_batch_without_pairs_has_a_connected_zero_loss(trainer):
-    def speechless(env):
-        raise ExpertUnavailable("no answer")
+    asked = []
+
+    def terse(env):
+        asked.append(env)
+        if len(asked) > 1:
+            raise ExpertUnavailable("no answer")
+        return "forward"
 
     model = tiny_agent()
     made = trainer(
-        model, states="agent", env=LEVEL, expert=speechless, rollouts=2, max_steps_per_episode=2
+        model, states="agent", env=LEVEL, expert=terse, rollouts=2, max_steps_per_episode=2
     )
-    _, batch = first_batch(made)
+    made.begin_epoch(0)
+    (silent,) = [c for c in made._comparisons if not any(c.branches)]
+    batch = made._collate([silent])
     loss = made.compute_loss(model, batch)
     loss.backward()
     assert loss.item() == 0

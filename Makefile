@@ -115,7 +115,7 @@ clean:
 # sources, the pins or the modules' names change.
 $(VENV)/.built: $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) scikit-build-core pybind11 setuptools-scm cmake ninja
+	$(PIP) scikit-build-core pybind11 cmake ninja
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -135,6 +135,12 @@ def _make_babyai(level: str) -> TextEnv:
     return BabyAITextEnv(level_id(level))
 
 
+def _make_blackjack(task: str) -> TextEnv:
+    from stepagent.envs.blackjack import BlackjackTextEnv
+
+    return BlackjackTextEnv(task)
+
+
 def _make_scienceworld(task: str, split: str) -> TextEnv:
     from stepagent.envs.scienceworld import ScienceWorldTextEnv
 
@@ -168,6 +174,7 @@ def _make_webshop(task: str, split: str) -> TextEnv:
 register("agentgym", _make_agentgym)
 register("alfworld", _make_alfworld, splits=("train", "valid_seen", "valid_unseen"))
 register("babyai", _make_babyai)
+register("blackjack", _make_blackjack)
 register("scienceworld", _make_scienceworld, splits=("train", "dev", "test"))
 register("textworld", _make_textworld)
 register("webshop", _make_webshop, splits=("train", "dev", "test"))

@@ -15,6 +15,7 @@ from .check import check
 from .demo import demo
 from .diagnose import diagnose
 from .episodes import collect, evaluate
+from .evolve import evolve
 from .inspect import inspect_command
 from .kernels import bench, doctor, warmup
 from .report import report
@@ -27,6 +28,6 @@ def main() -> None:
     """Step-wise rewards for LLM agents: from expert trajectories to a better agent."""
 
 
-_TRAINING = (demo, check, collect, train, evaluate, diagnose, inspect_command, report)
+_TRAINING = (demo, check, collect, train, evaluate, diagnose, evolve, inspect_command, report)
 for _command in (*_TRAINING, bench, warmup, doctor):
     main.add_command(_command)

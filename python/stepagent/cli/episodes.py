@@ -59,13 +59,16 @@ _POLICY_HELP = (
 )
 
 
-_OPTIONS = (
+# Where episodes are run; and how, whoever asks for which of them.
+WHERE = (
     click.option(
         "--env",
         required=True,
         help="For example babyai:GoToLocalS6N2, or your own module:Class.",
     ),
     click.option("--split", metavar="NAME", help="Where it has some, for example test."),
+)
+_WHICH = (
     click.option("--episodes", type=POSITIVE, help="How many.  [default: 100]"),
     click.option(
         "--seed-start",
@@ -78,8 +81,10 @@ _OPTIONS = (
         callback=_parse_seeds,
         help="These instead, for example 0-99,200.",
     ),
-    click.option("--max-steps", type=POSITIVE, help="End an episode sooner."),
     click.option("--query-expert", is_flag=True, help="Record the expert's action at every state."),
+)
+HOW = (
+    click.option("--max-steps", type=POSITIVE, help="End an episode sooner."),
     click.option(
         "--max-new-tokens",
         type=POSITIVE,
@@ -176,7 +181,7 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
         rollout = Rollout(function.__name__, policy=policy, seeds=seeds, output=output, **options)
         return function(rollout, **own)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed((*WHERE, *_WHICH, *HOW)):
         command = option(command)
     return command
 

@@ -84,7 +84,7 @@ class Rollout:
 
         if self.output is None:
             return self._run(self.seeds, None)
-        with open_episodes(self.output, self._identity(), self.seeds) as file:
+        with open_episodes(self.output, self.identity(), self.seeds) as file:
             missing = self._missing(file.ended)
             work = sitting(self.output) if missing else nullcontext()
             try:
@@ -110,7 +110,7 @@ class Rollout:
 
         return run_episodes(
             envs.factory(self.env, self.split),
-            self._actor(),
+            self.actor(),
             seeds,
             expert=own_expert if self.query_expert else None,
             max_steps=self.max_steps,
@@ -137,7 +137,7 @@ class Rollout:
         batches = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
         return [s for batch in batches if any(t not in ended for t in batch) for s in batch]
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """All that an episode depends on beside its seed."""
         from ..records.branches import fingerprint
 
@@ -192,7 +192,8 @@ class Rollout:
             )
         return [own, self.action_format.instructions] if own else []
 
-    def _actor(self) -> Policy:
+    def actor(self) -> Policy:
+        """Who acts; a model is loaded now."""
         from ..acting.policies import ExpertPolicy, RandomPolicy
 
         if self.policy == "expert":

@@ -19,9 +19,9 @@ except ImportError as error:
 ACTIONS = ("hit", "stand")
 
 INSTRUCTIONS = """\
-You play one hand of Blackjack against a dealer, who draws until 17 or more. Each turn you either hit \
-(take a card) or stand (take no more). Above 21 you lose at once; otherwise the higher sum wins. \
-Picture cards count 10, an ace 11 or 1; a sum with an ace that counts 11 is called soft.
+You play one hand of Blackjack against a dealer, who draws until 17 or more. Each turn you either \
+hit (take a card) or stand (take no more). Above 21 you lose at once; otherwise the higher sum \
+wins. Picture cards count 10, an ace 11 or 1; a sum with an ace that counts 11 is called soft.
 The actions are: hit, stand."""
 """Tells a model that was not trained on Blackjack what it may do."""
 
@@ -39,9 +39,9 @@ class Hand(NamedTuple):
 
 
 def basic_strategy(hand: Hand) -> str:
-    """What is best at each hand, where one may only hit or stand (Sutton and Barto, figure 5.2)."""
+    """What is best at each hand, where one may only hit or stand."""
     if hand.soft:
-        least = 19 if hand.dealer in (9, 10) else 18
+        least = 19 if hand.dealer >= 9 else 18
     elif hand.dealer > 6:
         least = 17
     else:

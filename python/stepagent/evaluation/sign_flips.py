@@ -57,7 +57,8 @@ def _means_of_halves(
     means = np.empty(_HALVES)
     for start in range(0, _HALVES, _AT_ONCE):
         stop = min(start + _AT_ONCE, _HALVES)
-        halves = rng.integers(2, size=(stop - start, len(differences)), dtype=np.int8)
+        coins = rng.integers(256, size=(stop - start, -(-len(differences) // 8)), dtype=np.uint8)
+        halves = np.unpackbits(coins, axis=1, count=len(differences))
         sizes = halves.sum(axis=1, dtype=np.int64)
         sums = halves.astype(np.float64) @ differences
         means[start:stop] = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.nan)

@@ -11,15 +11,18 @@ decide nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from .. import envs as environments
 from ..acting.policies import Policy
 from ..acting.rollout import run_episodes
 from ..data.draws import check_count
+from ..envs.base import check_seeds
 from ..envs.pool import EnvFactory
 from ..evaluation.metrics import METRICS
 from ..evaluation.sign_flips import sign_flip_interval
@@ -27,6 +30,9 @@ from ..records.episode_file import describe_seeds
 from ..records.episodes import Episode
 from .journal import Proposal, SearchFile, records_of
 from .proposers import Garbage, NoMoreProposals, Proposer, Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Payoff = Literal["reward", "success", "progress_rate"]
 SHOWN = 8  # failed episodes, to a proposer
@@ -67,7 +73,7 @@ class Arena:
     env: str | EnvFactory
     policy: Callable[[str], Policy]
     payoff: Payoff = "reward"
-    options: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.payoff not in get_args(Payoff):
@@ -76,8 +82,8 @@ class Arena:
 
     def play(self, guideline: str, seeds: Sequence[int], label: str | None) -> list[Episode]:
         """An episode of each seed."""
-        options = self.options or {}
-        return run_episodes(self.env, self.policy(guideline), seeds, progress=label, **options)
+        policy = self.policy(guideline)
+        return run_episodes(self.env, policy, seeds, progress=label, **self.options)
 
     def paid(self, episode: Episode) -> float | None:
         """None of an episode that crashed; 0 of one that ended before a step."""
@@ -85,6 +91,22 @@ class Arena:
             return None
         value = METRICS[self.payoff](episode)
         return 0.0 if value is None else value
+
+    def pairs(self, ours: Sequence[Episode], theirs: Sequence[Episode]) -> NDArray[np.float64]:
+        """(n, 2): the payoffs of the pairs of episodes that both ended."""
+        paid = [(self.paid(a), self.paid(b)) for a, b in zip(ours, theirs, strict=True)]
+        ended = [(a, b) for a, b in paid if a is not None and b is not None]
+        return np.array(ended, dtype=np.float64).reshape(-1, 2)
+
+    def lacks(self, seeds: Sequence[int]) -> str | None:
+        """Why the environment has no episodes of these seeds; None where it may have them."""
+        make = environments.factory(self.env) if isinstance(self.env, str) else self.env
+        with closing(make()) as env:
+            try:
+                check_seeds(env, seeds)
+            except ValueError as error:
+                return f"no more seeds: {error}"
+        return None
 
 
 class Search:
@@ -152,14 +174,17 @@ class Search:
             self._play_root(guideline)
         while (reason := self.ended(caps)) is None:
             last = self._file.proposals[-1]
-            if last.outcome == "open":  # proposed before it was stopped
-                self._judge(last)
+            if last.outcome != "open":  # or it was proposed, and then the search was stopped
+                try:
+                    self._ask()
+                except NoMoreProposals as error:
+                    reason = str(error)
+                    break
                 continue
-            try:
-                self._ask()
-            except NoMoreProposals as error:
-                reason = str(error)
+            seeds = self._seeds(sum(one.judged for one in self._file.proposals))
+            if (reason := self._arena.lacks(seeds)) is not None:
                 break
+            self._judge(last, seeds)
         self._hold_out()
         return reason
 
@@ -214,13 +239,12 @@ class Search:
             return text, f"garbage: {error}"
         return text, None
 
-    def _judge(self, proposal: Proposal) -> None:
+    def _judge(self, proposal: Proposal, seeds: range) -> None:
         """Play it against its parent on seeds that decide this and nothing else."""
         assert proposal.text is not None
         assert proposal.parent is not None
         parent = self._file.proposals[proposal.parent].text
         assert parent is not None
-        seeds = self._seeds(sum(one.judged for one in self._file.proposals))
         label = f"proposal {proposal.number}"
         ours = self._arena.play(proposal.text, seeds, self._bar(label))
         theirs = self._arena.play(parent, seeds, self._bar(f"{label}, parent"))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Metric = Callable[[Episode], float | None]
 
 _NAMED = 5  # seeds in an error
+_GROUNDING = "grounding_accuracy"
 
 # ------------------------------------------------------------------ of one episode
 
@@ -62,17 +63,19 @@ def progress_curve(episode: Episode) -> NDArray[np.float64]:
 
 def progress_rate(episode: Episode) -> float | None:
     """r_T: the progress rate at the end."""
+    if "progress_rate" in episode.measured:
+        return episode.measured["progress_rate"]
     return float(progress_curve(episode)[-1]) if episode.progress else None
 
 
 def grounding_accuracy(episode: Episode) -> float | None:
     """Valid actions / steps."""
-    return float(np.mean(episode.valid)) if episode.valid else None
+    return float(np.mean(episode.valid)) if episode.valid else episode.measured.get(_GROUNDING)
 
 
-def steps(episode: Episode) -> float:
+def steps(episode: Episode) -> float | None:
     """T, the number of actions."""
-    return float(len(episode.actions))
+    return None if episode.measured and not episode.actions else float(len(episode.actions))
 
 
 def repetition(episode: Episode) -> float | None:

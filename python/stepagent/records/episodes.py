@@ -32,7 +32,7 @@ _LABELS = ("policy", "split", "task", "difficulty")  # str or None, always writt
 _PER_STEP = ("rewards", "progress", "valid", "invalid")
 # Written only where there are any, or where they say something.
 _PER_STEP_ASKED = ("expert_actions", "step_rewards", "taken", "truncated")
-_TOLD = ("crashed", "gave_up", "terminate_reason", "action_format")
+_TOLD = ("crashed", "gave_up", "terminate_reason", "action_format", "measured")
 
 TerminateReason = Literal[
     "terminated", "truncated", "max_steps", "context_limit", "gave_up", "crashed"
@@ -56,6 +56,7 @@ class Episode:
     step_rewards: of a method, for the actions taken; None where there is none.
     logps: per action the policy's log-prob of each of its tokens (fp32, at temperature 1); empty
     for an action that was replayed, or that is the expert's.
+    measured: metrics that another tool wrote down without what they are of, by name.
     overruled: the token ids of what the agent would have done, at the steps at which the expert
     acted in its place, and None at the others; empty where it never did.
     """
@@ -88,6 +89,7 @@ class Episode:
     truncated: list[bool] = field(default_factory=list)
     action_format: str = "plain"  # its name
     terminate_reason: TerminateReason | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

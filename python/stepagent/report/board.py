@@ -19,6 +19,7 @@ from ..evaluation.metrics import (
     split_by,
     summarize,
 )
+from ..evaluation.subskills import TASKS, sub_skills, success_by_task
 from ..records.episodes import Episode
 from .charts import Line, line_chart, ticks
 from .numbers import formatted, number, percent, plain, points
@@ -114,6 +115,7 @@ def board(runs: Sequence[Run], baseline: Run) -> dict[str, Any]:
         "differences": differences(runs, baseline, _told(means)),
         "progress": progress_picture(runs),
         "splits": [table for key in _SPLITS if (table := split(key, runs)) is not None],
+        "skills": skills(runs),
         "invalid": invalid(runs),
         "training": training(runs),
         "updates": updates(runs),
@@ -335,6 +337,41 @@ def _mean(name: str, episodes: Sequence[Episode]) -> float:
     told = [METRICS[name](episode) for episode in episodes if episode.crashed is None]
     values = [value for value in told if value is not None]
     return sum(values) / len(values) if values else math.nan
+
+
+def skills(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """AgentBoard's sub-skills as bars, and over which of its tasks; None where no run has two of
+    them, of which any weights make the same."""
+    found = [success_by_task(run.episodes) for run in runs]
+    scores = [sub_skills(rates) if len(rates) > 1 else {} for rates in found]
+    if not any(scores):
+        return None
+
+    def at(share: float) -> float:
+        return round(100 * share, 2)
+
+    named = next(score for score in scores if score)
+    bars = {
+        skill: [
+            _bar(run.name, style(i), _exact(score.get(skill)), True, at)
+            for i, (run, score) in enumerate(zip(runs, scores, strict=True))
+        ]
+        for skill in named
+    }
+    return {
+        "bars": [
+            {"title": skill.capitalize(), "note": "", "bars": own} for skill, own in bars.items()
+        ],
+        "over": [
+            f"{run.name}: {', '.join(rates)}, {len(rates)} of {len(TASKS)}"
+            for run, rates in zip(runs, found, strict=True)
+            if len(rates) > 1
+        ],
+    }
+
+
+def _exact(value: float | None) -> Interval | None:
+    return None if value is None else Interval(value, None, None)
 
 
 def invalid(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any
 
 from ..data.trajectory import Trajectory, load_trajectories
+from ..evaluation.agentboard import is_agentboard, load_agentboard
 from ..records.episodes import Episode
 from ..records.provenance import sittings
 from .kinds import what_is
@@ -39,7 +40,8 @@ class Run:
 
 
 def load_run(path: Path, name: str | None = None, *, expert: bool | None = None) -> Run:
-    """Read a JSONL of episodes, or a folder with ``episodes.jsonl`` and perhaps ``log.json``.
+    """Read a JSONL of episodes, or a folder with ``episodes.jsonl`` and perhaps ``log.json``, or
+    one of AgentBoard's results.
 
     Args:
         name: By default the folder's, or the file's without its suffix.
@@ -47,8 +49,11 @@ def load_run(path: Path, name: str | None = None, *, expert: bool | None = None)
 
     Raises:
         ValueError: For a folder without episodes, for a log that is none, for an episode whose
-            record holds a value of another type, naming both, and as `load_episodes`.
+            record holds a value of another type, naming both, and as `load_episodes` and
+            `stepagent.evaluation.agentboard.load_agentboard`.
     """
+    if not (path / "episodes.jsonl").exists() and is_agentboard(path):
+        return Run(name or _name(path), load_agentboard(path), expert=bool(expert))
     file = path / "episodes.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise ValueError(f"{path} holds no episodes.jsonl; a run is such a folder, or a JSONL file")
@@ -111,6 +116,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "environment": (str,),
     "seed": (int,),
     "success": (bool,),
+    "measured": (dict,),
 }
 _STEP_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rewards", "progress"), (float, int)),

@@ -232,9 +232,32 @@ def test_an_invalid_action_is_a_step_that_changes_nothing(action: str) -> None:
     assert observation == f"invalid action . {view}"
     assert (reward, terminated, truncated) == (0.0, False, False)
     expected = {"valid": False, "success": False, "progress": 0.0, "task": "go to"}
-    assert info == {**expected, "invalid": "unknown action"}
+    assert info == {**expected, "difficulty": "easy", "invalid": "unknown action"}
     assert env.expert_action() == advice
     assert env.step("left") == twin.step("left")
+
+
+def things(mission: str) -> int:
+    """Told from its words: each verb is a thing to be done, and what is put is picked up before."""
+    return len(re.findall("go to|pick up|open|put", mission)) + mission.count("put")
+
+
+@pytest.mark.parametrize("level", ["PutNextLocal", "GoToSeqS5R2", "SynthS5R2", "BossLevel"])
+def test_progress_is_the_share_of_the_things_that_are_done(level: str) -> None:
+    env = envs.make(f"babyai:{level}")
+    for seed in range(6):
+        observation, info = env.reset(seed)
+        count = things(observation.partition(" . ")[0])
+        assert info["difficulty"] == ("hard" if count > 1 else "easy")
+        seen, over = {0.0}, False
+        while not over:
+            _, _, terminated, truncated, info = env.step(env.expert_action())
+            seen.add(info["progress"])
+            over = terminated or truncated
+        steps = {number / count for number in range(count + 1)}
+        assert seen <= steps
+        if level == "PutNextLocal" and info["success"]:
+            assert seen == {0.0, 0.5, 1.0}, "half of it once it is carried, though it is put down"
 
 
 def test_invalid_actions_use_up_the_steps() -> None:

@@ -73,7 +73,10 @@ def test_seeds_go_through_the_tasks_and_then_to_the_next_variation(env: Any, raw
         assert env._variation == raw.get_variations_test()[seed // 30]
         raw.load(info["task"], env._variation)
         assert observation.startswith(f"{raw.get_task_description()}\nThis room is called")
-        assert info == {"valid": True, "success": False, "progress": 0.0, "task": info["task"]}
+        first = {"valid": True, "success": False, "progress": 0.0, "task": info["task"]}
+        listed = raw.get_goal_progress().split("\n")
+        goals = sum(line.split("\t")[0].isdecimal() for line in listed)
+        assert info == {**first, "difficulty": "hard" if goals >= 10 else "easy"}
 
 
 def test_splits_are_the_official_ones_and_a_seed_beyond_is_an_error(env: Any, raw: Any) -> None:

@@ -151,7 +151,9 @@ class BabyAITextEnv:
     """A BabyAI level as a `stepagent.envs.TextEnv`, by its gymnasium id.
 
     The reward is minigrid's: ``1 - 0.9 * steps / max_steps`` on success, otherwise 0. In ``info``,
-    ``task`` is what the mission asks for: "go to", "open", "pick up", "put next to" or "sequence".
+    ``task`` is what the mission asks for: "go to", "open", "pick up", "put next to" or "sequence";
+    ``difficulty`` is "hard" where that is more than one thing, as putting what one has picked up.
+    ``progress`` is the share of these things that are done, however they are undone later.
     """
 
     actions = ACTIONS
@@ -175,6 +177,7 @@ class BabyAITextEnv:
             obs, _ = self._level.reset(seed=seed)
         self._over = False
         self._expert = _Expert(self._level)
+        self._progress = 0.0
         self._view = render_view(obs["image"])
         mission = obs["mission"].replace(",", " ,")
         return f"mission : {mission} . {self._view}", self._info(valid=True, success=False)
@@ -210,12 +213,15 @@ class BabyAITextEnv:
         return f"invalid action . {self._view}", 0.0, False, self._over, info
 
     def _info(self, *, valid: bool, success: bool) -> dict[str, Any]:
-        progress = 1.0 if success else _progress(self._level.instrs)
+        instrs = self._level.instrs
+        now = 1.0 if success else _done(instrs, self._level.carrying) / _things(instrs)
+        self._progress = max(self._progress, now)
         info = {
             "valid": valid,
             "success": success,
-            "progress": progress,
-            "task": _kind(self._level.instrs),
+            "progress": self._progress,
+            "task": _kind(instrs),
+            "difficulty": "hard" if _things(instrs) > 1 else "easy",
         }
         return info if valid else {**info, "invalid": "unknown action"}
 
@@ -239,8 +245,18 @@ def _clauses(instr: Any) -> list[tuple[Any, bool]]:
     ]
 
 
-def _progress(instr: Any) -> float:
-    return sum(1.0 if done else _progress(clause) for clause, done in _clauses(instr)) / 2
+def _things(instr: Any) -> int:
+    """How many things a mission asks for; to put one next to another is to pick it up and put it."""
+    if clauses := _clauses(instr):
+        return sum(_things(clause) for clause, _ in clauses)
+    return 2 if isinstance(instr, PutNextInstr) else 1
+
+
+def _done(instr: Any, carried: Any) -> int:
+    """How many of them are done in a mission that is not."""
+    if clauses := _clauses(instr):
+        return sum(_things(one) if done else _done(one, carried) for one, done in clauses)
+    return int(isinstance(instr, PutNextInstr) and carried in instr.desc_move.obj_set)
 
 
 class _Bot(BabyAIBot):

@@ -6,6 +6,7 @@ after every move, which takes most of its time. All environments of a process sh
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import threading
@@ -35,6 +36,10 @@ SPLITS = ("train", "dev", "test")
 _JAVA_OPTIONS = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-XX:+UseSerialGC"]
 _GRACE = 5.0  # seconds in which Java ends by itself before it is killed
 
+# A line of the simulator's list of sub-goals: its number, and whether it is reached.
+_SUBGOAL = re.compile(r"^\d+\t(?:true|false)\t", re.MULTILINE)
+_HARD = 10  # sub-goals, from which on we call an episode hard
+
 # How an answer begins to a text that is no action, and its kind.
 _INVALID = {
     "No known action matches that input.": "unknown action",
@@ -62,7 +67,8 @@ class ScienceWorldTextEnv:
 
     The rewards of an episode sum to the final score of the simulator, which is 1 when the task is
     done, and −1 where it was failed (by a focus on the wrong object). ``info["progress"]`` is the
-    highest score so far. An ambiguous action is invalid, and the simulator asks which one was
+    highest score so far, ``info["difficulty"]`` "hard" where the simulator lists 10 sub-goals or
+    more; that threshold is ours. An ambiguous action is invalid, and the simulator asks which one was
     meant: the next action is a number from its list, or is lost.
     """
 
@@ -94,6 +100,8 @@ class ScienceWorldTextEnv:
         engine.load(self._task, self._variation, "", False)
         self._over, self._score, self._progress = False, 0.0, 0.0
         self._taken: list[tuple[str, str | None]] = []  # each action with its invalid kind
+        goals = len(_SUBGOAL.findall(str(engine.getGoalProgressStr())))
+        self._difficulty = "hard" if goals >= _HARD else "easy"
         first = f"{engine.getTaskDescription()}\n{engine.freeActionLook()}"
         return first, self._info(None)
 
@@ -161,6 +169,7 @@ class ScienceWorldTextEnv:
             "success": self._score >= 1.0,
             "progress": self._progress,
             "task": self._task,
+            "difficulty": self._difficulty,
         }
         return info if invalid is None else {**info, "invalid": invalid}
 

@@ -246,7 +246,7 @@ def _clauses(instr: Any) -> list[tuple[Any, bool]]:
 
 
 def _things(instr: Any) -> int:
-    """How many things a mission asks for; to put one next to another is to pick it up and put it."""
+    """How many things a mission asks for; to put one next to another is two of them."""
     if clauses := _clauses(instr):
         return sum(_things(clause) for clause, _ in clauses)
     return 2 if isinstance(instr, PutNextInstr) else 1

@@ -68,8 +68,10 @@ class ScienceWorldTextEnv:
     The rewards of an episode sum to the final score of the simulator, which is 1 when the task is
     done, and −1 where it was failed (by a focus on the wrong object). ``info["progress"]`` is the
     highest score so far, ``info["difficulty"]`` "hard" where the simulator lists 10 sub-goals or
-    more; that threshold is ours. An ambiguous action is invalid, and the simulator asks which one was
-    meant: the next action is a number from its list, or is lost.
+    more; that threshold is ours.
+
+    An ambiguous action is invalid, and the simulator asks which one was meant: the next action is a
+    number from its list, or is lost.
     """
 
     actions: tuple[str, ...] = ()  # they depend on the objects in sight

@@ -216,7 +216,7 @@ def _turns(trajectory: Any) -> list[dict[str, Any]]:
 def _filled(changes: Any, steps: int) -> list[float]:
     """The score after each step, which is the last change's; up to the last where T is unknown."""
     scores = {int(step): _share("a score", score) for step, score in changes}
-    length = steps or max(scores, default=-1) + 1
+    length = steps or max(scores, default=0) + 1
     if any(not 0 <= step < length for step in scores):
         raise ValueError(f"score_change_record must lie within {length} steps, got {changes}")
     filled, current = [], 0.0

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -107,6 +108,10 @@ def acting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     )
     assert_type(found, sa.evaluation.Diagnosis)
     assert_type(found.verdict, str)
+    follow = sa.evolve.told(policy)
+    better = sa.evolve.evolve("blackjack", follow, "", lambda asked: asked.guideline, Path("runs"))
+    assert_type(better, sa.evolve.Evolved)
+    assert_type(better.guideline, str)
 
 
 def training(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,6 +127,7 @@ def modules() -> tuple[object, ...]:
         sa.envs.make("babyai:GoToLocalS6N2"),
         sa.episode_file.open_episodes,
         sa.evaluation.bootstrap([0.0, 1.0]).low,
+        sa.evolve.Caps(depth=3).proposals,
         sa.methods.register_method,
         sa.metrics.METRICS["success"],
         sa.models.LMHead,

@@ -24,6 +24,7 @@ PUBLIC = {
     "episode_file": "EpisodeFile describe_seeds open_episodes",
     "episodes": "Episode load_episodes",
     "evaluation": "Diagnosis Interval bootstrap diagnose stratified_bootstrap success_rate",
+    "evolve": "Caps Evolved FileProposer NoMoreProposals Request ServerProposer evolve told",
     "methods": "Batch Comparison Method PPOMethod Run StepTable method_class register_method",
     "metrics": "METRICS compare invalid_actions progress_curve split_by success summarize",
     "models": "LMHead check_tree_support hidden_states lm_head read_trees score_trees",

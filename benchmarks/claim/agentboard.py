@@ -29,7 +29,7 @@ from stepagent.acting.rollout import run_episodes
 from stepagent.envs import ExpertUnavailable, TextEnv
 from stepagent.envs.scienceworld import TASKS
 from stepagent.evaluation.agentboard import save_agentboard
-from stepagent.evaluation.metrics import METRICS, compare, summarize
+from stepagent.evaluation.metrics import METRICS, compare, mean_progress_curve, summarize
 from stepagent.records.episode_file import open_episodes
 from stepagent.records.episodes import Episode
 
@@ -119,11 +119,32 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def picture(path: Path, found: dict[str, list[Episode]]) -> None:
+    """Progress by step; success, where any is, in the label."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    for name, episodes in found.items():
+        done = np.mean([episode.success for episode in episodes])
+        curve = 100 * mean_progress_curve(episodes, STEPS)
+        axes.plot(range(STEPS + 1), curve, linewidth=1.6, label=f"{name} (success {done:.0%})")
+    axes.set_xlabel("step")
+    axes.set_ylabel("progress, %")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=144)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--variations", type=int, default=3, help="of each task")
     parser.add_argument("--output", type=Path, default=Path("runs/agentboard"))
     parser.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
+    parser.add_argument("--picture", type=Path, help="draw progress by step")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     with closing(envs.make("scienceworld", "test")) as env:  # which keeps Java, and its gold paths
@@ -149,6 +170,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")
         args.json.with_suffix(".md").write_text(table(result) + "\n")
+    if args.picture:
+        picture(args.picture, found)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from . import envs as envs
 from . import episode_file as episode_file
 from . import episodes as episodes
 from . import evaluation as evaluation
+from . import evolve as evolve
 from . import methods as methods
 from . import metrics as metrics
 from . import models as models

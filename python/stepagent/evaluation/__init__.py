@@ -2,7 +2,8 @@
 
 ``metrics.py`` has what is measured of an episode and of a run, ``statistics.py`` the means, their
 intervals and the agreement with the expert, ``runs.py`` intervals over training runs,
-``diagnosis.py`` what training can gain, told before it, and ``findings.py`` how it is said.
+``sign_flips.py`` one for few pairs, ``diagnosis.py`` what training can gain, told before it, and
+``findings.py`` how it is said; ``agentboard.py`` and ``subskills.py`` are of AgentBoard's results.
 """
 
 from .diagnosis import diagnose

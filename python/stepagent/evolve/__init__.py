@@ -187,11 +187,12 @@ def told(policy: Policy) -> Callable[[str], Policy]:
         raise TypeError(
             f"policy must read a first message (system) to follow a guideline, got {policy.name}"
         )
-    own = policy.system
+    speaker: Any = policy
+    own = speaker.system
 
     def follow(guideline: str) -> Policy:
         parts = [part for part in (own, guideline.strip()) if part]
-        policy.system = "\n\n".join(parts) or None
+        speaker.system = "\n\n".join(parts) or None
         return policy
 
     return follow

@@ -133,6 +133,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
         "train",
         "evaluate",
         "diagnose",
+        "evolve",
         "inspect",
         "report",
         "bench",

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Of a model that is told the guideline; a function of one's own takes none of them.
-_OF_MODELS = ("system", "temperature", "instructions", "chat_template_kwargs", "served_model")
-_OF_MODELS += ("tokenizer", "server_timeout", "token_limit")
+_OF_MODELS = (
+    *("system", "temperature", "instructions", "chat_template_kwargs", "served_model"),
+    *("tokenizer", "server_timeout", "token_limit"),
+)
 
 
 def _is_function(text: str) -> bool:
@@ -169,8 +171,9 @@ def evolve(
     make().close()  # first: a wrong name need not wait for a model
     proposer = _proposer(propose, rollout, proposer_model, proposer_tokens)
     follow, told = _follower(rollout)
-    how = {"max_steps": rollout.max_steps, "batch_size": rollout.batch_size, "split": split}
-    how |= {"workers": rollout.workers, "timeout": rollout.step_timeout}
+    how: dict[str, Any] = {"max_steps": rollout.max_steps, "split": split}
+    how |= {"batch_size": rollout.batch_size, "workers": rollout.workers}
+    how["timeout"] = rollout.step_timeout
     try:
         output.mkdir(parents=True, exist_ok=True)
         with sitting(output):
@@ -204,8 +207,9 @@ def _follower(rollout: Rollout) -> tuple[Callable[[str], Policy], dict[str, Any]
         if getattr(rollout, name) is not None:
             option = name.replace("_", "-")
             raise click.UsageError(f"--{option} is of no use with --policy {rollout.policy}")
-    identity = {"env": rollout.shown_env, "policy": rollout.policy, "split": rollout.split}
-    identity |= {"max_steps": rollout.max_steps, "action_format": rollout.action_format.name}
+    identity: dict[str, Any] = {"env": rollout.shown_env, "policy": rollout.policy}
+    identity |= {"split": rollout.split, "max_steps": rollout.max_steps}
+    identity["action_format"] = rollout.action_format.name
     return _imported("--policy", rollout.policy), identity
 
 

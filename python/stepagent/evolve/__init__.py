@@ -138,8 +138,8 @@ def evolve(
     """
     check_count("episodes", episodes)
     check_count("children", children)
-    if not isinstance(held_out, int) or held_out < 0:
-        raise ValueError(f"held_out must be a whole number >= 0, got {held_out!r}")
+    if held_out < 0:
+        raise ValueError(f"held_out must be a whole number >= 0, got {held_out}")
     arena = Arena(env, policy, payoff, options)
     policy(guideline)  # one that cannot be followed is refused before anything is written
     identity = {
@@ -188,7 +188,7 @@ def told(policy: Policy) -> Callable[[str], Policy]:
             f"policy must read a first message (system) to follow a guideline, got {policy.name}"
         )
     speaker: Any = policy
-    own = speaker.system
+    own: str | None = speaker.system
 
     def follow(guideline: str) -> Policy:
         parts = [part for part in (own, guideline.strip()) if part]

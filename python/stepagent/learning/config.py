@@ -45,6 +45,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "critic_learning_rate": _POSITIVE,
     "discriminator_smoothing": ("in [0, 0.5)", lambda x: 0 <= x < 0.5),
     "discriminator_penalty": _NOT_NEGATIVE,
+    "discriminator_diversity": _NOT_NEGATIVE,
     "discriminator_replay": _WHOLE,
     "eval_seed_start": _WHOLE,
     "teacher_share": _FRACTION,

@@ -275,6 +275,13 @@ class InverseOptions(SRLOptions):
         },
     )
     discriminators: int = field(default=1, metadata={"help": "heads, each a discriminator"})
+    discriminator_diversity: float = field(
+        default=0.0,
+        metadata={
+            "help": "of several discriminators: the scale in nats of a fixed random function in "
+            "each, which then also learns from a bootstrap of the trajectories of its own"
+        },
+    )
     reward_aggregate: Aggregate = field(
         default="pessimistic",
         metadata={

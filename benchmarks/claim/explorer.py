@@ -341,6 +341,30 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(cells: list[dict[str, Any]], path: Path) -> None:
+    """Each run as a point: the episodes to stable success, by task and arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(c["task"] for c in cells))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 2.8), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        limit = CAR_LIMIT if task == "mountain car" else SEA_LIMIT
+        arms = [arm for arm in ARMS if any((c["task"], c["arm"]) == (task, arm) for c in cells)]
+        for row, arm in enumerate(arms):
+            own = [c["stable"] or limit for c in cells if (c["task"], c["arm"]) == (task, arm)]
+            axis.plot(own, [row] * len(own), "o", alpha=0.4, color="#2f6f9f")
+            axis.plot([np.median(own)], [row], "|", markersize=18, color="#1f2933")
+        axis.set_yticks(range(len(arms)), arms)
+        axis.invert_yaxis()
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel(f"episodes to stable success (limit {limit})")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
@@ -350,6 +374,7 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="cells are kept here as they end; a .md beside it"
     )
+    parser.add_argument("--figure", type=Path, help="draw the cells here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = args.json
@@ -371,6 +396,8 @@ def main() -> None:
     print(table(cells))
     if path:
         path.with_suffix(".md").write_text(table(cells) + "\n")
+    if args.figure:
+        plot(cells, args.figure)
 
 
 if __name__ == "__main__":

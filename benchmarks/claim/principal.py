@@ -77,7 +77,7 @@ class Learners:
         width_NA = np.sqrt(np.log(step + 1) / np.maximum(self._pulls_NA, 1e-2))
         sampled_NA = means_NA + (0.3 + knob_N1) * noise_NA / np.sqrt(self._pulls_NA + 1)
         share_N1 = 0.05 + 0.3 * knob_N1
-        logits_NA = share_N1 / ARMS * self._gains_NA
+        logits_NA = share_N1 / 3 * self._gains_NA  # K times EXP3's own: there are few steps
         odds_NA = np.exp(logits_NA - logits_NA.max(1, keepdims=True))
         self._chances_NA = (1 - share_N1) * odds_NA / odds_NA.sum(1, keepdims=True)
         self._chances_NA += share_N1 / ARMS

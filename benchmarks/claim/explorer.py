@@ -349,7 +349,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys(c["task"] for c in cells))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 2.8), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 2.8), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         limit = CAR_LIMIT if task == "mountain car" else SEA_LIMIT
         arms = [arm for arm in ARMS if any((c["task"], c["arm"]) == (task, arm) for c in cells)]
@@ -360,7 +360,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(arms)), arms)
         axis.invert_yaxis()
         axis.set_title(task, fontsize=10)
-        axis.set_xlabel(f"episodes to stable success (limit {limit})")
+        axis.set_xlabel(f"episodes (limit {limit})")
     figure.tight_layout()
     figure.savefig(path)
 

@@ -98,6 +98,15 @@ def acting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         model, "babyai:GoToLocalS6N2", tokenizer=tokenizer, seeds=range(4), max_new_tokens=8
     )
     assert_type(tried[0], list[sa.Trunk])
+    sa.rollout_and_query(
+        model,
+        "babyai:GoToLocalS6N2",
+        tokenizer=tokenizer,
+        seeds=range(4),
+        max_new_tokens=8,
+        ask=sa.askers.WorthAsker(),
+        budget=10,
+    )
     policy = sa.policies.ModelPolicy(model, tokenizer, max_new_tokens=8)
     onward = sa.continue_rollouts(policy, "babyai:GoToLocalS6N2", sa.load_trajectories("a.jsonl"))
     assert_type(onward, list[sa.Continuations])
@@ -123,6 +132,7 @@ def training(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
 def modules() -> tuple[object, ...]:
     """The public modules, each by one of its names."""
     return (
+        sa.askers.WorthAsker(),
         sa.engines.CompletionsEngine("http://localhost:8000"),
         sa.envs.make("babyai:GoToLocalS6N2"),
         sa.episode_file.open_episodes,

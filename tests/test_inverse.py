@@ -317,11 +317,115 @@ def test_several_discriminators_are_pessimistic_or_optimistic(args, form):
     rewards = {}
     for aggregate in ("pessimistic", "mean", "optimistic"):
         options = {"discriminators": 2, "reward_aggregate": aggregate, "reward_form": form}
-        rewards[aggregate] = InverseReflection(tiny_agent(), args(**options))._rewards(logits_EA)
+        reflection = InverseReflection(tiny_agent(), args(**options))
+        rewards[aggregate] = reflection._aggregated(reflection._rewards(logits_EA))
     each = torch.stack([reference.inverse_step_reward(x, form=form) for x in logits_EA])
     torch.testing.assert_close(rewards["pessimistic"], each.min(0).values)
     torch.testing.assert_close(rewards["mean"], each.mean(0))
     torch.testing.assert_close(rewards["optimistic"], each.max(0).values)
+
+
+def spread_after(args, diversity: float) -> tuple[float, InverseReflection]:
+    """Of the rewards of three discriminators, which have learnt one cycle."""
+    options = {"samples": 1, "discriminators": 3, "discriminator_diversity": diversity}
+    reflection = InverseReflection(tiny_agent(), args(**options, critic_epochs=3))
+    _, figures = reflection.prepare(hand_made([[BAD], [BAD, GOOD], [GOOD, BAD]]), 0)
+    return figures["discriminator_spread"], reflection
+
+
+def test_diverse_discriminators_differ_and_the_spread_says_so(args):
+    alike, _ = spread_after(args, 0.0)
+    little, _ = spread_after(args, 0.3)
+    much, reflection = spread_after(args, 1.0)
+    assert alike < little < much
+    unseen = hand_made([[BAD]])
+
+    def apart(reflection: InverseReflection) -> float:
+        return float(reflection._judge(unseen, table(unseen))[0].std(0).mean())
+
+    options = {"samples": 1, "discriminators": 3}
+    fresh = InverseReflection(tiny_agent(), args(**options, discriminator_diversity=1.0))
+    assert apart(fresh) > 0.3  # nats, where nothing was learnt
+    assert apart(reflection) > 0.3
+    assert apart(InverseReflection(tiny_agent(), args(**options))) == 0.0
+
+
+def test_one_discriminator_has_no_spread(args):
+    _, figures = InverseReflection(tiny_agent(), args(samples=1)).prepare(hand_made([[BAD]]), 0)
+    assert "discriminator_spread" not in figures
+
+
+def test_prior_functions_are_fixed_and_of_one_size():
+    critic = StepCritic(critic_body(tiny_agent(), "own"), 2, 1.0)
+    assert not any("priors" in name for name in critic.trained())
+    rows = torch.randn(4096, critic.value[0].in_features)
+    found = torch.stack([prior(rows).squeeze(1) for prior in critic.priors])
+    assert 0.4 < float(found.std()) < 1.5
+
+
+def test_a_trajectory_of_before_keeps_its_weight_in_each_discriminator(args):
+    options = {"samples": 1, "discriminators": 4, "discriminator_diversity": 1.0}
+    reflection = InverseReflection(tiny_agent(), args(**options, discriminator_replay=2))
+    first = reflection._bootstrap(3, 0)
+    assert first.shape == (3, 4)
+    reflection._remember(hand_made([[BAD]] * 3))
+    second = reflection._bootstrap(2 + 3, 1)
+    assert torch.equal(second[2:], first)
+    reflection._remember(hand_made([[BAD]] * 2))
+    third = reflection._bootstrap(1 + 5, 2)
+    assert torch.equal(third[1:4], first)
+    assert torch.equal(third[4:], second[:2])
+    assert not torch.equal(first[:1], third[:1]) or not torch.equal(first[1:2], second[:1])
+    whole = reflection._bootstrap(5 + 5, 2)[:5].double()
+    assert whole.min() >= 0
+    alike = InverseReflection(tiny_agent(), args(samples=1, discriminators=2))
+    assert alike._bootstrap(2, 0).tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_weight_is_as_many_copies_of_a_pair(args):
+    """The obvious twin: each discriminator's loss over its own pairs, one by one."""
+    comparisons = hand_made([[BAD], [BAD, GOOD], [GOOD]])
+    options = {"samples": 1, "discriminators": 2, "discriminator_diversity": 1.0}
+    reflection = InverseReflection(tiny_agent(), args(**options))
+    steps = table(comparisons)
+    pairs = torch.cat([steps.expert_P, steps.agent_P])
+    reading = reflection.critic.read(pack_comparisons(comparisons, 4096)).at(pairs)
+    logp_K = reflection._logps(comparisons, steps)[pairs]
+    weights = torch.tensor([[2, 0], [1, 0], [0, 0], [0, 3]])[: len(steps.expert_P)]
+    loss = reflection._discriminator_loss(reading, logp_K, weights)
+    expert_EP, agent_EP = reflection._verdicts(reading, logp_K).chunk(2, dim=1)
+    eps = reflection._args.discriminator_smoothing
+    slow = sum(
+        weights[p, e]
+        * reference.discriminator_loss(
+            expert_EP[e, p : p + 1], agent_EP[e, p : p + 1], smoothing=eps
+        )
+        for e in range(2)
+        for p in range(len(weights))
+    ) / (2 * len(weights))
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
+    nothing = reflection._discriminator_loss(reading, logp_K, 0 * weights)
+    nothing.backward()
+    assert nothing.item() == 0.0
+
+
+def test_a_run_of_diverse_discriminators_resumes(args, tmp_path):
+    comparisons = hand_made([[BAD], [BAD, GOOD], [GOOD]])
+    options = {"critic_epochs": 2, "samples": 1, "discriminators": 3}
+    first, second = (
+        InverseReflection(tiny_agent(), args(**options, discriminator_diversity=0.5))
+        for _ in range(2)
+    )
+    first.prepare(comparisons, 0)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    for reflection in (first, second):
+        reflection.prepare(comparisons, 1)
+    for mine, other in zip(first.critic.parameters(), second.critic.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    other = InverseReflection(tiny_agent(), args(**options))
+    with pytest.raises(ValueError, match="was written with another model to begin with"):
+        other.load(tmp_path)
 
 
 def test_the_kl_to_a_reference_can_be_taken_from_the_rewards(args):
@@ -668,6 +772,17 @@ def test_the_verdict_is_logged_each_cycle(trainer):
         ({"discriminator_body": "large"}, "discriminator_body must be one of"),
         ({"discriminator_smoothing": 0.5}, r"discriminator_smoothing must be in \[0, 0.5\), got"),
         ({"discriminators": 0}, "discriminators must be a whole number >= 1, got 0"),
+        ({"discriminator_diversity": 1.0}, "discriminator_diversity=1.0 needs discriminators >= 2"),
+        (
+            {
+                "discriminator_diversity": 1.0,
+                "discriminators": 2,
+                "reward_form": "iq",
+                "states": "agent",
+            },
+            "discriminator_diversity must be 0 with reward_form='iq'",
+        ),
+        ({"discriminator_diversity": -1.0}, "discriminator_diversity must be finite and >= 0"),
         ({"discriminator_replay": -1}, "discriminator_replay must be a whole number >= 0, got -1"),
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
         ({"target_kl": 0.0}, "target_kl must be finite and > 0, got 0.0"),

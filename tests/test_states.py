@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import END, babyai_tokenizer, separate_logprobs, tiny_agent
 
 from stepagent import reference
-from stepagent.acting.asking import ask_again, least_sure
+from stepagent.acting.askers import UnsureAsker
+from stepagent.acting.asking import ask_again, most_worth, own_steps
 from stepagent.acting.policies import ExpertPolicy
 from stepagent.acting.rollout import (
     action_tokens,
@@ -52,7 +53,7 @@ def demonstrations():
 @pytest.fixture
 def trainer(tmp_path, demonstrations):
     def make(model=None, *, folder="run", **options: Any) -> StepAgentTrainer:
-        mine = {name: options.pop(name) for name in ("env", "expert") if name in options}
+        mine = {name: options.pop(name) for name in ("env", "expert", "asker") if name in options}
         defaults = {
             "output_dir": str(tmp_path / folder),
             "use_cpu": True,
@@ -384,14 +385,13 @@ def test_the_agent_is_least_sure_where_its_action_was_least_probable():
     first = told([[-0.1], [-1.0, -1.0], [-3.0]])
     taught = told([[-2.5], [], [-0.5]], overruled=[None, np.array([1]), None])
     lost = told([[-9.0]], crashed="lost")
-    episodes = [first, taught, lost]
-    assert least_sure(episodes, 0.2) == [[2], [], []]
-    assert least_sure(episodes, 0.4) == [[2], [0], []]
-    assert least_sure(episodes, 0.6) == [[1, 2], [0], []]
-    assert least_sure(episodes, 1.0) == [[0, 1, 2], [0, 2], []]
-    assert least_sure(episodes, 0.01) == [[2], [], []]  # at least one
-    assert least_sure([told([[-1.0], [-1.0]])], 0.5) == [[0]]  # of equals the first
-    assert least_sure([lost], 1.0) == [[]]
+    episodes, asker = [first, taught, lost], UnsureAsker()
+    assert most_worth(asker, episodes, 1) == [[2], [], []]
+    assert most_worth(asker, episodes, 2) == [[2], [0], []]
+    assert most_worth(asker, episodes, 3) == [[1, 2], [0], []]
+    assert most_worth(asker, episodes, 9) == [[0, 1, 2], [0, 2], []]
+    assert most_worth(asker, [told([[-1.0], [-1.0]])], 1) == [[0]]  # of equals the first
+    assert most_worth(asker, [lost], 1) == [[]]
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2, "workers": 2}])
@@ -402,7 +402,7 @@ def test_an_expert_asked_afterwards_answers_as_at_the_time(share, options):
         assert one.actions == other.actions
         pairs = zip(one.expert_actions, acts(one), strict=True)
         assert other.expert_actions == [a if taught else None for a, taught in pairs]
-    steps = least_sure(silent, 1.0)
+    steps = [own_steps(one) for one in silent]
     for one, other in zip(
         whole, ask_again(LEVEL, None, silent, steps, max_steps=6, **options), strict=True
     ):
@@ -420,7 +420,7 @@ def test_an_expert_asked_afterwards_answers_as_at_the_time(share, options):
 def test_answers_without_an_action_are_replayed_as_they_were():
     silent = rolled(0.0, action_format="react", only_to_act=True)
     assert any(None in one.taken for one in silent)
-    steps = least_sure(silent, 1.0)
+    steps = [own_steps(one) for one in silent]
     again = ask_again(LEVEL, None, silent, steps, max_steps=6, action_format="react")
     for one, other in zip(rolled(0.0, action_format="react"), again, strict=True):
         assert plain(one) == plain(other)
@@ -568,9 +568,12 @@ def test_a_resumed_run_equals_an_undisturbed_one(trainer, own):
         ({"teacher_share": 0.5}, "teacher_share=0.5 needs states='agent' or 'mixed', got 'expert'"),
         ({"states": "agent", "teacher_share": 1.5}, r"teacher_share must be in \[0, 1\], got 1\.5"),
         ({"ask": "unsure"}, "ask='unsure' needs states='agent' or 'mixed', got 'expert'"),
-        ({"states": "agent", "ask_share": 0.5}, "ask_share=0.5 needs ask='unsure', got 'always'"),
+        ({"states": "agent", "ask_share": 0.5}, "ask_share=0.5 needs ask='unsure', 'worth'"),
         ({"states": "agent", "ask": "unsure", "ask_share": 0.0}, r"ask_share must be in \(0, 1\]"),
-        ({"states": "agent", "ask": "rarely"}, r"ask must be one of \('always', 'unsure'\), got"),
+        (
+            {"states": "agent", "ask": "rarely"},
+            r"ask must be one of \('always', 'unsure', 'random', 'worth'\), got",
+        ),
         ({"states": "agent", "teacher_decay": 0.5}, "teacher_decay=0.5 needs a teacher_share > 0"),
     ],
 )

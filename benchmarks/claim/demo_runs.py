@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,13 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 RIVALS = ("SFT", "SFT continued", "DAgger")
 
 
-def run_cell(folder: Path, run: int, arm: str) -> dict[str, Any]:
+def run_cell(
+    folder: Path,
+    run: int,
+    arm: str,
+    arms: Mapping[str, tuple[str, dict[str, Any]]] = ARMS,
+    on_trained: Callable[[StepAgentTrainer], None] | None = None,
+) -> dict[str, Any]:
     """Train and measure one arm of one run, or read it where it was measured."""
     path = folder / f"run{run}" / "cells" / f"{arm}.json"
     if path.exists():
@@ -60,7 +67,7 @@ def run_cell(folder: Path, run: int, arm: str) -> dict[str, Any]:
     stages.train_sft()
     model, result = stages.model("sft"), {"run": run, "arm": arm}
     if arm != "SFT":
-        stage, options = ARMS[arm]
+        stage, options = arms[arm]
         started = time.monotonic()
         args = StepAgentConfig(
             output_dir=str(folder / f"run{run}" / "trainer"),
@@ -72,6 +79,8 @@ def run_cell(folder: Path, run: int, arm: str) -> dict[str, Any]:
             *(model, args, stages.trajectories, stages.tokenizer), env=stages.settings.environment
         )
         trainer.train()
+        if on_trained is not None:
+            on_trained(trainer)
         cycles = [entry for entry in trainer.state.log_history if "cycle" in entry]
         result |= {
             "seconds": time.monotonic() - started,
@@ -95,10 +104,12 @@ def compare(cells: list[dict[str, Any]], arm: str, rival: str) -> RunsInterval |
     return bootstrap_runs([values[r, arm] - values[r, rival] for r in runs]) if runs else None
 
 
-def table(cells: list[dict[str, Any]]) -> str:
+def table(
+    cells: list[dict[str, Any]], names: Sequence[str] = tuple(ARMS), rivals: Sequence[str] = RIVALS
+) -> str:
     """Success of each arm, and differences with intervals over runs."""
     lines = ["| arm | runs | success, % | per run | expert's answers | seconds |", "|---" * 6 + "|"]
-    arms = [arm for arm in ("SFT", *ARMS) if any(c["arm"] == arm for c in cells)]
+    arms = [arm for arm in ("SFT", *names) if any(c["arm"] == arm for c in cells)]
     for arm in arms:
         own = [c for c in cells if c["arm"] == arm]
         rates = [100 * float(np.mean(c["success"])) for c in own]
@@ -113,9 +124,9 @@ def table(cells: list[dict[str, Any]]) -> str:
     lines += ["", "| difference in points | mean | 95 % interval | worst run | per run |"]
     lines.append("|---" * 5 + "|")
     for arm in arms:
-        for rival in RIVALS:
+        for rival in rivals:
             found = compare(cells, arm, rival) if arm != rival else None
-            if found is None or rival not in arms or arm in RIVALS[: RIVALS.index(rival)]:
+            if found is None or rival not in arms or arm in rivals[: rivals.index(rival)]:
                 continue
             interval = "" if found.low is None else f"{found.low:+.1f} … {found.high:+.1f}"
             per_run = ", ".join(f"{difference:+.1f}" for difference in found.per_run)

@@ -17,6 +17,7 @@ from ..data.actions import action_format as as_format
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode
 from .answers import Answer
+from .askers import Asker
 from .lockstep import roll_out
 from .runs import Expert, Options, Start, own_expert
 
@@ -27,28 +28,66 @@ if TYPE_CHECKING:
     from ..envs.base import TextEnv
 
 
-def least_sure(episodes: Sequence[Episode], share: float) -> list[list[int]]:
-    """Per episode the steps at which the agent was least sure of its own action.
+def most_worth(asker: Asker, episodes: Sequence[Episode], count: int) -> list[list[int]]:
+    """Per episode the steps at which an answer is worth most to an asker, ``count`` of all.
 
-    They are the ``share`` of all its steps of all episodes, rounded, but at least one, at which
-    the action that it took was least probable; of equals the first. A step at which the expert
-    acted is none of the agent's. An episode without an outcome, or without tokens, has none.
+    Of equals the first. A step at which the expert acted is none of the agent's. An episode without
+    an outcome, or without tokens, has none.
 
-    Args:
-        share: in (0, 1].
+    Raises:
+        ValueError: where the asker does not give a finite number for each step.
     """
-    steps = [
-        (float(np.sum(logps, dtype=np.float64)), place, t)
-        for place, episode in enumerate(episodes)
-        if episode.crashed is None and episode.trunk is not None
-        for t, logps in enumerate(episode.logps)
-        if not episode.overruled or episode.overruled[t] is None
-    ]
-    count = max(1, round(share * len(steps)))
     chosen: list[list[int]] = [[] for _ in episodes]
+    meant = [place for place, steps in enumerate(map(own_steps, episodes)) if steps]
+    worths = asker.worth([episodes[place] for place in meant])
+    if len(worths) != len(meant):
+        raise ValueError(
+            f"{type(asker).__name__}.worth must give an array for each of {len(meant)} episodes, "
+            f"got {len(worths)}"
+        )
+    steps = []
+    for place, given in zip(meant, worths, strict=True):
+        episode, worth_T = episodes[place], np.asarray(given, dtype=np.float64)
+        if worth_T.shape != (len(episode.actions),) or not np.isfinite(worth_T).all():
+            raise ValueError(
+                f"{type(asker).__name__}.worth must give a finite number for each of the "
+                f"{len(episode.actions)} steps of {episode.id}, got {worth_T}"
+            )
+        steps += [(-float(worth_T[t]), place, t) for t in own_steps(episode)]
     for _, place, t in sorted(steps)[:count]:
         chosen[place].append(t)
     return [sorted(own) for own in chosen]
+
+
+def own_steps(episode: Episode) -> list[int]:
+    """The steps at which the agent acted: those that can be asked about."""
+    if episode.crashed is not None or episode.trunk is None:
+        return []
+    taught = episode.overruled or [None] * len(episode.actions)
+    return [t for t, ids in enumerate(taught) if ids is None]
+
+
+def ask_where_worth(
+    asker: Asker,
+    episodes: Sequence[Episode],
+    count: int,
+    ask: Callable[[list[list[int]]], list[Episode]],
+) -> tuple[list[Episode], int]:
+    """The episodes with the answers at ``count`` of their steps; how many there were.
+
+    Args:
+        ask: the episodes with the answers at these steps of each, as `ask_again` gives them.
+    """
+    steps = most_worth(asker, episodes, count)
+    asked = ask(steps)
+    asker.learn(asked, steps)
+    answers = sum(
+        episode.expert_actions[t] is not None
+        for episode, own in zip(asked, steps, strict=True)
+        if episode.expert_actions
+        for t in own
+    )
+    return asked, answers
 
 
 def ask_again(

@@ -25,6 +25,8 @@ from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode, split_system
+from .askers import ASKS, Ask, Asker, asker_of
+from .asking import ask_again, ask_where_worth
 from .lockstep import roll_out
 from .policies import ModelPolicy, Policy
 from .runs import Expert, Options, Start, Teacher, own_expert
@@ -200,12 +202,15 @@ def rollout_and_query(
     action_format: FormatName | ActionFormat | Callable[[str], str] = "plain",
     chat_template_kwargs: dict[str, Any] | None = None,
     teacher_share: float = 0.0,
+    ask: Ask | Asker = "always",
+    budget: int | None = None,
 ) -> tuple[list[Trunk], list[list[list[NDArray[np.int32]]]]]:
     """Beyond the paper: roll the agent out, and ask the expert at each of the agent's own states.
 
     The agent's rollout is the trunk, the expert's answer the branch: ``branches[i][t]`` holds one
-    action, or none where the expert has no answer. `stepagent.pack_step_pairs` takes both.
-    A rollout that crashed is left out, with a warning. Further options: `run_episodes`.
+    action, or none where the expert has no answer or was not asked; so the answers that were paid
+    for are ``sum(len(step) for steps in branches for step in steps)``. `stepagent.pack_step_pairs`
+    takes both. A rollout that crashed is left out, with a warning. Further options: `run_episodes`.
 
     Args:
         model: a model, or an engine of `stepagent.engines`, which needs ``eos_token_id``.
@@ -215,12 +220,20 @@ def rollout_and_query(
         teacher_share: with this probability the expert's answer is what is done at a step, and so
             the trunk's action and the branch's (DAgger's β, Ross et al. 2011): decided by ``seed``,
             the episode's seed and the step alone. Where the expert has no answer, the agent acts.
+        ask: where, with a budget: ``"unsure"``, ``"random"`` or ``"worth"``, or an asker of
+            `stepagent.askers`, which goes on from what it has learnt in calls before; ``"always"``
+            asks at all steps in their order, while it lasts.
+        budget: at most this many answers. The rollouts come first; then they are replayed to the
+            states that are asked about, so the environment must show the same again.
 
     Raises:
-        ValueError: for a share that is not in [0, 1].
+        ValueError: for a share that is not in [0, 1], for a budget that is used up (0), with a
+            teacher_share or absent where ``ask`` needs one; for an environment that does not repeat
+            itself.
         RuntimeError: where all rollouts crashed.
     """
     tokenizer = with_arguments(tokenizer, chat_template_kwargs)
+    _check_budget(ask, budget, teacher_share)
     episodes = queried_rollouts(
         model,
         env,
@@ -238,8 +251,41 @@ def rollout_and_query(
         progress=progress,
         action_format=action_format,
         teacher_share=teacher_share,
+        only_to_act=budget is not None,
     )
+    if budget is not None:
+
+        def again(steps: list[list[int]]) -> list[Episode]:
+            return ask_again(
+                env,
+                expert,
+                episodes,
+                steps,
+                max_steps=max_steps,
+                batch_size=batch_size,
+                workers=workers,
+                timeout=timeout,
+                action_format=action_format,
+            )
+
+        asker = ask if isinstance(ask, Asker) else asker_of(ask, seed)
+        episodes, _ = ask_where_worth(asker, episodes, budget, again)
     return trunks_and_answers(episodes, tokenizer, as_format(action_format))
+
+
+def _check_budget(ask: Ask | Asker, budget: int | None, teacher_share: float) -> None:
+    if not isinstance(ask, Asker) and ask not in ASKS:
+        raise ValueError(f"ask must be one of {ASKS} or an Asker, got {ask!r}")
+    if budget is None:
+        if ask != "always":
+            raise ValueError(f"ask={ask!r} must have a budget of answers, got None")
+        return
+    check_count("budget", budget)
+    if teacher_share:
+        raise ValueError(
+            f"teacher_share must be 0 with a budget, got {teacher_share}: the expert that acts is "
+            "asked before it is known what its answers are worth"
+        )
 
 
 def queried_rollouts(

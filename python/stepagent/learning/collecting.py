@@ -10,7 +10,8 @@ import numpy as np
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from ..acting.asking import ask_again, least_sure
+from ..acting.askers import Asker, asker_of, load_asker, save_asker
+from ..acting.asking import ask_again, ask_where_worth, own_steps
 from ..acting.inspection import inspect
 from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
 from ..data.actions import FORMATS
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from .config import StepAgentConfig
 
+ASKER_FILE = "asker.safetensors"  # in a checkpoint
 _PROBES = 8  # actions at one state, by which an engine is found to be another policy
 # Whose adapter is whole in each process; FSDP2's is gathered.
 _TRAINED_WITH_ENGINE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -47,6 +49,7 @@ class Collector:
         args: StepAgentConfig,
         env: str | EnvFactory | None,
         expert: Expert | None,
+        asker: Asker | None = None,
     ) -> None:
         self._trunks, self._tokenizer, self._args = trunks, tokenizer, args
         self._env, self._expert = env, expert
@@ -58,6 +61,36 @@ class Collector:
         if args.states != "agent":
             self.per_cycle += len(trunks)
         self._on_engine: PolicyOnEngine | None = None
+        self.asker = asker_of(args.ask, args.seed) if asker is None else asker
+        if args.ask_from is not None:
+            load_asker(self.asker, args.ask_from)
+        self._unlearnt = self.asker.state()
+        self._afterwards = args.ask != "always" or args.ask_budget is not None
+        self.answers = 0  # of the run, where they are chosen afterwards
+
+    def restart(self) -> None:
+        """Forget what this run's answers taught, and that they were given."""
+        self.asker.restore(self._unlearnt)
+        self.answers = 0
+
+    def figures(self) -> dict[str, float]:
+        """What a cycle logs of its expert's budget."""
+        budget = self._args.ask_budget
+        return {} if budget is None else {"ask_budget_left": budget - self.answers}
+
+    def save(self, folder: Path) -> None:
+        """Write what the asker has learnt and how many answers that cost."""
+        if self._afterwards:
+            save_asker(self.asker, folder / ASKER_FILE, answers=self.answers)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; before the file, nothing was learnt and nothing counted."""
+        if self._afterwards and ((folder / ASKER_FILE).exists() or self._must_know):
+            self.answers = load_asker(self.asker, folder / ASKER_FILE)["answers"]
+
+    @property
+    def _must_know(self) -> bool:
+        return bool(self._unlearnt) or self._args.ask_budget is not None
 
     def act_on(self, engine: Engine | str, accelerator: Accelerator) -> None:
         """Let an engine act in place of the policy here.
@@ -167,20 +200,36 @@ class Collector:
                 progress=not self._args.disable_tqdm,
                 action_format=self._args.action_format,
                 teacher_share=self._args.teacher_share * self._args.teacher_decay**cycle,
-                only_to_act=self._args.ask == "unsure",
+                only_to_act=self._afterwards,
             )
 
         episodes = over_ranks(rolled_out, np.ones(self.rollouts), alike=alike)
-        if self._args.ask == "unsure":
-            episodes = self._asked(episodes)
+        if self._afterwards:
+            episodes, answers = ask_where_worth(
+                self.asker,
+                episodes,
+                self._questions(episodes, cycle),
+                lambda steps: self._asked(episodes, steps),
+            )
+            self.answers += answers
         form = FORMATS[self._args.action_format]
         trunks, answers = trunks_and_answers(episodes, self._tokenizer, form)
         acted = [e for e in episodes if e.crashed is None and e.trunk is not None]
         return [compared(*one) for one in zip(acted, trunks, answers, strict=True)]
 
-    def _asked(self, episodes: Sequence[Episode]) -> list[Episode]:
-        """The rollouts with the expert's answers where the agent was least sure, of all of them."""
-        env, steps = self._env, least_sure(episodes, self._args.ask_share)
+    def _questions(self, episodes: Sequence[Episode], cycle: int) -> int:
+        """At how many states of a cycle the expert is asked: a share of all, but at least one, and
+        of a budget what is left, spread evenly over the cycles to come."""
+        states = sum(len(own_steps(episode)) for episode in episodes)
+        count = max(1, round(self._args.ask_share * states))
+        if self._args.ask_budget is None:
+            return count
+        left, cycles = self._args.ask_budget - self.answers, self._args.cycles - cycle
+        return min(count, -(-left // cycles))
+
+    def _asked(self, episodes: Sequence[Episode], steps: Sequence[list[int]]) -> list[Episode]:
+        """The rollouts with the expert's answers at these steps."""
+        env = self._env
         assert env is not None
 
         def asked(places: list[int]) -> list[Episode]:

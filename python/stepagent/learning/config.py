@@ -26,6 +26,7 @@ _COUNTS = (
     "rollouts",
     "max_steps_per_episode",
     "eval_episodes",
+    "ask_budget",
     "discriminators",
     "critic_epochs",
 )
@@ -44,6 +45,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "critic_learning_rate": _POSITIVE,
     "discriminator_smoothing": ("in [0, 0.5)", lambda x: 0 <= x < 0.5),
     "discriminator_penalty": _NOT_NEGATIVE,
+    "discriminator_diversity": _NOT_NEGATIVE,
     "discriminator_replay": _WHOLE,
     "eval_seed_start": _WHOLE,
     "teacher_share": _FRACTION,
@@ -182,14 +184,36 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs states='agent' or 'mixed', got 'expert'"
                 )
-        if self.ask == "unsure" and not self.rolls_out:
-            raise ValueError("ask='unsure' needs states='agent' or 'mixed', got 'expert'")
-        if self.ask_share != 1 and self.ask == "always":
-            raise ValueError(f"ask_share={self.ask_share} needs ask='unsure', got 'always'")
+        self._check_asking()
         if self.teacher_decay != 1 and not self.teacher_share:
             raise ValueError(
                 f"teacher_decay={self.teacher_decay} needs a teacher_share > 0, got "
                 f"{self.teacher_share}"
+            )
+
+    def _check_asking(self) -> None:
+        for name, unset in (("ask", "always"), ("ask_budget", None)):
+            if not self.rolls_out and (value := getattr(self, name)) != unset:
+                raise ValueError(
+                    f"{name}={value!r} needs states='agent' or 'mixed', got {self.states!r}"
+                )
+        if self.ask_share != 1 and self.ask == "always":
+            raise ValueError(
+                f"ask_share={self.ask_share} needs ask='unsure', 'worth' or 'random', got 'always'"
+            )
+        if self.ask_from is not None and self.ask != "worth":
+            raise ValueError(f"ask_from={self.ask_from!r} needs ask='worth', got {self.ask!r}")
+        if self.ask_budget is None:
+            return
+        if self.ask_budget < self.cycles:
+            raise ValueError(
+                f"ask_budget must be at least an answer for each of the {self.cycles} cycles, got "
+                f"{self.ask_budget}"
+            )
+        if self.teacher_share:
+            raise ValueError(
+                f"teacher_share must be 0 with an ask_budget, got {self.teacher_share}: the expert "
+                "that acts is asked before it is known what its answers are worth"
             )
 
     def _check_of_method(self, own: type) -> None:

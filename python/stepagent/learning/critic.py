@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice
@@ -58,13 +59,22 @@ class StepReading:
 class StepCritic(nn.Module):
     """E discriminators and a value function over steps, on the rows of one decoder."""
 
-    def __init__(self, body: nn.Module, discriminators: int) -> None:
-        """What requires a gradient in ``body`` is trained."""
+    def __init__(self, body: nn.Module, discriminators: int, diversity: float = 0.0) -> None:
+        """What requires a gradient in ``body`` is trained.
+
+        ``diversity``: the scale of a fixed random function that is a part of each discriminator
+        (prior functions, arXiv 1806.03335). They can agree where they have learnt, and differ
+        elsewhere.
+        """
         super().__init__()
         width = int(text_config(body).hidden_size)
         self.body = body
         self.discriminators = nn.ModuleList(_head(width) for _ in range(discriminators))
         self.value = _head(width)
+        self.priors = nn.ModuleList(
+            _prior(width) for _ in range(discriminators if diversity else 0)
+        )
+        self._diversity = diversity
         self._body_learns = any(p.requires_grad for p in body.parameters())
         self.to(unwrapped(body).device)
         self.eval()  # without dropout, so that a resumed run draws what an undisturbed one would
@@ -99,7 +109,13 @@ class StepCritic(nn.Module):
 
     def heads(self, reading: StepReading) -> Tensor:
         """(E, S), what the discriminators' heads make of the actions' rows alone."""
-        return torch.stack([head(reading.action_SH).squeeze(1) for head in self.discriminators])
+        rows_SH = reading.action_SH
+        heads_ES = torch.stack([head(rows_SH).squeeze(1) for head in self.discriminators])
+        if not len(self.priors):
+            return heads_ES
+        unit_SH = F.rms_norm(rows_SH, rows_SH.shape[-1:])
+        priors_ES = torch.stack([prior(unit_SH).squeeze(1) for prior in self.priors])
+        return heads_ES + self._diversity * priors_ES
 
     def values(self, state_SH: Tensor) -> Tensor:
         """(S,) values of states; no gradient flows into the body."""
@@ -125,6 +141,15 @@ def _head(width: int) -> nn.Sequential:
     nn.init.zeros_(cast("nn.Linear", head[2]).weight)
     nn.init.zeros_(cast("nn.Linear", head[2]).bias)
     return head
+
+
+def _prior(width: int) -> nn.Sequential:
+    """A random function that is not trained: of deviation 1, or a little less, over random rows."""
+    prior = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+    for layer, variance in ((prior[0], 1.0), (prior[2], 0.36)):  # E SiLU(x)² = 0.36, x normal
+        nn.init.normal_(cast("nn.Linear", layer).weight, std=(variance * width) ** -0.5)
+        nn.init.zeros_(cast("nn.Linear", layer).bias)
+    return prior.requires_grad_(False)
 
 
 def critic_body(policy: PreTrainedModel, kind: DiscriminatorBody) -> nn.Module:

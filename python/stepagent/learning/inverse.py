@@ -83,6 +83,7 @@ class InverseReflection:
             self.critic = StepCritic(
                 critic_body(policy, args.discriminator_body) if body is None else body,
                 args.discriminators,
+                args.discriminator_diversity,
             ).to(args.device)  # where the policy is not yet, with FSDP
         self._optimizer = torch.optim.AdamW(
             self.critic.trained().values(), lr=args.critic_learning_rate, weight_decay=0.0
@@ -108,13 +109,16 @@ class InverseReflection:
         loss = self._fit_discriminators([*comparisons, *self._replay], cycle)
         logits_ES, _, state_SH = self._judge(comparisons, steps)
         agent_A = torch.nonzero(~steps.expert_S).squeeze(1)
-        rewards_A = self._rewards(logits_ES[:, agent_A])
+        rewards_EA = self._rewards(logits_ES[:, agent_A])
+        rewards_A = self._aggregated(rewards_EA)
         figures = {
             "discriminator_loss": loss,
             **self._figures(unseen_ES, logits_ES, steps),
             "step_reward": float(rewards_A.mean()),
             "step_reward_std": float(rewards_A.std(correction=0)),
         }
+        if len(rewards_EA) > 1:
+            figures["discriminator_spread"] = float(rewards_EA.std(0, correction=0).mean())
         figures["discriminator_collapsed"] = _collapsed(figures, cycle)
         rewards_A = rewards_A - self._kl_penalty(comparisons, steps, agent_A)
         advantages_A, returns_A = self._advantages(steps, agent_A, rewards_A, values_S[agent_A])
@@ -159,18 +163,18 @@ class InverseReflection:
     # -- rewards and advantages ------------------------------------------------------------------
 
     def _rewards(self, logits_EA: Tensor) -> Tensor:
-        """The verdict of the discriminators together: their least, mean or largest reward."""
+        """(E, A), the verdict of each discriminator."""
         form = cast("RewardForm", self._args.reward_form)
-        rewards_EA = [inverse_step_reward(logits_A, form=form) for logits_A in logits_EA]
-        return self._aggregated(torch.stack(rewards_EA))
+        return torch.stack([inverse_step_reward(logits_A, form=form) for logits_A in logits_EA])
 
     def _aggregated(self, rewards_EA: Tensor) -> Tensor:
+        """Their verdict together: the least, the mean or the largest reward."""
         aggregate = _AGGREGATES[self._args.reward_aggregate]
         return aggregate(rewards_EA, 0)
 
     def rewards(self, comparisons: Sequence[Comparison], steps: StepTable) -> Tensor:
         """(S,) float64, of all actions as they are judged now, the expert's too; not scaled."""
-        return self._rewards(self._judge(comparisons, steps)[0])
+        return self._aggregated(self._rewards(self._judge(comparisons, steps)[0]))
 
     def _kl_penalty(
         self, comparisons: Sequence[Comparison], steps: StepTable, agent_A: Tensor
@@ -275,7 +279,7 @@ class InverseReflection:
 
     def _fit_discriminators(self, comparisons: Sequence[Comparison], cycle: int) -> float:
         """Passes over the comparisons; the mean loss of the last."""
-        seen = self._seen(comparisons)
+        seen, weight_KE = self._seen(comparisons), self._bootstrap(len(comparisons), cycle)
 
         def loss(batch: list[int]) -> tuple[Tensor | None, int]:
             chosen = [comparisons[i] for i in batch]
@@ -285,24 +289,47 @@ class InverseReflection:
             pairs_K = torch.cat([steps.expert_P, steps.agent_P])
             logp_K = self._logps(chosen, steps)[pairs_K]
             reading = self._read([seen[i] for i in batch], trees).at(pairs_K)
-            return self._discriminator_loss(reading, logp_K), len(steps.expert_P)
+            weight_PE = weight_KE[batch][steps.trunk_S[steps.expert_P]]
+            return self._discriminator_loss(reading, logp_K, weight_PE), len(steps.expert_P)
 
         return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
 
-    def _discriminator_loss(self, reading: StepReading, logp_K: Tensor) -> Tensor:
+    def _bootstrap(self, count: int, cycle: int) -> Tensor:
+        """(count, E) how often each discriminator learns from each trajectory, this cycle's first
+        and then the remembered ones', which keep theirs: once, or by a Poisson law of mean 1 where
+        they are to be diverse, the bootstrap that needs no sample of the whole."""
+        heads = self._args.discriminators
+        if not self._args.discriminator_diversity:
+            return torch.ones(count, heads, dtype=torch.long)
+        before = cycle - len(self._replayed)
+        sizes = [count - sum(self._replayed), *self._replayed]
+        draws = [
+            np.random.default_rng((self._args.seed, of, 2)).poisson(1.0, (size, heads))
+            for of, size in zip([cycle, *range(before, cycle)], sizes, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(draws))
+
+    def _discriminator_loss(
+        self, reading: StepReading, logp_K: Tensor, weight_PE: Tensor
+    ) -> Tensor:
         """The mean over discriminators, and a penalty λ/2 E‖∂ logit / ∂ row‖² (R1, 1801.04406).
 
         Args:
             reading: of the expert's actions of all pairs, then of the agent's.
+            weight_PE: how often each discriminator learns from each pair.
         """
         smoothing, rows_KH = self._args.discriminator_smoothing, self._followed(reading)
         logits_EK = self._verdicts(reading, logp_K.to(rows_KH.device))
         expert_EP, agent_EP = logits_EK.chunk(2, dim=1)
-        losses = [
-            discriminator_loss(expert_P, agent_P, smoothing=smoothing)
-            for expert_P, agent_P in zip(expert_EP, agent_EP, strict=True)
-        ]
-        return torch.stack(losses).mean() + self._slope(logits_EK, rows_KH)
+        losses = []
+        for expert_P, agent_P, weight_P in zip(expert_EP, agent_EP, weight_PE.T, strict=True):
+            own = torch.arange(len(weight_P)).repeat_interleave(weight_P).to(expert_P.device)
+            if len(own):
+                loss = discriminator_loss(expert_P[own], agent_P[own], smoothing=smoothing)
+                losses.append(loss * (len(own) / len(weight_P)))
+        if not losses:  # no discriminator has drawn any of these
+            losses.append(0.0 * logits_EK.sum())
+        return torch.stack(losses).sum() / len(expert_EP) + self._slope(logits_EK, rows_KH)
 
     def _followed(self, reading: StepReading) -> Tensor:
         """The rows of the actions, which `_slope` can differentiate by where there is a penalty."""

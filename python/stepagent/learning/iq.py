@@ -73,7 +73,7 @@ class IQReflection(InverseReflection):
         return self.critic.heads(reading)
 
     def _rewards(self, logits_EA: Tensor) -> Tensor:
-        return self._aggregated(logits_EA)
+        return logits_EA
 
     def _advantages(
         self, steps: StepTable, agent_A: Tensor, rewards_A: Tensor, values_A: Tensor

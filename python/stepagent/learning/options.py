@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
+from ..acting.askers import ASKS, Ask
 from ..data.actions import FormatName
 
 Method: TypeAlias = Literal[
     "sft", "dagger", "implicit", "inverse", "early_experience", "srl", "distillation"
 ]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
-Ask: TypeAlias = Literal["always", "unsure"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
@@ -30,7 +30,6 @@ ScoredPart: TypeAlias = Literal["all", "action", "thought"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
-ASKS: tuple[Ask, ...] = get_args(Ask)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 KL_PLACES: tuple[KLPlace, ...] = get_args(KLPlace)
@@ -157,12 +156,27 @@ class RunOptions:
     ask: Ask = field(
         default="always",
         metadata={
-            "help": "at which of the agent's states the expert is asked: all (always), or the "
-            "ask_share of a cycle's at which the agent's own action was least probable (unsure)",
+            "help": "at which of the agent's states the expert is asked: all (always), or "
+            "ask_share or ask_budget of them: where the agent's own action was least probable "
+            "(unsure), where an answer is most likely to be another action, which is learnt from "
+            "the answers so far (worth), or anywhere (random)",
             "choices": ASKS,
         },
     )
-    ask_share: float = field(default=1.0, metadata={"help": "see ask=unsure"})
+    ask_share: float = field(
+        default=1.0, metadata={"help": "share of a cycle's states; not with ask=always"}
+    )
+    ask_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "answers of the expert that the run may cost, spread evenly over its cycles; "
+            "default: any number"
+        },
+    )
+    ask_from: str | None = field(
+        default=None,
+        metadata={"help": "asker.safetensors of a run before, from which ask=worth goes on"},
+    )
     eval_episodes: int | None = field(
         default=None,
         metadata={
@@ -261,6 +275,13 @@ class InverseOptions(SRLOptions):
         },
     )
     discriminators: int = field(default=1, metadata={"help": "heads, each a discriminator"})
+    discriminator_diversity: float = field(
+        default=0.0,
+        metadata={
+            "help": "of several discriminators: the scale in nats of a fixed random function in "
+            "each, which then also learns from a bootstrap of the trajectories of its own"
+        },
+    )
     reward_aggregate: Aggregate = field(
         default="pessimistic",
         metadata={

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from ..acting.askers import Asker
 from ..acting.rollout import Expert
 from ..data.actions import FORMATS
 from ..data.branch import action_agreement, agreement
@@ -101,6 +102,9 @@ class StepAgentTrainer(CardWritingTrainer):
         env: Environment name or factory, needed for ``states="agent"`` and
             ``"mixed"``.
         expert: Answers at the agent's states; None: the environment's own expert.
+        asker: Says which of the agent's states are worth an answer, with ``ask="worth"``; None: a
+            `stepagent.askers.WorthAsker`. What it has learnt is in each checkpoint, as
+            ``asker.safetensors``.
         discriminator: A decoder of the same tokenizer for the discriminator and the value function
             of ``method="inverse"``, all of it trained; None: ``args.discriminator_body``.
         engine: Acts in place of the model here, which only learns: an engine of
@@ -129,6 +133,7 @@ class StepAgentTrainer(CardWritingTrainer):
         *,
         env: str | EnvFactory | None = None,
         expert: Expert | None = None,
+        asker: Asker | None = None,
         discriminator: PreTrainedModel | None = None,
         engine: Engine | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -147,6 +152,8 @@ class StepAgentTrainer(CardWritingTrainer):
             discriminator=discriminator is not None,
         )
         check_loaded_everywhere()
+        if asker is not None and args.ask != "worth":
+            raise ValueError(f"asker is given, but ask={args.ask!r}: it needs ask='worth'")
         if engine is not None and not args.has_cycles:
             raise ValueError(
                 f"engine is given, but method={args.method!r} at the expert's states never acts"
@@ -160,7 +167,7 @@ class StepAgentTrainer(CardWritingTrainer):
         if engine is not None:
             check_adapter(policy)
         trajectories, trunks, processing_class = encode_run(train_dataset, processing_class, args)
-        self._collector = Collector(trunks, processing_class, args, env, expert)
+        self._collector = Collector(trunks, processing_class, args, env, expert, asker)
         check_budget(policy, trunks, args, self._collector.max_new_tokens, inspects=args.inspects)
         self._parts = StepParts.of_run(args, processing_class, self._collector.end_tokens)
         self._parts.check(trunks, "train_dataset")
@@ -239,12 +246,18 @@ class StepAgentTrainer(CardWritingTrainer):
         self._means = RunningMeans()
         self._epochs.start(Place(0, 0))
         self._evaluator.restart()
+        self._collector.restart()
         self._method = method_of(self.args)
         self._method.start(replace(self._run, policy=self._policy))
 
     @property
     def _policy(self) -> PreTrainedModel:
         return cast("PreTrainedModel", self.model)
+
+    @property
+    def asker(self) -> Asker:
+        """Chooses the agent's states at which the expert is asked, with what it has learnt."""
+        return self._collector.asker
 
     @property
     def _is_sharded(self) -> bool:
@@ -288,6 +301,7 @@ class StepAgentTrainer(CardWritingTrainer):
             # Beside identical_pairs, which in the plain format are of tokens.
             "identical_actions": action_agreement(trunks, tried, **reading),
             "expert_answers": sum(c.expert_answers for c in fresh),
+            **self._collector.figures(),
             "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
             "tokens_naive": naive_tokens(fresh),
             **published,
@@ -479,6 +493,7 @@ class StepAgentTrainer(CardWritingTrainer):
             "batch": self._sizes().trajectories_a_step,
         }
         save_comparisons(folder / CYCLE_FILE, self._comparisons, progress)
+        self._collector.save(folder)
         self._evaluator.save(folder)
         self._method.save(folder)
 
@@ -493,5 +508,6 @@ class StepAgentTrainer(CardWritingTrainer):
         # Those of all processes, which the first one goes on with.
         self._means = RunningMeans(progress["means"] if self.args.process_index == 0 else None)
         self._far = progress["far"]
+        self._collector.load(folder)
         self._evaluator.load(folder, self._cycle)
         self._method.load(folder)

@@ -45,6 +45,16 @@ class Inverse(PPOMethod):
                 f"samples={args.samples}: raise it, or take baseline='value'"
             )
 
+        if args.discriminator_diversity and args.discriminators < 2:
+            raise ValueError(
+                f"discriminator_diversity={args.discriminator_diversity} needs discriminators >= 2 "
+                f"that can differ, got {args.discriminators}"
+            )
+        if args.discriminator_diversity and args.reward_form == "iq":
+            raise ValueError(
+                f"discriminator_diversity must be 0 with reward_form='iq', whose discriminators "
+                f"learn from the same trajectories, got {args.discriminator_diversity}"
+            )
         if args.reward_form == "iq" and args.states != "agent":
             raise ValueError(
                 "reward_form='iq' needs states='agent', as what follows an action of the agent is "

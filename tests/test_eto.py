@@ -193,12 +193,18 @@ def test_pairs_that_do_not_fit_are_left_out(tmp_path):
 @pytest.mark.parametrize("method", ["eto", "rft"])
 @crashing
 def test_a_cycle_without_anything_to_learn_from_says_so(method, tmp_path):
-    own = {} if method == "eto" else {"keep_reward": 0.9}
+    own: dict[str, Any] = {} if method == "eto" else {"keep_reward": 0.9}
+    own |= {"logging_strategy": "steps", "logging_steps": 1}
     trainer = make(tmp_path, demonstrations([SAME, BROKEN]), method=method, samples=1, **own)
     before, match = weights(trainer), "has no pair" if method == "eto" else "keeps none of 1 rollo"
     with pytest.warns(RuntimeWarning, match=match):
         trainer.train()
     assert torch.equal(weights(trainer), before) == (method == "eto")
+    logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert len(logged) == (4 if method == "eto" else 8)  # a loss where there is one
+    assert [entry.get("loss", 0) > 0 for entry in logged] == [method == "rft", False] * (
+        len(logged) // 2
+    )
     assert [("mean_loss" in cycle) for cycle in cycles_of(trainer)] == [method == "rft"] * 2
 
 

@@ -165,9 +165,7 @@ def continue_rollouts(
     form = as_format(action_format)
     options = Options(None, max_steps, batch_size, workers, timeout, action_format=form)
     rolled = iter(roll_out(env, policy, starts, options, "continue" if progress else None))
-    return [
-        Continuations([[next(rolled) for _ in range(samples)] for _ in own]) for own in after
-    ]
+    return [Continuations([[next(rolled) for _ in range(samples)] for _ in own]) for own in after]
 
 
 def _check_steps(trajectories: Sequence[Trajectory], steps: Sequence[Sequence[int]]) -> None:

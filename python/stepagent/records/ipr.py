@@ -240,7 +240,8 @@ def load_expert_steps(path: str | os.PathLike[str]) -> dict[tuple[str, int], Exp
             without_preamble(name, messages_of(f"{name}: {part}", row[part]), _INSTRUCTION)
             for part in ("gpt_conversations", "gpt_step_conversations")
         ]
-        if told[1] != told[0][: 2 * int(step) + 2]:
+        size = 2 * int(step) + 2
+        if len(told[1]) != size or told[1] != told[0][:size]:
             raise ValueError(f"{name} must have the {int(step) + 1} first actions as its step's")
         steps[id, int(step)] = ExpertStep(
             _reward(name, row, "gpt_reward"), *told, _reward(name, row, "monte_carlo_step_reward")
@@ -312,7 +313,7 @@ def _reward(name: str, row: Mapping[str, Any], key: str) -> float:
 
 def _number(id: str) -> int:
     """An id as the whole number that IPR's scripts need."""
-    if not id.isdecimal():
+    if not id.isdecimal() or str(int(id)) != id:
         raise ValueError(f"an id must be a whole number in IPR's files, got {id!r}")
     return int(id)
 

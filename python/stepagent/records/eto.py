@@ -2,7 +2,8 @@
 
     outputs/NAME/TASK/{id}.json   {"meta": {steps, reward, finished, success, terminate_reason,
                                    error}, "conversations": [{"from", "value"}, …]}
-    pairs                         [{"id", "prompt": [turns], "chosen": [turns], "rejected": [turns]}]
+    pairs                         [{"id", "prompt": [turns], "chosen": [turns],
+                                    "rejected": [turns]}, …]
 
 A conversation begins with instructions and examples, which ETO's scripts leave out by their number
 (`PREAMBLES`); its tasks have ids, which a table of the caller's leads to seeds of an environment.
@@ -10,6 +11,7 @@ A conversation begins with instructions and examples, which ETO's scripts leave 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import warnings
@@ -391,4 +393,4 @@ def _keys(name: str, row: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _in_turn(roles: Sequence[str]) -> bool:
-    return all(a != b for a, b in zip(roles, roles[1:], strict=False))
+    return all(a != b for a, b in itertools.pairwise(roles))

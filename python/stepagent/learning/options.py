@@ -13,7 +13,15 @@ from typing import Any, Literal, TypeAlias, get_args
 from ..data.actions import FormatName
 
 Method: TypeAlias = Literal[
-    "sft", "dagger", "implicit", "inverse", "early_experience", "srl", "distillation"
+    "sft",
+    "dagger",
+    "implicit",
+    "inverse",
+    "early_experience",
+    "srl",
+    "distillation",
+    "eto",
+    "rft",
 ]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
 Ask: TypeAlias = Literal["always", "unsure"]
@@ -57,7 +65,9 @@ class RunOptions:
             "expert's answers at the agent's states (needs --env); early_experience: supervised, "
             "and on what the agent's own actions lead to at the expert's states (needs --env); "
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
-            "teacher's (--ref-model) probabilities of the agent's own tokens",
+            "teacher's (--ref-model) probabilities of the agent's own tokens; eto: the better of "
+            "demonstration and rollout preferred as a whole (needs --env); rft: supervised, and on "
+            "the rollouts that were good enough (needs --env)",
             "choices": METHODS,
             "open": True,
         },
@@ -88,9 +98,15 @@ class RunOptions:
     )
     samples: int = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "actions sampled at each of the expert's states; default: 1"},
+        metadata={
+            "help": "actions sampled at each of the expert's states; of eto and rft rollouts of "
+            "each demonstration's task; default: 1, of srl and rft 4"
+        },
     )
-    temperature: float = field(default=1.0, metadata={"help": "of the agent's sampled actions"})
+    temperature: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "of the agent's sampled actions; default: 1, of eto 0"},
+    )
     max_new_tokens: int | None = field(
         default=None,
         metadata={"help": "cut of a sampled action; default: the longest expert action"},
@@ -191,10 +207,10 @@ class ImplicitOptions(PairOptions):
     """Of ``method="implicit"``."""
 
     beta: float = field(
-        default=1.0,
+        default=None,  # type: ignore[assignment]
         metadata={
             "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
-            "to the expert only for beta > 0.5, at once for beta = 1"
+            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto 0.1"
         },
     )
 
@@ -307,7 +323,39 @@ class EarlyExperienceOptions:
 
 
 @dataclass
-class StepAgentOptions(RunOptions, ImplicitOptions, InverseOptions, EarlyExperienceOptions):
+class ETOOptions:
+    """Of ``method="eto"``."""
+
+    beta: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "as of implicit, of whole trajectories"},
+    )
+    cut_rollouts: bool = field(
+        default=True,
+        metadata={
+            "help": "cut a rejected rollout ten messages beyond the length of the demonstration "
+            "(ETO does not in ALFWorld)"
+        },
+    )
+
+
+@dataclass
+class RFTOptions:
+    """Of ``method="rft"``."""
+
+    keep_reward: float | None = field(
+        default=None,
+        metadata={
+            "help": "a rollout is kept that earned at least this; default: the reward of the "
+            "demonstration, or 1 where it has none"
+        },
+    )
+
+
+@dataclass
+class StepAgentOptions(
+    RunOptions, ImplicitOptions, InverseOptions, EarlyExperienceOptions, ETOOptions, RFTOptions
+):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
 
@@ -318,4 +366,6 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "early_experience": EarlyExperienceOptions,
     "srl": SRLOptions,
     "distillation": DistillationOptions,
+    "eto": ETOOptions,
+    "rft": RFTOptions,
 }

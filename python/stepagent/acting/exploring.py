@@ -24,6 +24,7 @@ def explore(
     trajectories: Sequence[Trajectory],
     *,
     places: Sequence[int] | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[list[Episode]]:
     """``episodes[i][t]``: the first t actions of ``trajectories[i]``, then the policy's to the end.
@@ -38,7 +39,9 @@ def explore(
         ValueError: as `stepagent.continue_rollouts`.
     """
     seeds = [env_seed(i, trajectory) for i, trajectory in enumerate(trajectories)]
-    whole = run_episodes(env, policy, seeds, **options)
+    whole = run_episodes(
+        env, policy, seeds, progress="explore" if progress else None, **options
+    )
     later = continue_rollouts(
         policy,
         env,
@@ -46,6 +49,7 @@ def explore(
         samples=1,
         steps=[range(trajectory.num_steps - 1) for trajectory in trajectories],
         places=places,
+        progress=progress,
         **options,
     )
     return [

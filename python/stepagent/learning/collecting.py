@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..acting.policies import ModelPolicy
+    from ..acting.server_policies import EnginePolicy
     from .config import StepAgentConfig
 
 _PROBES = 8  # actions at one state, by which an engine is found to be another policy
@@ -148,27 +150,40 @@ class Collector:
         """As `Acting.episodes`."""
         args, env = self._args, self._env
         assert env is not None  # the method has checked it
-        actor, alike = self._actor(policy, sharded)
+        agent, alike = self.agent(policy, cycle, system=system, sharded=sharded)
         places = [(seed, i * samples + n) for i, seed in enumerate(seeds) for n in range(samples)]
         options = Options(
             None, args.max_steps_per_episode, 64, 0, None, action_format=FORMATS[args.action_format]
         )
 
         def rolled_out(some: list[int]) -> list[Episode]:
-            agent = policy_of(
-                actor,
-                self._tokenizer,
-                self.end_tokens,
-                max_new_tokens=self.max_new_tokens,
-                temperature=args.temperature,
-                seed=cycle_seed(args, cycle),
-                system=system,
-            )
             starts = [Start(*places[i]) for i in some]
             return roll_out(env, agent, starts, options, None if args.disable_tqdm else "rollout")
 
         found = over_ranks(rolled_out, np.ones(len(places)), alike=alike)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+    def agent(
+        self, policy: PreTrainedModel, cycle: int, *, system: str | None, sharded: bool
+    ) -> tuple[ModelPolicy | EnginePolicy, bool]:
+        """Who acts in a cycle, and whether all processes have to act alike."""
+        actor, alike = self._actor(policy, sharded)
+        seed = cycle_seed(self._args, cycle)
+        return self.policy_of(actor, self._args.temperature, seed, system), alike
+
+    def policy_of(
+        self, model: PreTrainedModel | Engine, temperature: float, seed: int, system: str | None
+    ) -> ModelPolicy | EnginePolicy:
+        """A model that acts as the agent does, in another temperature."""
+        return policy_of(
+            model,
+            self._tokenizer,
+            self.end_tokens,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            system=system,
+        )
 
     def _at_expert_states(
         self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
@@ -265,6 +280,17 @@ class Acting:
         return self.collector.episodes(
             self.policy, self.cycle, seeds, samples=samples, system=system, sharded=self.sharded
         )
+
+    def agent(self, system: str | None = None) -> tuple[ModelPolicy | EnginePolicy, bool]:
+        """It itself, as this process has it act, and whether all processes have to act alike."""
+        return self.collector.agent(self.policy, self.cycle, system=system, sharded=self.sharded)
+
+    def another(
+        self, model: PreTrainedModel, *, temperature: float, seed: int, system: str | None = None
+    ) -> tuple[ModelPolicy | EnginePolicy, bool]:
+        """The same of another model: its adapter may be off, as in `reference_of`."""
+        alike = self.sharded and model is self.policy
+        return self.collector.policy_of(model, temperature, seed, system), alike
 
 
 def compared(

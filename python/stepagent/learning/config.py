@@ -28,6 +28,7 @@ _COUNTS = (
     "eval_episodes",
     "discriminators",
     "critic_epochs",
+    "continuations",
 )
 # Figures of an evaluation that transformers would take the largest of.
 _LESS_IS_BETTER = ("nll", "kl", "crashed")
@@ -63,6 +64,9 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "entropy_coef": _NOT_NEGATIVE,
     "world_weight": _NOT_NEGATIVE,
     "keep_reward": ("finite", lambda x: True),
+    "trajectory_threshold": _NOT_NEGATIVE,
+    "step_threshold": _NOT_NEGATIVE,
+    "nll_weight": _NOT_NEGATIVE,
 }
 
 

@@ -39,9 +39,7 @@ def explore(
         ValueError: as `stepagent.continue_rollouts`.
     """
     seeds = [env_seed(i, trajectory) for i, trajectory in enumerate(trajectories)]
-    whole = run_episodes(
-        env, policy, seeds, progress="explore" if progress else None, **options
-    )
+    whole = run_episodes(env, policy, seeds, progress="explore" if progress else None, **options)
     later = continue_rollouts(
         policy,
         env,

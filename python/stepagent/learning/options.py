@@ -68,8 +68,8 @@ class RunOptions:
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
             "teacher's (--ref-model) probabilities of the agent's own tokens; eto: the better of "
             "demonstration and rollout preferred as a whole (needs --env); rft: supervised, and on "
-            "the rollouts that were good enough (needs --env); ipr: the better of what agent and expert "
-            "make of each of the expert's states preferred, by the final reward and by the step "
+            "the rollouts that were good enough (needs --env); ipr: the better of what agent and "
+            "expert make of each of the expert's states preferred, by the final and by the step "
             "reward (needs --env and --ref-model, the policy where training starts)",
             "choices": METHODS,
             "open": True,
@@ -182,6 +182,21 @@ class RunOptions:
         },
     )
     ask_share: float = field(default=1.0, metadata={"help": "see ask=unsure"})
+    verify: int | None = field(
+        default=None,
+        metadata={
+            "help": "learn from an answer at the agent's states only where it turns a failed "
+            "rollout into a success in most of this many episodes of the agent's after it (CSO); "
+            "default: from all answers"
+        },
+    )
+    alternatives: int | None = field(
+        default=None,
+        metadata={
+            "help": "further actions of the agent's own at each of its states, taken for answers "
+            "where they verify"
+        },
+    )
     eval_episodes: int | None = field(
         default=None,
         metadata={
@@ -213,7 +228,8 @@ class ImplicitOptions(PairOptions):
         default=None,  # type: ignore[assignment]
         metadata={
             "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
-            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto and ipr 0.1"
+            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto and ipr "
+            "0.1"
         },
     )
 

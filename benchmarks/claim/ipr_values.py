@@ -1,6 +1,6 @@
 """IPR's step rewards: what five continuations say, against two hundred.
 
-    python benchmarks/claim/ipr_values.py --runs 5 --output runs/ipr_values    # resumes
+    python benchmarks/claim/ipr_values.py --runs 3 --output runs/ipr_values    # resumes
 
 An agent from scratch, SFT on 100 episodes of BabyAI's bot, stopped early. From each step of 12 of
 its demonstrations it acts greedily to the end (IPR's exploration), and the SFT policy continues
@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import environment
 
-from stepagent.acting.exploring import explore
+from stepagent.acting.exploring import explore, up_to
 from stepagent.acting.policies import ExpertPolicy, ModelPolicy
 from stepagent.acting.rollout import continue_rollouts, run_episodes
 from stepagent.evaluation import RunsInterval, bootstrap_runs
@@ -47,7 +47,7 @@ FEW, MANY = 5, 200
 
 
 def measure(run: int, folder: Path) -> dict[str, Any]:
-    """All (trajectory, step) of one training run, with both sides' rewards."""
+    """All (trajectory, step) after the first of one training run, with both sides' rewards."""
     first = 10_000 * run
     shown = run_episodes(ENV, ExpertPolicy(), range(first, first + DEMONSTRATIONS))
     demonstrations = [episode.trajectory() for episode in shown if episode.success]
@@ -61,41 +61,50 @@ def measure(run: int, folder: Path) -> dict[str, Any]:
 
     limits: dict[str, Any] = {"max_steps": MAX_STEPS, "batch_size": 400}
     episodes = explore(policy(0.0), ENV, long, **limits)
-    flat = [(i, t) for i, one in enumerate(long) for t in range(one.num_steps)]
-    explored = [episodes[i][t].trajectory() for i, t in flat]
-    steps = [[t] for _, t in flat]
+    rows = [
+        {
+            "trajectory": i,
+            "step": t,
+            "steps": one.num_steps,
+            "differs": episodes[i][t].done[t] != one.messages[2 * t + 1]["content"],
+            "agent_reward": float(sum(episodes[i][t].rewards)),
+            "expert_reward": one.reward,
+        }
+        for i, one in enumerate(long)
+        for t in range(1, one.num_steps)
+    ]
 
-    def values(trajectories: Any, steps: Any, samples: int, seed: int) -> list[float]:
+    def fill(name: str, policy: Any, samples: int, rows: list[dict[str, Any]], most: int) -> None:
+        """The mean of continuations after the agent's action, or the expert's."""
+        places = [(row["trajectory"], row["step"]) for row in rows]
+        agent = name.startswith("agent") or name == "bot_steps"
         found = continue_rollouts(
-            policy(1.0, seed), ENV, trajectories, samples=samples, steps=steps, **limits
+            policy,
+            ENV,
+            [up_to(episodes[i][t], t) if agent else long[i] for i, t in places],
+            samples=samples,
+            steps=[[t] for _, t in places],
+            max_steps=most,
+            batch_size=400,
         )
-        return [float(value) for one in found for value in one.values]
+        for row, one in zip(rows, found, strict=True):
+            value = len(one.episodes[0][0].actions) if name == "bot_steps" else one.values[0]
+            row[name] = float(value)
 
-    whole = [list(range(one.num_steps)) for one in long]
-    bot = continue_rollouts(ExpertPolicy(), ENV, explored, samples=1, steps=steps, max_steps=64)
-    table = {
-        "agent_few": values(explored, steps, FEW, 1),
-        "expert_few": values(long, whole, FEW, 2),
-        "agent_many": values(explored, steps, MANY, 3),
-        "expert_many": values(long, whole, MANY, 4),
-        "bot_steps": [len(one.episodes[0][0].actions) for one in bot],
-    }
-    rows = []
-    for place, (i, t) in enumerate(flat):
-        episode, demonstration = episodes[i][t], long[i]
-        own = demonstration.messages[2 * t + 1]["content"]
-        rows.append(
-            {
-                "trajectory": i,
-                "step": t,
-                "steps": demonstration.num_steps,
-                "differs": episode.done[t] != own,
-                "agent_reward": float(sum(episode.rewards)),
-                "expert_reward": demonstration.reward,
-                **{name: column[place] for name, column in table.items()},
-            }
-        )
-    return {"run": run, "success": float(np.mean([e[0].success for e in episodes])), "rows": rows}
+    apart = [row for row in rows if row["differs"]]
+    fill("agent_few", policy(1.0, 1), FEW, rows, MAX_STEPS)
+    fill("expert_few", policy(1.0, 2), FEW, rows, MAX_STEPS)
+    fill("agent_many", policy(1.0, 3), MANY, apart, MAX_STEPS)
+    fill("expert_many", policy(1.0, 4), MANY, [r for r in rows if not last(r)], MAX_STEPS)
+    fill("expert_many", policy(1.0, 4), 1, [row for row in rows if last(row)], MAX_STEPS)
+    fill("bot_steps", ExpertPolicy(), 1, apart, 64)
+    whole = [one[0].success for one in episodes]
+    return {"run": run, "success": float(np.mean(whole)), "rows": rows}
+
+
+def last(row: dict[str, Any]) -> bool:
+    """After the expert's last action there is nothing to continue."""
+    return bool(row["step"] == row["steps"] - 1)
 
 
 def sft(demonstrations: Any, tokenizer: Any, run: int, folder: Path) -> Any:
@@ -125,10 +134,11 @@ def sft(demonstrations: Any, tokenizer: Any, run: int, folder: Path) -> Any:
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Spearman's, of the means of few continuations with those of many."""
-    few = [row[f"{side}_few"] for row in rows for side in ("agent", "expert")]
-    many = [row[f"{side}_many"] for row in rows for side in ("agent", "expert")]
-    apart = [row for row in rows if row["differs"] and row["step"] > 0]
-    gaps = [[row[f"expert_{n}"] - row[f"agent_{n}"] for row in apart] for n in ("few", "many")]
+    apart = [row for row in rows if row["differs"]]
+    going = [row for row in rows if not last(row)]
+    few = [r["expert_few"] for r in going] + [r["agent_few"] for r in apart]
+    many = [r["expert_many"] for r in going] + [r["agent_many"] for r in apart]
+    gaps = [[gap(row, name) for row in apart] for name in ("few", "many")]
     return {
         "values": spearman(few, many),
         "expert minus agent, where they differ": spearman(*gaps),
@@ -148,7 +158,7 @@ def named(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Per trajectory: whether the named step is where values part most, less chance; per named
     step: whether the agent lost ground there, less the share of all steps where they differ."""
     hits, ground = [], []
-    apart = [row for row in rows if row["differs"] and row["step"] > 0]
+    apart = [row for row in rows if row["differs"]]
     lost = [row["bot_steps"] > row["steps"] for row in apart]
     for i in sorted({row["trajectory"] for row in apart}):
         steps = [row for row in apart if row["trajectory"] == i]
@@ -177,7 +187,7 @@ def side(row: dict[str, Any]) -> str | None:
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Over runs: correlations with their range, and the two shares above chance."""
     by_run = [correlations(cell["rows"]) for cell in cells]
-    later = [[row for row in cell["rows"] if row["step"] and side(row)] for cell in cells]
+    later = [[row for row in cell["rows"] if side(row)] for cell in cells]
     shares = [named(cell["rows"]) for cell in cells]
     found: dict[str, Any] = {
         "runs": len(cells),
@@ -207,7 +217,7 @@ def interval(values: list[list[float]]) -> dict[str, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/ipr_values"))
     arguments = parser.parse_args()
     cells = []

@@ -9,14 +9,17 @@ CSO's verification (arXiv 2602.03412)::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data.trajectory import Trajectory
 from ..envs.pool import EnvFactory
-from ..records.episodes import Episode, split_system
+from ..records.episodes import Episode
+from .exploring import up_to
 from .policies import Policy
 from .rollout import continue_rollouts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def verify(
@@ -25,6 +28,7 @@ def verify(
     episodes: Sequence[Episode],
     answers: Sequence[Sequence[Sequence[str]]],
     *,
+    tokens: Sequence[Sequence[Sequence[NDArray[np.int32]]]] | None = None,
     samples: int = 1,
     places: Sequence[int] | None = None,
     **options: Any,
@@ -37,6 +41,8 @@ def verify(
     Args:
         episodes: as the policy had them.
         answers: ``[i][t][k]``, at step t of episode i, as the run's action format writes them.
+        tokens: the token ids of the answers, end of the turn included. With them a model goes on
+            after the tokens that it saw and wrote itself; None: after the messages, tokenized anew.
         places: the number of each episode in the random numbers; None: its place.
         options: those of `stepagent.continue_rollouts`.
 
@@ -62,7 +68,10 @@ def verify(
     found = continue_rollouts(
         policy,
         env,
-        [_instead(episodes[i], t, answers[i][t][k]) for i, t, k in asked],
+        [
+            up_to(episodes[i], t, answers[i][t][k], None if tokens is None else tokens[i][t][k])
+            for i, t, k in asked
+        ],
         samples=samples,
         steps=[[t] for _, t, _ in asked],
         places=[i if places is None else places[i] for i, *_ in asked],
@@ -73,14 +82,3 @@ def verify(
         outcomes = [episode.success for episode in after.episodes[0] if episode.crashed is None]
         turned[i][t][k] = 2 * sum(outcomes) > len(outcomes)
     return turned
-
-
-def _instead(episode: Episode, t: int, answer: str) -> Trajectory:
-    """The episode up to its step t, with another answer there; without the tokens of what it was.
-
-    What the environment refused and what it took is read again in the answers.
-    """
-    trajectory = episode.trajectory()
-    before = len(trajectory.messages) - len(split_system(trajectory)[1]) + 2 * t + 1
-    messages = [*trajectory.messages[:before], {"role": "assistant", "content": answer}]
-    return replace(trajectory, messages=messages, reward=None, meta={"seed": episode.seed})

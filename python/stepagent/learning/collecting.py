@@ -282,6 +282,7 @@ class Collector:
                 env,
                 [failed[i].episode for i in places],
                 [failed[i].texts for i in places],
+                tokens=[failed[i].tokens for i in places],
                 samples=args.verify or 1,
                 places=places,
                 max_steps=args.max_steps_per_episode,

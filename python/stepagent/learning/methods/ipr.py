@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from ...acting.exploring import explore
+from ...acting.exploring import explore, up_to
 from ...acting.rollout import continue_rollouts, env_seed
 from ...ops import step_sums
 from ...ranks import over_ranks
@@ -62,12 +62,12 @@ class IPR(TaskMethod):
 
     @classmethod
     def check(cls, args: StepAgentConfig) -> None:
-        super().check(args)
         if args.samples != 1:
             raise ValueError(
                 f"method='ipr' explores once from each state, got samples={args.samples}; "
                 "continuations is the number of the reference's episodes"
             )
+        super().check(args)
 
     @classmethod
     def check_run(
@@ -184,7 +184,7 @@ class IPR(TaskMethod):
             found = continue_rollouts(
                 policy,
                 env,
-                [demonstrations[i] if e is None else e.trajectory() for i, _, e in picked],
+                [demonstrations[i] if e is None else up_to(e, t) for i, t, e in picked],
                 samples=samples,
                 steps=[[t] for _, t, _ in picked],
                 places=[i for i, *_ in picked],

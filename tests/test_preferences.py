@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile_envs import LEVEL, hostile
-from test_rollouts import model_policy
+from test_rollouts import model_policy, talker
+from tiny_models import END, tiny_agent
 
 import stepagent as sa
-from stepagent.acting.exploring import explore
-from stepagent.acting.policies import ExpertPolicy, RandomPolicy
+from stepagent.acting.exploring import explore, up_to
+from stepagent.acting.policies import ExpertPolicy, ModelPolicy, RandomPolicy
 from stepagent.acting.rollout import run_episodes
 from stepagent.preferences import (
     PREAMBLES,
@@ -35,6 +36,7 @@ from stepagent.preferences import (
     save_rollouts,
     save_samples,
 )
+from stepagent.tools.small_models import word_tokenizer
 
 SEEDS = {"12": 3, "7": 1, "40": 8}
 
@@ -410,3 +412,37 @@ def test_chosen_steps_alone_are_continued_as_among_all():
     with pytest.raises(ValueError, match="steps for each of the 2"):
         sa.continue_rollouts(model_policy(), LEVEL, trajectories, steps=[[0]])
     assert np.isfinite(some[0].values).all()
+
+
+def test_an_episode_whose_answers_were_cut_or_hold_unknown_words_is_continued():
+    """From its own tokens: what was sampled is no text that could be tokenized again."""
+    policy = model_policy(talker(), max_new_tokens=1, temperature=2.0)
+    (episode,) = run_episodes(LEVEL, policy, [8], max_steps=6)
+    assert any(episode.truncated)
+    for t in range(6):
+        cut = up_to(episode, t)
+        assert cut.num_steps == t + 1
+        stop = episode.trunk.action_spans[t, 1]
+        assert cut.meta["token_ids"] == episode.trunk.input_ids[:stop].tolist()
+        (one,) = sa.continue_rollouts(policy, LEVEL, [cut], samples=1, steps=[[t]], max_steps=8)
+        assert one.episodes[0][0].actions[: t + 1] == episode.actions[: t + 1]
+        start = episode.trunk.action_spans[t, 0]
+        left = policy._tokenizer.convert_tokens_to_ids("left")
+        instead = up_to(episode, t, "left", np.array([left, END], dtype=np.int32))
+        assert instead.messages[-1]["content"] == "left"
+        assert instead.meta["token_ids"] == [*episode.trunk.input_ids[:start].tolist(), left, END]
+        assert sa.encode(instead, policy._tokenizer).num_steps == t + 1
+
+
+def test_a_record_of_words_that_the_tokenizer_does_not_know_is_read_by_its_ids():
+    rows = [e.trajectory() for e in run_episodes(LEVEL, ExpertPolicy(), [8])]
+    tokenizer = word_tokenizer(rows)  # without the words of a refusal
+    model = tiny_agent("llama", vocab_size=len(tokenizer))
+    policy = ModelPolicy(model, tokenizer, max_new_tokens=2, temperature=1.0)
+    (episode,) = run_episodes(LEVEL, policy, [8], max_steps=4)
+    assert any("invalid" in observation for observation in episode.observations)
+    record = episode.trajectory()
+    assert sa.encode(record, tokenizer).input_ids.tolist() == episode.trunk.input_ids.tolist()
+    record.messages[2]["content"] = record.messages[0]["content"]
+    with pytest.raises(ValueError, match=r"messages\[2\] read as"):
+        sa.encode(record, tokenizer)

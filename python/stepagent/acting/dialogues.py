@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,14 +22,13 @@ from ..data.draws import check_count, check_temperature
 from ..data.encoding import encode
 from ..data.ends import ends_of, without_end
 from ..data.recorded import made_with
+from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from .answers import Answer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
-
-    from ..data.trajectory import Trajectory
 
 
 @dataclass
@@ -140,13 +140,20 @@ class Dialogues:
     def _encode(self, trajectory: Trajectory) -> Trunk:
         check_continues(trajectory, self._template.arguments)
         trunk = encode(trajectory, self._tokenizer)
-        if others := [end for end in ends_of([trunk]) if end not in self._ends]:
+        # Of a record some actions may have been cut short by a limit of tokens.
+        ends = self._template_ends if "token_ids" in trajectory.meta else ends_of([trunk])
+        if others := [end for end in ends if end not in self._ends]:
             raise ValueError(
                 f"trajectory {trajectory.id!r}: the chat template ends a turn by token "
                 f"{others[0]}, which does not end an action of this policy: eos_token_id is "
                 f"{self._ends}"
             )
         return trunk
+
+    @cached_property
+    def _template_ends(self) -> list[int]:
+        turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]
+        return ends_of([encode(Trajectory(turn), self._tokenizer)])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the dialogues that ended."""

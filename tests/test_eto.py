@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from click.testing import CliRunner
 from hostile_envs import LEVEL
+from test_ranks import free_port
 from test_resume import Seen, weights
 from test_rollouts import talker
 from test_trajectory_pairs import apart
@@ -189,12 +193,18 @@ def test_pairs_that_do_not_fit_are_left_out(tmp_path):
 @pytest.mark.parametrize("method", ["eto", "rft"])
 @crashing
 def test_a_cycle_without_anything_to_learn_from_says_so(method, tmp_path):
-    own = {} if method == "eto" else {"keep_reward": 0.9}
+    own: dict[str, Any] = {} if method == "eto" else {"keep_reward": 0.9}
+    own |= {"logging_strategy": "steps", "logging_steps": 1}
     trainer = make(tmp_path, demonstrations([SAME, BROKEN]), method=method, samples=1, **own)
     before, match = weights(trainer), "has no pair" if method == "eto" else "keeps none of 1 rollo"
     with pytest.warns(RuntimeWarning, match=match):
         trainer.train()
     assert torch.equal(weights(trainer), before) == (method == "eto")
+    logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert len(logged) == (4 if method == "eto" else 8)  # a loss where there is one
+    assert [entry.get("loss", 0) > 0 for entry in logged] == [method == "rft", False] * (
+        len(logged) // 2
+    )
     assert [("mean_loss" in cycle) for cycle in cycles_of(trainer)] == [method == "rft"] * 2
 
 
@@ -378,11 +388,40 @@ def test_demonstrations_begin_with_one_system_message_which_the_agent_is_given(t
         make(tmp_path, rows)
 
 
+def rank_main(rank: int, folder: str, method: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    made = make(Path(folder), method=method, samples=2, per_device_train_batch_size=1)
+    made.train()
+    found = {"weights": weights(made), "cycles": cycles_of(made), "steps": made.state.global_step}
+    torch.save(found, Path(folder, f"found-{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["eto", "rft"])
+@crashing
+def test_two_processes_learn_what_one_does(method, tmp_path):
+    mp.spawn(rank_main, (str(tmp_path), method, free_port()), nprocs=2)
+    ranks = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    alone = make(tmp_path / "alone", method=method, samples=2)
+    alone.train()
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    torch.testing.assert_close(ranks[0]["weights"], weights(alone), atol=2e-5, rtol=0)
+    assert ranks[0]["steps"] == alone.state.global_step
+    for ours, one in zip(ranks[0]["cycles"], cycles_of(alone), strict=True):
+        for name in ("rollouts", "rollout_reward", "tokens_unique"):
+            assert ours[name] == one[name]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["eto", "rft"])
 def test_they_train_from_the_command_line(method, tmp_path):
     rows = [e.trajectory() for e in run_episodes(LEVEL, ExpertPolicy(), [3, 1])]
-    sa.save_trajectories(rows, tmp_path / "rows.jsonl")
+    sa.save_trajectories(tmp_path / "rows.jsonl", rows)
     talker().save_pretrained(tmp_path / "model")
     babyai_tokenizer().save_pretrained(tmp_path / "model")
     arguments = ["train", "--model", str(tmp_path / "model"), "--env", LEVEL, "--method", method]

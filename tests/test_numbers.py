@@ -20,6 +20,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "srl": {},
     "distillation": {},
     "early_experience": {"samples": 2},
+    "eto": {"max_steps_per_episode": 3},
+    "rft": {"max_steps_per_episode": 3, "keep_reward": 0.0},
 }
 
 
@@ -42,7 +44,7 @@ def test_every_logged_figure_is_explained(method: str, tmp_path: Path) -> None:
         [episode.trajectory() for episode in episodes],
         babyai_tokenizer(),
         tiny_agent(seed=1) if method == "distillation" else None,
-        env=LEVEL if method == "early_experience" else None,
+        env=LEVEL if method in ("early_experience", "eto", "rft") else None,
     )
     trainer.train()
     (cycle,) = [entry for entry in trainer.state.log_history if "cycle" in entry]

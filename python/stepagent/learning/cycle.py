@@ -91,7 +91,7 @@ class Comparison:
         """(T,): the trunk's step is the expert's action, and the branches are the agent's; of
         pairs of trajectories, it is of a chosen one."""
         if len(self.sides):
-            chosen: NDArray[np.bool_] = (self.sides_KT & CHOSEN).any(axis=0)
+            chosen: NDArray[np.bool_] = np.asarray((self.sides_KT & CHOSEN).any(axis=0))
             return chosen
         own = self.teacher_T
         if not len(own):

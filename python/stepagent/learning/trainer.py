@@ -235,6 +235,7 @@ class StepAgentTrainer(CardWritingTrainer):
         # The cycle's figures, empty once they are logged.
         self._cycle_log: dict[str, float] = {}
         self._far = False  # the policy has moved by target_kl in this cycle
+        self._skipped = False  # a step since the last log, as there was nothing to learn in it
         self._means = RunningMeans()
         self._epochs.start(Place(0, 0))
         self._evaluator.restart()
@@ -325,7 +326,12 @@ class StepAgentTrainer(CardWritingTrainer):
         """As transformers'; a loss comes with the figures of the steps since the last."""
         if {"loss", "learning_rate"} <= logs.keys():  # transformers', of all processes
             recent = self._means.take_recent().of_all_ranks().values()
-            logs = logs | {name: value for name, value in recent.items() if name != "mean_loss"}
+            loss = recent.pop("mean_loss", None)
+            if self._skipped:  # steps that transformers has counted as a loss of 0
+                logs = {name: value for name, value in logs.items() if name != "loss"}
+                logs |= {} if loss is None else {"loss": loss}
+                self._skipped = False
+            logs = logs | recent
         super().log(logs, start_time)
 
     # -- reflect: learn from the comparisons ---------------------------------------------------
@@ -354,6 +360,7 @@ class StepAgentTrainer(CardWritingTrainer):
         A parameter without a gradient is left as it is, by optimisers and by their weight decay.
         """
         if self._far or (num_items_in_batch is not None and num_items_in_batch.nothing):
+            self._skipped = True
             return torch.zeros((), device=self.args.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss

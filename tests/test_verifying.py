@@ -164,7 +164,8 @@ def test_the_agents_own_alternatives_need_no_expert(tmp_path):
 
 
 def test_where_nothing_turns_a_failure_nothing_is_learnt(tmp_path):
-    trainer = trainer_of(tmp_path, lambda env: "drop", verify=1, max_steps_per_episode=1)
+    far: dict[str, Any] = {"rollout_seed_start": 8, "rollouts": 1, "max_steps_per_episode": 2}
+    trainer = trainer_of(tmp_path, lambda env: "drop", verify=1, **far)
     before = weights(trainer)
     with pytest.warns(RuntimeWarning, match="no answer that turns"):
         trainer.train()

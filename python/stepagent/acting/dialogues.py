@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +19,16 @@ from ..data.chat import ChatTemplate
 from ..data.control import ControlTokens
 from ..data.draws import check_count, check_temperature
 from ..data.encoding import encode
-from ..data.ends import ends_of, without_end
+from ..data.ends import without_end
 from ..data.recorded import made_with
-from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from .answers import Answer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+    from ..data.trajectory import Trajectory
 
 
 @dataclass
@@ -140,8 +140,10 @@ class Dialogues:
     def _encode(self, trajectory: Trajectory) -> Trunk:
         check_continues(trajectory, self._template.arguments)
         trunk = encode(trajectory, self._tokenizer)
-        # Of a record some actions may have been cut short by a limit of tokens.
-        ends = self._template_ends if "token_ids" in trajectory.meta else ends_of([trunk])
+        # Of a record: not of actions that were cut short by a limit of tokens.
+        cut = trajectory.meta.get("truncated") or [False] * trunk.num_steps
+        whole = trunk.action_spans[~np.array(cut[: trunk.num_steps])]
+        ends = sorted({int(trunk.input_ids[stop - 1]) for _, stop in whole})
         if others := [end for end in ends if end not in self._ends]:
             raise ValueError(
                 f"trajectory {trajectory.id!r}: the chat template ends a turn by token "
@@ -149,11 +151,6 @@ class Dialogues:
                 f"{self._ends}"
             )
         return trunk
-
-    @cached_property
-    def _template_ends(self) -> list[int]:
-        turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]
-        return ends_of([encode(Trajectory(turn), self._tokenizer)])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the dialogues that ended."""

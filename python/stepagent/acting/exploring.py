@@ -68,8 +68,8 @@ def up_to(
 
     Args:
         answer: what is done at this step; None: what was.
-        ids: the token ids of ``answer``, end of the turn included. Without them all is tokenized
-            anew, as there is no record of the answer.
+        ids: the token ids of ``answer``, with the one that ends the turn. Without them all is
+            tokenized anew, as there is no record of the answer.
     """
     trajectory, trunk = episode.trajectory(), episode.trunk
     own = trajectory.messages[: len(trajectory.messages) - 2 * (len(episode.actions) - step) + 1]
@@ -83,6 +83,11 @@ def up_to(
             "action_spans": [*trunk.action_spans[:step].tolist(), [start, start + len(last)]],
             "rewinds": trunk.rewinds[trunk.rewinds[:, 0] <= start].tolist(),
         }
+        if any(episode.truncated[: step + (answer is None)]):
+            meta["truncated"] = [
+                *episode.truncated[:step],
+                answer is None and episode.truncated[step],
+            ]
         if episode.made_with:
             meta["made_with"] = dict(episode.made_with)
     messages = [*own, {"role": "assistant", "content": said}]

@@ -74,7 +74,7 @@ def with_alternatives(
     tokenizer: PreTrainedTokenizerBase,
     ends: Sequence[int],
 ) -> list[Failure]:
-    """With what the agent itself would also do at its states, each text once."""
+    """With what the agent itself would also do at its states, each text once; not what was cut."""
     read = texts_of([one.trunk for one in failures], branches, tokenizer, ends=ends)
     made = []
     for failure, steps, texts in zip(failures, branches, read, strict=True):
@@ -83,7 +83,7 @@ def with_alternatives(
         for t, (tried, told) in enumerate(zip(steps, texts, strict=True)):
             known = {failure.episode.actions[t], *texts_T[t]}
             for branch, text in zip(tried, told, strict=True):
-                if text not in known:
+                if text not in known and branch.token_ids[-1] in ends:
                     known.add(text)
                     tokens_T[t].append(branch.token_ids)
                     texts_T[t].append(text)

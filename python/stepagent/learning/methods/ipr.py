@@ -142,7 +142,11 @@ class IPR(TaskMethod):
             own = [trajectories[i] for i in places]
             return explore(agent, env, own, places=places, **self._limits())
 
-        return over_ranks(some, [one.num_steps for one in trajectories], alike=alike)
+        found = over_ranks(some, [one.num_steps for one in trajectories], alike=alike)
+        for i, (whole, *_) in enumerate(found):
+            if whole.trunk is not None:
+                self._check_begins(i, whole.trunk)
+        return found
 
     def _values_of_expert(self, policy: Policy, alike: bool) -> list[NDArray[np.float64]]:
         lengths = [one.num_steps for one in self._run.trajectories]

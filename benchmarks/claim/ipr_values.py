@@ -215,6 +215,28 @@ def interval(values: list[list[float]]) -> dict[str, float | None]:
     return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
+def table(found: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        f"Made by `benchmarks/claim/ipr_values.py --runs {found['runs']}`.",
+        "",
+        "| | mean over runs | 95 % | runs, or counts of each |",
+        "|---|---|---|---|",
+    ]
+    told = {f"rank correlation, {name}": one for name, one in found["rank correlation"].items()}
+    told |= {name: one for name, one in found.items() if name.endswith("above chance")}
+    for name, one in told.items():
+        if "mean" not in one:
+            continue
+        span = "" if one["low"] is None else f"{one['low']:+.2f} … {one['high']:+.2f}"
+        each = one.get("counts") or [round(value, 2) for value in one["runs"]]
+        lines.append(f"| {name} | {one['mean']:+.2f} | {span} | {each} |")
+    same = found["of them where both do the same"]
+    lines.append(f"| step pairs at N = 5 | | | {found['step pairs']} |")
+    lines.append(f"| of them where agent and expert do the same | | | {same} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
@@ -231,6 +253,7 @@ def main() -> None:
     results = Path(__file__).parents[1] / "results" / "ipr_values.json"
     told = {"environment": environment(), "settings": {"N": [FEW, MANY], "epochs": EPOCHS}}
     results.write_text(json.dumps(told | summary(cells), indent=1) + "\n")
+    results.with_suffix(".md").write_text(table(summary(cells)))
 
 
 if __name__ == "__main__":

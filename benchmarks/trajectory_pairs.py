@@ -9,6 +9,10 @@ reference's log-probs are given to both.
 * padded: 2P rows, the chosen ones first, padded on the right to the longest, attention_mask; the
   rows of the assistant's tokens → linear_logprobs.
 
+On the CPU a tree has a dense mask, and its attention takes O(L²) time; that of the rows is causal
+and skips half. So what a tree saves shows where the layers' products, which are linear in the
+tokens, cost more than attention: with a wide model and pairs that part late.
+
 Loss and gradients of both must agree within 1e-4 relative, or nothing is reported. Seconds are CPU
 time of one thread, the least of --repeats.
 """
@@ -48,14 +52,15 @@ class Pairs:
             ids[start:] = random.integers(1, common.VOCABULARY, len(ids) - start)
             self.sides.append((chosen, sa.Trunk(ids, chosen.action_spans)))
         self.comparisons: list[Comparison] = [trajectory_pair(*pair) for pair in self.sides]
-        self.trees, self.steps = pack_with_steps(self.comparisons, 2**30)
+        self.max_tokens = options.max_tokens
+        self.trees, self.steps = pack_with_steps(self.comparisons, self.max_tokens)
         with torch.no_grad():
             scored = sa.score_trees(self.model, self.trees)
         noise = random.normal(size=len(scored)) / 10
         self.ref_N = scored + torch.from_numpy(noise).float()
 
     def tree_loss(self) -> Tensor:
-        trees, steps = pack_with_steps(self.comparisons, 2**30)
+        trees, steps = pack_with_steps(self.comparisons, self.max_tokens)
         logps_N = sa.score_trees(self.model, trees)
         scores = {"ref_logps": self.ref_N}
         batch = Batch.of(logps_N, None, scores, steps, steps.counts())
@@ -122,6 +127,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     common.add_shape_options(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.95])
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of a tree, as in a run")
     parser.set_defaults(threads=1, repeats=3)
     options = parser.parse_args()
     where = common.environment()
@@ -144,7 +150,7 @@ def main() -> None:
     model = common.llama(options)
     result = {
         "benchmark": "trajectory_pairs",
-        "shape": common.shape(options, model),
+        "shape": common.shape(options, model) | {"max_tokens": options.max_tokens},
         "cells": cells,
     }
     title = f"Pairs of trajectories: {common.described(options, model)}"

@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "early_experience": {"samples": 2},
     "eto": {"max_steps_per_episode": 3},
     "rft": {"max_steps_per_episode": 3, "keep_reward": 0.0},
+    "ipr": {"max_steps_per_episode": 3, "continuations": 1, "max_new_tokens": 2},
 }
 
 
@@ -43,8 +44,8 @@ def test_every_logged_figure_is_explained(method: str, tmp_path: Path) -> None:
         args,
         [episode.trajectory() for episode in episodes],
         babyai_tokenizer(),
-        tiny_agent(seed=1) if method == "distillation" else None,
-        env=LEVEL if method in ("early_experience", "eto", "rft") else None,
+        tiny_agent(seed=1) if method in ("distillation", "ipr") else None,
+        env=LEVEL if method in ("early_experience", "eto", "rft", "ipr") else None,
     )
     trainer.train()
     (cycle,) = [entry for entry in trainer.state.log_history if "cycle" in entry]

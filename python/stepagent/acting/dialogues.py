@@ -19,7 +19,7 @@ from ..data.chat import ChatTemplate
 from ..data.control import ControlTokens
 from ..data.draws import check_count, check_temperature
 from ..data.encoding import encode
-from ..data.ends import ends_of, without_end
+from ..data.ends import without_end
 from ..data.recorded import made_with
 from ..data.trunk import Trunk
 from .answers import Answer
@@ -140,7 +140,11 @@ class Dialogues:
     def _encode(self, trajectory: Trajectory) -> Trunk:
         check_continues(trajectory, self._template.arguments)
         trunk = encode(trajectory, self._tokenizer)
-        if others := [end for end in ends_of([trunk]) if end not in self._ends]:
+        # Of a record: not of actions that were cut short by a limit of tokens.
+        cut = trajectory.meta.get("truncated") or [False] * trunk.num_steps
+        whole = trunk.action_spans[~np.array(cut[: trunk.num_steps])]
+        ends = sorted({int(trunk.input_ids[stop - 1]) for _, stop in whole})
+        if others := [end for end in ends if end not in self._ends]:
             raise ValueError(
                 f"trajectory {trajectory.id!r}: the chat template ends a turn by token "
                 f"{others[0]}, which does not end an action of this policy: eos_token_id is "

@@ -23,6 +23,7 @@ Method: TypeAlias = Literal[
     "distillation",
     "eto",
     "rft",
+    "ipr",
 ]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
@@ -66,7 +67,9 @@ class RunOptions:
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
             "teacher's (--ref-model) probabilities of the agent's own tokens; eto: the better of "
             "demonstration and rollout preferred as a whole (needs --env); rft: supervised, and on "
-            "the rollouts that were good enough (needs --env)",
+            "the rollouts that were good enough (needs --env); ipr: the better of what agent and "
+            "expert make of each of the expert's states preferred, by the final and by the step "
+            "reward (needs --env and --ref-model, the policy where training starts)",
             "choices": METHODS,
             "open": True,
         },
@@ -104,7 +107,7 @@ class RunOptions:
     )
     temperature: float = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "of the agent's sampled actions; default: 1, of eto 0"},
+        metadata={"help": "of the agent's sampled actions; default: 1, of eto and ipr 0"},
     )
     max_new_tokens: int | None = field(
         default=None,
@@ -193,6 +196,21 @@ class RunOptions:
         default=None,
         metadata={"help": "asker.safetensors of a run before, from which ask=worth goes on"},
     )
+    verify: int | None = field(
+        default=None,
+        metadata={
+            "help": "learn from an answer at the agent's states only where it turns a failed "
+            "rollout into a success in most of this many episodes of the agent's after it (CSO); "
+            "default: from all answers"
+        },
+    )
+    alternatives: int | None = field(
+        default=None,
+        metadata={
+            "help": "further actions of the agent's own at each of its states, taken for answers "
+            "where they verify"
+        },
+    )
     eval_episodes: int | None = field(
         default=None,
         metadata={
@@ -224,7 +242,8 @@ class ImplicitOptions(PairOptions):
         default=None,  # type: ignore[assignment]
         metadata={
             "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
-            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto 0.1"
+            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto and ipr "
+            "0.1"
         },
     )
 
@@ -374,8 +393,47 @@ class RFTOptions:
 
 
 @dataclass
+class IPROptions:
+    """Of ``method="ipr"``."""
+
+    beta: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "as of implicit, of what follows a step"},
+    )
+    continuations: int = field(
+        default=5,
+        metadata={"help": "of each action by the reference, whose mean reward is the step reward"},
+    )
+    trajectory_threshold: float = field(
+        default=0.01,
+        metadata={"help": "a side is preferred whose final reward is larger by more than this"},
+    )
+    step_threshold: float = field(
+        default=0.01,
+        metadata={"help": "and, after the first step, whose step reward is larger by more"},
+    )
+    shorter_wins: bool = field(
+        default=False,
+        metadata={
+            "help": "an agent that has fewer steps left than the expert needs no larger final "
+            "reward (IPR in ALFWorld)"
+        },
+    )
+    nll_weight: float = field(
+        default=1.0,
+        metadata={"help": "adds this times the -log of the chosen side's probability to a pair"},
+    )
+
+
+@dataclass
 class StepAgentOptions(
-    RunOptions, ImplicitOptions, InverseOptions, EarlyExperienceOptions, ETOOptions, RFTOptions
+    RunOptions,
+    ImplicitOptions,
+    InverseOptions,
+    EarlyExperienceOptions,
+    ETOOptions,
+    RFTOptions,
+    IPROptions,
 ):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
@@ -389,4 +447,5 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "distillation": DistillationOptions,
     "eto": ETOOptions,
     "rft": RFTOptions,
+    "ipr": IPROptions,
 }

@@ -208,7 +208,9 @@ class StepAgentTrainer(CardWritingTrainer):
             compute_metrics,
             sharded=self._is_sharded,
         )
-        self._run = Run(policy, processing_class, trajectories, trunks, env, discriminator)
+        self._run = Run(
+            policy, processing_class, trajectories, trunks, env, discriminator, ref_model
+        )
         self._start()
 
     def train(
@@ -244,7 +246,7 @@ class StepAgentTrainer(CardWritingTrainer):
         self._means = RunningMeans()
         self._epochs.start(Place(0, 0))
         self._evaluator.restart()
-        self._collector.restart()
+        self._collector.questions.restart()
         self._method = method_of(self.args)
         self._method.start(replace(self._run, policy=self._policy))
 
@@ -255,7 +257,7 @@ class StepAgentTrainer(CardWritingTrainer):
     @property
     def asker(self) -> Asker:
         """Chooses the agent's states at which the expert is asked, with what it has learnt."""
-        return self._collector.asker
+        return self._collector.questions.asker
 
     @property
     def _is_sharded(self) -> bool:
@@ -489,7 +491,7 @@ class StepAgentTrainer(CardWritingTrainer):
             "batch": self._sizes().trajectories_a_step,
         }
         save_comparisons(folder / CYCLE_FILE, self._comparisons, progress)
-        self._collector.save(folder)
+        self._collector.questions.save(folder)
         self._evaluator.save(folder)
         self._method.save(folder)
 
@@ -504,7 +506,7 @@ class StepAgentTrainer(CardWritingTrainer):
         # Those of all processes, which the first one goes on with.
         self._means = RunningMeans(progress["means"] if self.args.process_index == 0 else None)
         self._far = progress["far"]
-        self._collector.load(folder)
+        self._collector.questions.load(folder)
         self._evaluator.load(folder, self._cycle)
         self._method.load(folder)
 

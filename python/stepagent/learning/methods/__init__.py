@@ -26,6 +26,7 @@ _FILES = {
     "distillation": "stepagent.learning.methods.distillation:Distillation",
     "eto": "stepagent.learning.methods.eto:ETO",
     "rft": "stepagent.learning.methods.rft:RFT",
+    "ipr": "stepagent.learning.methods.ipr:IPR",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -403,7 +403,7 @@ def _interval(found: RunsInterval) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--environments", nargs="+", default=["babyai:GoToLocalS6N2"])
-    parser.add_argument("--demonstrations", nargs="+", type=int, default=[100])
+    parser.add_argument("--demonstrations", nargs="+", type=int, default=[64])
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TUNED], default=list(ARMS))
     parser.add_argument("--model", type=Path, help="folder of a language model, trained by LoRA")

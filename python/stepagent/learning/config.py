@@ -28,6 +28,7 @@ _COUNTS = (
     "eval_episodes",
     "discriminators",
     "critic_epochs",
+    "group_size",
 )
 # Figures of an evaluation that transformers would take the largest of.
 _LESS_IS_BETTER = ("nll", "kl", "crashed")
@@ -56,6 +57,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "target_kl": _POSITIVE,
     "entropy_coef": _NOT_NEGATIVE,
     "world_weight": _NOT_NEGATIVE,
+    "omega": _NOT_NEGATIVE,
 }
 
 

@@ -13,7 +13,16 @@ from typing import Any, Literal, TypeAlias, get_args
 from ..data.actions import FormatName
 
 Method: TypeAlias = Literal[
-    "sft", "dagger", "implicit", "inverse", "early_experience", "srl", "distillation"
+    "sft",
+    "dagger",
+    "implicit",
+    "inverse",
+    "early_experience",
+    "srl",
+    "distillation",
+    "grpo",
+    "gigpo",
+    "ppo",
 ]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
 Ask: TypeAlias = Literal["always", "unsure"]
@@ -27,6 +36,7 @@ JudgedForm: TypeAlias = Literal["agent", "expert", "difference", "iq"]
 Ratio: TypeAlias = Literal["step", "token"]
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 ScoredPart: TypeAlias = Literal["all", "action", "thought"]
+Anchor: TypeAlias = Literal["observation", "history"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
@@ -42,6 +52,7 @@ JUDGED_FORMS: tuple[JudgedForm, ...] = get_args(JudgedForm)
 RATIOS: tuple[Ratio, ...] = get_args(Ratio)
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 SCORED_PARTS: tuple[ScoredPart, ...] = get_args(ScoredPart)
+ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 
 
 @dataclass
@@ -57,7 +68,8 @@ class RunOptions:
             "expert's answers at the agent's states (needs --env); early_experience: supervised, "
             "and on what the agent's own actions lead to at the expert's states (needs --env); "
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
-            "teacher's (--ref-model) probabilities of the agent's own tokens",
+            "teacher's (--ref-model) probabilities of the agent's own tokens; grpo, gigpo, ppo: online "
+            "RL on what the environment pays (needs --env, no expert)",
             "choices": METHODS,
             "open": True,
         },
@@ -249,7 +261,27 @@ class SRLOptions(PPOOptions):
 
 
 @dataclass
-class InverseOptions(SRLOptions):
+class DiscountOptions:
+    """Of methods that follow what comes after a step."""
+
+    gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
+
+
+@dataclass
+class ValueOptions(DiscountOptions):
+    """Of methods with a value function."""
+
+    critic_learning_rate: float = field(
+        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
+    )
+    critic_epochs: int = field(
+        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
+    )
+    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
+
+
+@dataclass
+class InverseOptions(SRLOptions, ValueOptions):
     """Of ``method="inverse"``."""
 
     discriminator_body: DiscriminatorBody = field(
@@ -277,12 +309,6 @@ class InverseOptions(SRLOptions):
             "choices": JUDGED_FORMS,
         },
     )
-    critic_learning_rate: float = field(
-        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
-    )
-    critic_epochs: int = field(
-        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
-    )
     discriminator_smoothing: float = field(
         default=0.05, metadata={"help": "share of the other label, in [0, 0.5)"}
     )
@@ -292,8 +318,40 @@ class InverseOptions(SRLOptions):
     discriminator_replay: int = field(
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
     )
-    gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
-    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
+
+
+@dataclass
+class GroupOptions(PPOOptions):
+    """Of ``method="grpo"``, and of all that compare the episodes of a task."""
+
+    group_size: int = field(default=8, metadata={"help": "episodes of each task in a cycle"})
+    scale_advantages: bool | None = field(
+        default=None,
+        metadata={
+            "help": "divide by the deviation in a group, which weighs tasks that nearly all "
+            "episodes solve, or fail, like others; default: of grpo true, of gigpo false"
+        },
+    )
+
+
+@dataclass
+class GiGPOOptions(GroupOptions, DiscountOptions):
+    """Of ``method="gigpo"``."""
+
+    omega: float = field(default=1.0, metadata={"help": "weight of what steps at one state earn"})
+    anchor: Anchor = field(
+        default="observation",
+        metadata={
+            "help": "which steps of a task are at one state: those with the same observation, or "
+            "with the same history too",
+            "choices": ANCHORS,
+        },
+    )
+
+
+@dataclass
+class OnlinePPOOptions(PPOOptions, ValueOptions):
+    """Of ``method="ppo"``."""
 
 
 @dataclass
@@ -307,7 +365,9 @@ class EarlyExperienceOptions:
 
 
 @dataclass
-class StepAgentOptions(RunOptions, ImplicitOptions, InverseOptions, EarlyExperienceOptions):
+class StepAgentOptions(
+    RunOptions, ImplicitOptions, InverseOptions, GiGPOOptions, EarlyExperienceOptions
+):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
 
@@ -318,4 +378,7 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "early_experience": EarlyExperienceOptions,
     "srl": SRLOptions,
     "distillation": DistillationOptions,
+    "grpo": GroupOptions,
+    "gigpo": GiGPOOptions,
+    "ppo": OnlinePPOOptions,
 }

@@ -24,6 +24,9 @@ _FILES = {
     "early_experience": "stepagent.learning.methods.early_experience:EarlyExperience",
     "srl": "stepagent.learning.methods.srl:SRL",
     "distillation": "stepagent.learning.methods.distillation:Distillation",
+    "grpo": "stepagent.learning.methods.online:GRPO",
+    "gigpo": "stepagent.learning.methods.online:GiGPO",
+    "ppo": "stepagent.learning.methods.online:PPO",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..advantages import gigpo, standardised, step_gae
+from ...ops import step_sums
+from ..advantages import gigpo, group_relative, standardised, step_gae
 from ..cycle import Comparison
-from ..options import GiGPOOptions, GroupOptions, OnlinePPOOptions, PPOOptions
+from ..options import Anchor, GiGPOOptions, GroupOptions, OnlinePPOOptions, PPOOptions
 from ..values import ValueFunction, explained
 from .method import Run
 from .ppo import PPOMethod
@@ -148,27 +149,15 @@ class GRPO(Online):
             "groups": len(earned),
             "dead_groups": sum(len(set(R)) == 1 for R in earned.values()),
         }
-        rewards_S, offsets = _rewards(episodes)
-        states_S = self.states(episodes)
-        advantages_S = gigpo(
-            rewards_S,
-            offsets,
-            groups_B,
-            states_S,
-            scale=self.options.scale_advantages,
-            **self._of_states(),
-        )
-        return advantages_S, figures | self._told(states_S)
+        advantages_S, told = self._compared(*_rewards(episodes), groups_B, episodes)
+        return advantages_S, figures | told
 
-    def states(self, episodes: Sequence[Episode]) -> Tensor:
-        """(S,) a number for the state of each step: here none is another's."""
-        return torch.arange(sum(len(e.actions) for e in episodes))
-
-    def _of_states(self) -> dict[str, float]:
-        return {"omega": 0.0}
-
-    def _told(self, states_S: Tensor) -> dict[str, float]:
-        return {}
+    def _compared(
+        self, rewards_S: Tensor, offsets: Tensor, groups_B: Tensor, episodes: Sequence[Episode]
+    ) -> tuple[Tensor, dict[str, float]]:
+        returns_B = step_sums(rewards_S, offsets)
+        outcome_B = group_relative(returns_B, groups_B, scale=self.options.scale_advantages)
+        return outcome_B.repeat_interleave(offsets.diff()), {}
 
 
 class GiGPO(GRPO):
@@ -178,24 +167,30 @@ class GiGPO(GRPO):
     options: GiGPOOptions
     defaults: ClassVar[Mapping[str, Any]] = {**Online.defaults, "scale_advantages": False}
 
-    def states(self, episodes: Sequence[Episode]) -> Tensor:
-        """Equal numbers for equal observations, or histories, of one task."""
-        whole = self.options.anchor == "history"
-        numbers: dict[Any, int] = {}
-        found = []
-        for e in episodes:
-            for t, observation in enumerate(e.observations):
-                past = (*e.observations[:t], *e.actions[:t]) if whole else ()
-                found.append(numbers.setdefault((e.seed, observation, past), len(numbers)))
-        return torch.tensor(found)
-
-    def _of_states(self) -> dict[str, float]:
-        return {"omega": self.options.omega, "gamma": self.options.gamma}
-
-    def _told(self, states_S: Tensor) -> dict[str, float]:
-        """How many steps have another one at their state, as a share."""
+    def _compared(
+        self, rewards_S: Tensor, offsets: Tensor, groups_B: Tensor, episodes: Sequence[Episode]
+    ) -> tuple[Tensor, dict[str, float]]:
+        states_S = anchors(episodes, self.options.anchor)
+        advantages_S = gigpo(
+            *(rewards_S, offsets, groups_B, states_S),
+            gamma=self.options.gamma,
+            omega=self.options.omega,
+            scale=self.options.scale_advantages,
+        )
         count_G = torch.unique(states_S, return_counts=True)[1]
-        return {"anchored_steps": float(count_G[count_G > 1].sum() / len(states_S))}
+        shared = float(count_G[count_G > 1].sum() / len(states_S))
+        return advantages_S, {"anchored_steps": shared}
+
+
+def anchors(episodes: Sequence[Episode], anchor: Anchor) -> Tensor:
+    """(S,) equal numbers for the steps of a task that saw the same: now, or since it began."""
+    numbers: dict[Any, int] = {}
+    found = []
+    for e in episodes:
+        for t, observation in enumerate(e.observations):
+            past = (*e.observations[:t], *e.actions[:t]) if anchor == "history" else ()
+            found.append(numbers.setdefault((e.seed, observation, past), len(numbers)))
+    return torch.tensor(found)
 
 
 class PPO(Online):

@@ -14,8 +14,7 @@ from tiny_models import babyai_tokenizer, tiny_agent
 
 from stepagent.envs import ExpertUnavailable
 from stepagent.learning.config import StepAgentConfig
-from stepagent.learning.cycle import Comparison
-from stepagent.learning.methods.online import GRPO, PPO, GiGPO, anchors
+from stepagent.learning.methods.online import GRPO, GiGPO, anchors
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.records.episodes import Episode
 
@@ -182,9 +181,7 @@ def test_a_cycle_gives_its_own_episodes_advantages(config, monkeypatch, method):
 
 
 def discounted(rewards: list[float], factor: float) -> list[float]:
-    return [
-        sum(factor**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))
-    ]
+    return [sum(factor**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
 
 
 def at_states(episodes: list[Episode], gamma: float) -> np.ndarray:
@@ -246,6 +243,7 @@ def true_gradient(bonus: float) -> np.ndarray:
 def by_turn(group: list[list[float]]) -> list[float]:
     """Each turn's reward less the mean of those who took it, added up from there on (the wrong way:
     how many terms are taken off is decided by the action)."""
+
     def mean(t: int) -> float:
         return float(np.mean([rewards[t] for rewards in group if len(rewards) > t]))
 
@@ -328,8 +326,8 @@ def test_episodes_that_crash_are_left_out(config):
                 raise OSError("broken")
             return super().step(action)
 
+    made = trainer(config(rollouts=32), env=Fragile)
     with pytest.warns(RuntimeWarning, match="crashed and have no outcome"):
-        made = trainer(config(rollouts=32), env=Fragile)
         made.train()
     assert 4 <= len(made._comparisons) < 32
 

@@ -11,10 +11,10 @@ tokens that training encoded, environment steps (of rollouts, of continuations a
 and answers that the expert was asked for, all counted after SFT. Every arm is compared with SFT,
 with SFT continued, and with StepAgent's best form; all of these comparisons are printed.
 
-BabyAI and TextWorld: each run trains on seeds of its own, and 500,000 on are for choosing, 1,000,000
-on for the result. ScienceWorld: its own train, dev and test splits; runs share the train split, so
-their demonstrations may overlap. ``--dev`` measures dev runs, which are others, on the dev
-episodes: all choices were made so (docs/claim.md), and the result was measured once.
+BabyAI and TextWorld: each run trains on seeds of its own; 500,000 on are for choosing, and
+1,000,000 on for the result. ScienceWorld: its own train, dev and test splits; runs share the train
+split, so their demonstrations may overlap. ``--dev`` measures dev runs, which are others, on the
+dev episodes: all choices were made so (docs/claim.md), and the result was measured once.
 
 Predictions, written down before the first run:
 
@@ -48,12 +48,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import environment
 from counted import Spent, counted
+from rivals_settings import (
+    ARMS,
+    LANGUAGE_MODEL,
+    OF_OWN_EPISODES,
+    RIVALS,
+    TUNED,
+    setting_of,
+)
 
 from stepagent.acting.policies import ExpertPolicy, ModelPolicy
 from stepagent.acting.rollout import run_episodes
 from stepagent.data.trajectory import load_trajectories, save_trajectories
 from stepagent.evaluation import RunsInterval, bootstrap_runs
 from stepagent.learning.config import StepAgentConfig
+from stepagent.learning.methods import method_class
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.ranks import over_ranks
 from stepagent.tools.small_models import small_llama, word_tokenizer
@@ -61,91 +70,6 @@ from stepagent.tools.small_models import small_llama, word_tokenizer
 DEV_RUNS = 40  # dev runs are numbered from here: no run of the result has their seeds
 MEASURES = ("success", "reward")
 COSTS = ("updates", "tokens", "env_steps", "expert_answers", "seconds")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An environment and what is trained there.
-
-    Attributes:
-        splits: to train on, to choose on, to report; None where the environment has none.
-        episodes: of each of these splits; None: any seed is one.
-        measured: dev and test episodes.
-        steps: of an episode in evaluation and in training, at most.
-    """
-
-    splits: tuple[str | None, str | None, str | None] = (None, None, None)
-    episodes: tuple[int | None, int | None, int | None] = (None, None, None)
-    measured: tuple[int, int] = (200, 200)
-    steps: tuple[int, int] = (20, 10)
-    max_new_tokens: int = 3
-    max_tokens: int = 1024
-    hidden_size: int = 128
-    layers: int = 2
-    batch_size: int = 16
-    sft_epochs: int = 40
-    sft_learning_rate: float = 1e-3
-    learning_rate: float = 3e-4
-    cycles: int = 4
-    epochs_per_cycle: int = 4
-
-    @property
-    def first_seeds(self) -> tuple[int, int]:
-        """Of the dev and the test episodes."""
-        return (500_000, 1_000_000) if self.episodes[1] is None else (0, 0)
-
-
-def setting_of(name: str) -> Setting:
-    """Of an environment by name; ValueError for one that has none here."""
-    prefix = name.partition(":")[0]
-    if prefix == "babyai":
-        return Setting()
-    if prefix == "textworld":
-        return Setting(measured=(100, 100), steps=(12, 12), max_new_tokens=16)
-    if prefix != "scienceworld":
-        raise ValueError(f"environment must be babyai, textworld or scienceworld, got {name!r}")
-    from scienceworld import ScienceWorldEnv
-
-    simulator = ScienceWorldEnv(name.partition(":")[2])
-    sizes = [
-        len(getattr(simulator, f"get_variations_{split}")()) for split in ("train", "dev", "test")
-    ]
-    simulator.close()
-    return Setting(
-        splits=("train", "dev", "test"),
-        episodes=tuple(sizes),
-        measured=(min(sizes[1], 75), min(sizes[2], 75)),
-        steps=(25, 25),
-        max_new_tokens=12,
-        max_tokens=4096,
-        batch_size=8,
-        cycles=2,
-    )
-
-
-# Of a language model, in the place of a small one from scratch.
-LANGUAGE_MODEL = {
-    "batch_size": 4,
-    "sft_epochs": 3,
-    "sft_learning_rate": 2e-4,
-    "learning_rate": 1e-4,
-    "cycles": 2,
-    "epochs_per_cycle": 1,
-    "max_tokens": 4096,
-}
-_AT_AGENT = {"states": "agent"}
-STEPAGENT = "implicit, agent's states"
-ARMS: dict[str, dict[str, Any]] = {
-    "SFT": {},
-    "SFT continued": {"method": "sft"},
-    "DAgger": {"method": "dagger"},
-    STEPAGENT: {"method": "implicit", "sft_weight": 1.0, **_AT_AGENT},
-    "implicit, expert's states": {"method": "implicit"},
-    "inverse": {"method": "inverse", "gamma": 0.0, **_AT_AGENT},
-}
-RIVALS = ("SFT", "SFT continued", STEPAGENT)
-# Choices that were looked at on dev runs alone (--dev); those in ARMS are the ones taken.
-TUNED: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -229,9 +153,7 @@ class Run:
             return small_llama(self.tokenizer, self.setting.hidden_size, self.setting.layers)
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(self._loaded(), lora)
 
     def _loaded(self) -> Any:
@@ -258,22 +180,25 @@ class Run:
             "bf16": self._base is not None and torch.cuda.is_available(),
         }
         args = StepAgentConfig(**(shared | options))
-        return StepAgentTrainer(
-            *(model, args, self.trajectories, self.tokenizer),
-            env=self.env(0) if args.rolls_out or options.get("needs_env") else None,
-        )
+        acts = args.rolls_out or method_class(args.method, args.states).needs_env
+        env = self.env(0) if acts else None
+        return StepAgentTrainer(model, args, self.trajectories, self.tokenizer, env=env)
 
     def options(self, arm: dict[str, Any]) -> dict[str, Any]:
-        """Of an arm's training: as many updates as all others have."""
+        """Of an arm's training: as many updates as all others have, or about as many."""
         s = self.setting
         options = {"learning_rate": s.learning_rate, "lr_scheduler_type": "cosine"} | arm
         if arm["method"] == "sft":
             return options | {"num_train_epochs": s.cycles * s.epochs_per_cycle}
-        options = {"cycles": s.cycles, "epochs_per_cycle": s.epochs_per_cycle} | options
-        if StepAgentConfig(output_dir=str(self.folder), use_cpu=True, **arm).rolls_out:
-            options |= {
-                "rollouts": len(self.trajectories),  # as many items as demonstrations
-                "max_steps_per_episode": s.steps[1],
+        options = {
+            "cycles": s.cycles,
+            "epochs_per_cycle": s.epochs_per_cycle,
+            "max_steps_per_episode": s.steps[1],
+        } | options
+        if arm.get("states") == "agent" or arm["method"] in OF_OWN_EPISODES:
+            size = int(arm.get("group_size", 1))
+            options |= {  # as many items as demonstrations
+                "rollouts": max(1, len(self.trajectories) // size) * size,
                 "rollout_seed_start": 10_000 * self.cell.run + 1_000,
             }
         return options
@@ -287,7 +212,7 @@ class Run:
         before, started = replace(self.spent), time.monotonic()
         trainer.train()
         return trainer.model, {
-            "updates": trainer.state.global_step,
+            "updates": _updates(trainer),
             "tokens": trainer.state.num_input_tokens_seen,
             "env_steps": self.spent.env_steps - before.env_steps,
             "expert_answers": self.spent.expert_answers - before.expert_answers,
@@ -325,6 +250,17 @@ class Run:
         return over_ranks(some, np.ones(len(seeds)))
 
 
+def _updates(trainer: StepAgentTrainer) -> int:
+    """Those that had something to learn: a cycle of few pairs has empty batches."""
+    args, per_epoch = trainer.args, trainer.steps_per_epoch
+    cycles = [entry for entry in trainer.state.log_history if "cycle" in entry]
+    found = [entry.get("pairs", entry.get("trajectories")) for entry in cycles]
+    if not cycles or None in found:
+        return int(trainer.state.global_step)
+    batches = [min(per_epoch, -(-items // args.per_device_train_batch_size)) for items in found]
+    return args.epochs_per_cycle * sum(batches)
+
+
 def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
     """Train and measure one cell, or read it where it was measured."""
     path = cell.file(output)
@@ -354,14 +290,14 @@ def table(cells: list[dict[str, Any]]) -> str:
         here = [c for c in cells if (c["environment"], c["demonstrations"]) == (name, count)]
         arms = [arm for arm in ARMS | TUNED if any(c["arm"] == arm for c in here)]
         lines += ["", f"**{name}, {count} demonstrations**", ""]
-        lines += _arms(here, arms) + [""] + _differences(here, arms)
+        lines += [*_arms(here, arms), "", *_differences(here, arms)]
     return "\n".join(lines).strip()
 
 
 def _arms(cells: list[dict[str, Any]], arms: list[str]) -> list[str]:
     lines = [
-        "| arm | runs | success, % | reward × 100 | updates | tokens trained on | environment steps "
-        "| expert's answers | seconds |",
+        "| arm | runs | success, % | reward × 100 | updates | tokens trained on "
+        "| environment steps | expert's answers | seconds |",
         "|---" * 9 + "|",
     ]
     for arm in arms:

@@ -68,8 +68,8 @@ class RunOptions:
             "expert's answers at the agent's states (needs --env); early_experience: supervised, "
             "and on what the agent's own actions lead to at the expert's states (needs --env); "
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
-            "teacher's (--ref-model) probabilities of the agent's own tokens; grpo, gigpo, ppo: online "
-            "RL on what the environment pays (needs --env, no expert)",
+            "teacher's (--ref-model) probabilities of the agent's own tokens; grpo, gigpo, ppo: "
+            "online RL on what the environment pays (needs --env, no expert)",
             "choices": METHODS,
             "open": True,
         },

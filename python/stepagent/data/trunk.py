@@ -120,6 +120,53 @@ class Trunk:
                 found.append(Trunk(self.input_ids[rows], inside - first + len(rows) - last + first))
         return found
 
+    def first_steps(self, count: int) -> Trunk:
+        """The trunk up to the end of its step ``count - 1``; self where it has no more steps.
+
+        Raises:
+            ValueError: for a count < 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        if count >= self.num_steps:
+            return self
+        end = int(self.action_spans[count - 1, 1])
+        rewinds = self.rewinds[self.rewinds[:, 0] < end]
+        return Trunk(self.input_ids[:end], self.action_spans[:count], rewinds)
+
+    def shared_steps(self, other: Trunk) -> int:
+        """How many steps both begin with: the same actions, each in the same state."""
+        both = min(self.num_steps, other.num_steps)
+        for step, (own, others) in enumerate(
+            zip(self.action_spans[:both], other.action_spans[:both], strict=True)
+        ):
+            action = self.input_ids[slice(*own)], other.input_ids[slice(*others)]
+            state = self.state_ids(step), other.state_ids(step)
+            if not (np.array_equal(*action) and np.array_equal(*state)):
+                return step
+        return both
+
+    def and_then(self, other: Trunk, step: int) -> Trunk:
+        """This trunk, and behind it the steps of ``other`` from ``step`` on, each in its own state.
+
+        The line goes back to the last token that the last line here and that state have in common,
+        or to the one before the state's last, which is there a second time: it predicts the action.
+        """
+        start = int(other.action_spans[step, 0])
+        state, last = other.state_ids(step), self.input_ids[self._lines[-1]]
+        size = len(self.input_ids)
+        most = min(len(state) - 1, len(last))
+        differs = np.flatnonzero(state[:most] != last[:most])
+        depth = int(differs[0]) if len(differs) else most
+        back = [[size, depth]] if depth < len(last) else []
+        moved = size + len(state) - depth - start
+        later = other.rewinds[other.rewinds[:, 0] > start] + [moved, 0]
+        return Trunk(
+            np.concatenate([self.input_ids, state[depth:], other.input_ids[start:]]),
+            np.concatenate([self.action_spans, other.action_spans[step:] + moved]),
+            np.concatenate([self.rewinds, np.array(back, np.int64).reshape(-1, 2), later]),
+        )
+
     @cached_property
     def _lines(self) -> list[NDArray[np.int64]]:
         """The places of the tokens of each line, from its first to the one before a rewind."""

@@ -22,7 +22,9 @@ from .averages import Counts
 TOKEN_SCORES = ("ref_logps", "old_logps")
 SCORES = (*TOKEN_SCORES, "advantages")  # of a Comparison, in its order
 PARTS = ("action_ids", "counted")  # what `learning/parts.py` says of a Comparison
-_OPTIONAL = (*SCORES, *PARTS, "observed", "teacher_T")
+_OPTIONAL = (*SCORES, *PARTS, "observed", "teacher_T", "sides")
+# Of which side of a pair of trajectories a step is; their sum: of both, as its beginning.
+CHOSEN, REJECTED = 1, 2
 
 
 def _nothing() -> NDArray[np.float32]:
@@ -31,6 +33,10 @@ def _nothing() -> NDArray[np.float32]:
 
 def _no_ids() -> NDArray[np.int32]:
     return np.zeros(0, dtype=np.int32)
+
+
+def _no_sides() -> NDArray[np.int8]:
+    return np.zeros(0, dtype=np.int8)
 
 
 def _no_flags() -> NDArray[np.bool_]:
@@ -57,6 +63,10 @@ class Comparison:
         action_ids: (S,) int32, steps of one state with one id are one action, whatever they say
             beside it; -1 for a step without an action. Empty: as many actions as texts.
         counted: (N,) bool, the tokens that losses cover; empty: all.
+        sides: (K · T,) int8, of K pairs of trajectories in a trunk that has no branches: pair k
+            compares the steps whose ``sides[k·T + t]`` is ``CHOSEN`` with those that are
+            ``REJECTED``; the sum of both marks what they begin with, 0 what is of neither. See
+            `stepagent.learning.trajectory_pairs`.
     """
 
     trunk: Trunk
@@ -69,6 +79,7 @@ class Comparison:
     counted: NDArray[np.bool_] = field(default_factory=_no_flags)
     observed: NDArray[np.bool_] = field(default_factory=_no_flags)
     teacher_T: NDArray[np.bool_] = field(default_factory=_no_flags)
+    sides: NDArray[np.int8] = field(default_factory=_no_sides)
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
@@ -77,11 +88,20 @@ class Comparison:
 
     @property
     def expert_T(self) -> NDArray[np.bool_]:
-        """(T,): the trunk's step is the expert's action, and the branches are the agent's."""
+        """(T,): the trunk's step is the expert's action, and the branches are the agent's; of
+        pairs of trajectories, it is of a chosen one."""
+        if len(self.sides):
+            chosen: NDArray[np.bool_] = (self.sides_KT & CHOSEN).any(axis=0)
+            return chosen
         own = self.teacher_T
         if not len(own):
             own = np.full(self.trunk.num_steps, self.expert_trunk)
         return own & ~self.observed if len(self.observed) else own
+
+    @property
+    def sides_KT(self) -> NDArray[np.int8]:
+        """(K, T), `sides` by pair and step."""
+        return self.sides.reshape(-1, self.trunk.num_steps)
 
     @property
     def expert_answers(self) -> int:
@@ -137,6 +157,8 @@ class StepTable:
         expert_P, agent_P: (P,) the two steps of each compared pair.
         same_P: True where both are the same action: the same tokens, or read as the same.
         counted_N: (N,) bool, those of the trees' scored tokens that count; None: all.
+        sides: (M, 3), of pairs of trajectories: pair, step, and whose it is there, ``CHOSEN``,
+            ``REJECTED`` or the sum of both. None where there are none.
     """
 
     offsets: Tensor
@@ -147,6 +169,7 @@ class StepTable:
     agent_P: Tensor
     same_P: Tensor
     counted_N: Tensor | None = None
+    sides: Tensor | None = None
 
     @classmethod
     def of(
@@ -156,6 +179,7 @@ class StepTable:
         *,
         action_ids_S: Tensor | None = None,
         counted_N: Tensor | None = None,
+        sides: Tensor | None = None,
     ) -> StepTable:
         """The steps of ``trees``.
 
@@ -164,6 +188,7 @@ class StepTable:
             expert: bool per step of the trunks, one trunk after the other: the trunk's action
                 there is the expert's and the branches are the agent's; else the reverse.
             action_ids_S, counted_N: as a `Comparison`'s, of all trunks.
+            sides: as the table's.
         """
 
         def joined(name: str) -> Tensor:
@@ -198,6 +223,7 @@ class StepTable:
             agent_P=torch.where(swap_P, own_P, tried_P),
             same_P=same_P,
             counted_N=counted_N,
+            sides=sides,
         )
 
     def to(self, device: torch.device) -> StepTable:
@@ -214,11 +240,30 @@ class StepTable:
         lengths_S = self.offsets.diff()
         expert_tokens = int(lengths_S[self.expert_S].sum())
         return Counts(
-            pairs=len(self.expert_P),
+            pairs=len(self.expert_P) + self.trajectory_pairs,
             expert_tokens=expert_tokens,
             agent_steps=int((~self.expert_S).sum()),
             agent_tokens=int(lengths_S.sum()) - expert_tokens,
         )
+
+    @property
+    def trajectory_pairs(self) -> int:
+        """K, the pairs of trajectories."""
+        return 0 if self.sides is None else int(self.sides[:, 0].max()) + 1
+
+    def side_sums(self, values_S: Tensor, *of: int) -> Tensor:
+        """(K,), of each pair of trajectories the sum of values of its steps that are of these.
+
+        Args:
+            of: ``CHOSEN`` and ``REJECTED``: the steps of that side alone, so that in differences
+                nothing is left of those that both have; ``CHOSEN | REJECTED``: those.
+        """
+        if self.sides is None:
+            return values_S.new_zeros(0)
+        pair_M, step_M, side_M = self.sides.unbind(1)
+        own_M = torch.isin(side_M, torch.tensor(of, device=side_M.device))
+        sums_K = values_S.new_zeros(self.trajectory_pairs)
+        return sums_K.index_add(0, pair_M[own_M], values_S[step_M[own_M]])
 
     def agent_runs(self) -> tuple[Tensor, Tensor]:
         """The agent's steps as trajectories.
@@ -255,8 +300,20 @@ def pack_with_steps(
         torch.from_numpy(expert),
         action_ids_S=_of_all(comparisons, "action_ids", lambda step: np.full(1, -1, np.int32)),
         counted_N=_of_all(comparisons, "counted", lambda step: np.ones(len(step), dtype=bool)),
+        sides=_sides_of_all(comparisons),
     )
     return trees, steps
+
+
+def _sides_of_all(comparisons: Sequence[Comparison]) -> Tensor | None:
+    """The `StepTable.sides` of a batch."""
+    found, pairs, steps = [], 0, 0
+    for c in comparisons:
+        pair_M, step_M = np.nonzero(c.sides_KT)
+        found.append(np.stack([pairs + pair_M, steps + step_M, c.sides_KT[pair_M, step_M]], 1))
+        pairs += len(c.sides_KT)
+        steps += c.trunk.num_steps + sum(map(len, c.branches))
+    return torch.from_numpy(np.concatenate(found)).long() if pairs else None
 
 
 def _of_all(
@@ -284,14 +341,25 @@ def unique_tokens(comparisons: Sequence[Comparison], max_tokens: int) -> int:
 
 
 def naive_tokens(comparisons: Sequence[Comparison]) -> int:
-    """Tokens that pairs encode without a tree: each pair, its prefix with either action."""
+    """Tokens that pairs encode without a tree: each pair, its prefix with either action; of
+    trajectories, either from its beginning."""
     total = 0
     for c in comparisons:
+        for sides_T in c.sides_KT:
+            total += sum(_side_tokens(c.trunk, sides_T & side) for side in (CHOSEN, REJECTED))
         depths = c.trunk.position_ids
         for (start, stop), step in zip(c.trunk.action_spans, c.branches, strict=True):
             state, own = int(depths[start]), int(stop - start)
             total += sum(2 * state + own + len(branch) for branch in step)
     return total
+
+
+def _side_tokens(trunk: Trunk, of_T: NDArray[np.int8]) -> int:
+    """Tokens of the sequences that hold these steps, one where each step sees the one before."""
+    spans = trunk.action_spans[of_T > 0]
+    lasts = spans[:, 1] - 1
+    goes_on = np.append(spans[1:, 0] < trunk.subtree_end[lasts[:-1]], False)
+    return int((trunk.position_ids[lasts[~goes_on]] + 1).sum())
 
 
 def save_comparisons(

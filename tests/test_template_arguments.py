@@ -169,7 +169,7 @@ def test_what_all_trajectories_give_alike_becomes_the_runs(tokenizer, shown, tmp
     assert run_arguments(trainer(tokenizer, own, tmp_path).processing_class) == HINT
     mixed = [own[0], shown[1]]
     assert run_arguments(trainer(tokenizer, mixed, tmp_path).processing_class) == {}
-    match = r"states='agent' prompts the agent alike everywhere, but train_dataset\[0\] does not"
+    match = r"rollouts prompt the agent alike everywhere, but train_dataset\[0\] does not"
     with pytest.raises(ValueError, match=match):
         trainer(tokenizer, mixed, tmp_path, states="agent")
 

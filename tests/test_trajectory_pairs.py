@@ -40,7 +40,7 @@ def pairs_of_random_trunks(count: int = 6, seed: int = 0) -> list[tuple[Trunk, T
         step = int(rng.integers(0, 4))
         start, stop = one.action_spans[step].tolist()
         cut = int(rng.integers(start, stop))
-        begins, ends = other.action_spans[0]
+        begins = int(other.action_spans[0, 0])
         ids = np.concatenate([one.input_ids[:cut], other.input_ids[begins:]])
         moved = cut - begins
         spans = np.concatenate([one.action_spans[:step], other.action_spans + moved])
@@ -159,7 +159,7 @@ def test_several_rivals_of_one_trunk_are_the_pairs_apart():
     rng = np.random.default_rng(1)
     rivals = []
     for step in (2, 0, 3, 1, 2):
-        start, stop = trunk.action_spans[step].tolist()
+        start = int(trunk.action_spans[step, 0])
         ids = np.concatenate([trunk.input_ids[:start], rng.integers(3, VOCAB, 9)])
         spans = np.concatenate(
             [trunk.action_spans[:step], [[start, start + 2], [start + 6, start + 9]]]

@@ -281,19 +281,29 @@ def queried_rollouts(
         teacher=teacher if teacher_share else None,
         asks=teacher.acts if only_to_act else None,
     )
-    acting: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    policy: Policy
-    if isinstance(model, nn.Module):
-        policy = ModelPolicy(model, tokenizer, eos_token_id=eos_token_id, **acting)
-    else:
-        ends = given_ends(eos_token_id, "an engine")
-        policy = EnginePolicy(model, tokenizer, eos_token_id=ends, **acting)
+    policy = policy_of(
+        model,
+        tokenizer,
+        eos_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     starts = [Start(place, place) for place in seeds]
     return roll_out(env, policy, starts, options, "rollout" if progress else None)
+
+
+def policy_of(
+    model: PreTrainedModel | Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_id: int | Sequence[int] | None,
+    **options: Any,
+) -> ModelPolicy | EnginePolicy:
+    """Of a model, or of an engine, which needs ``eos_token_id``; options are those of both."""
+    if isinstance(model, nn.Module):
+        return ModelPolicy(model, tokenizer, eos_token_id=eos_token_id, **options)
+    ends = given_ends(eos_token_id, "an engine")
+    return EnginePolicy(model, tokenizer, eos_token_id=ends, **options)
 
 
 def trunks_and_answers(

@@ -245,10 +245,19 @@ def _lora(rank: int) -> PeftConfig:
 
 
 def _training_text(report: dict[str, Any]) -> str:
-    lines = [
-        f"cycle {cycle['cycle']}: agreement {cycle['agreement']:.1%}, loss {cycle['mean_loss']:.4f}"
-        for cycle in report["cycles"]
-    ]
+    lines = [f"cycle {cycle['cycle']}: " + ", ".join(_figures(cycle)) for cycle in report["cycles"]]
     lines.append(f"{report['steps']} updates, mean loss {report['train_loss']:.4f}")
     lines.append(f"Wrote the model and its tokenizer to {report['output_dir']}")
     return "\n".join(lines)
+
+
+def _figures(cycle: dict[str, float]) -> list[str]:
+    found = []
+    if "agreement" in cycle:
+        found.append(f"agreement {cycle['agreement']:.1%}")
+    if "pairs" in cycle:
+        found.append(f"{cycle['pairs']} pairs")
+    if "kept" in cycle:
+        found.append(f"{cycle['kept']} rollouts kept")
+    found.append(f"loss {cycle['mean_loss']:.4f}" if "mean_loss" in cycle else "nothing to learn")
+    return found

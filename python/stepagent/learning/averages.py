@@ -27,6 +27,11 @@ class Counts:
     agent_tokens: float = 0
     batches: float = 1
 
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to average over."""
+        return not (self.pairs or self.expert_tokens or self.agent_steps)
+
     @classmethod
     def of_step(cls, own: Sequence[Counts], accelerator: Accelerator) -> Counts:
         """Of a step whose batches on this process are ``own``; all processes have to call this.

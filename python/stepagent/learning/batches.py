@@ -21,7 +21,7 @@ class CycleData(Dataset["Comparison | None"]):
     """A dataset of fixed length whose items are chosen anew each epoch."""
 
     def __init__(self, count: int, args: StepAgentConfig) -> None:
-        """An epoch of ``count`` items, or more, so that all processes have as many batches.
+        """An epoch of ``count`` items at most, and of as many batches on all processes.
 
         accelerate would take the first items a second time, and they would count twice; so what is
         missing is None.
@@ -43,8 +43,8 @@ class CycleData(Dataset["Comparison | None"]):
         order = np.arange(len(comparisons))
         if self._shuffled:
             order = np.random.default_rng((self._seed, epoch)).permutation(order)
-        # Fewer than the rollouts where some crashed: then the first ones come twice.
-        items = [comparisons[i] for i in np.resize(order, self.count).tolist()]
+        items = [comparisons[i] for i in order[: self.count].tolist()]
+        # Fewer than there could be, as where rollouts crashed: none is learnt twice.
         self.items = [*items, *[None] * (self._length - len(items))]
 
     def __len__(self) -> int:

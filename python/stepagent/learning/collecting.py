@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from ..acting.asking import ask_again, least_sure
 from ..acting.inspection import inspect
-from ..acting.rollout import Expert, queried_rollouts, trunks_and_answers
+from ..acting.lockstep import roll_out
+from ..acting.rollout import Expert, policy_of, queried_rollouts, trunks_and_answers
+from ..acting.runs import Options, Start
 from ..data.actions import FORMATS
 from ..data.branch import Branch
 from ..data.ends import ends_of
@@ -24,6 +27,7 @@ from ..ranks import over_ranks
 from ..records.episodes import Episode
 from ..trees.tree import TokenTree, pack_step_pairs
 from .cycle import Comparison
+from .methods import method_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,9 +58,7 @@ class Collector:
         self.max_new_tokens = args.max_new_tokens or longest_action(trunks)
         self.count = len(trunks)
         self.rollouts = args.rollouts or len(trunks)  # of a cycle that has any
-        self.per_cycle = args.rolls_out * self.rollouts
-        if args.states != "agent":
-            self.per_cycle += len(trunks)
+        self.per_cycle = method_class(args.method, args.states).items(args, len(trunks))
         self._on_engine: PolicyOnEngine | None = None
 
     def act_on(self, engine: Engine | str, accelerator: Accelerator) -> None:
@@ -119,12 +121,54 @@ class Collector:
         Args:
             sharded: a forward of the policy needs all processes at the same time.
         """
-        actor = policy if self._on_engine is None else self._on_engine.actor
-        alike = sharded and self._on_engine is None
+        actor, alike = self._actor(policy, sharded)
         made = self._at_expert_states(actor, cycle, alike) if self._args.inspects else []
         if self._args.rolls_out:
             made += self._at_agent_states(actor, cycle, alike)
         return made
+
+    def _actor(
+        self, policy: PreTrainedModel, sharded: bool
+    ) -> tuple[PreTrainedModel | Engine, bool]:
+        """Who acts, and whether all processes have to act alike."""
+        if self._on_engine is None:
+            return policy, sharded
+        return self._on_engine.actor, False
+
+    def episodes(
+        self,
+        policy: PreTrainedModel,
+        cycle: int,
+        seeds: Sequence[int],
+        *,
+        samples: int,
+        system: str | None,
+        sharded: bool,
+    ) -> list[list[Episode]]:
+        """As `Acting.episodes`."""
+        args, env = self._args, self._env
+        assert env is not None  # the method has checked it
+        actor, alike = self._actor(policy, sharded)
+        places = [(seed, i * samples + n) for i, seed in enumerate(seeds) for n in range(samples)]
+        options = Options(
+            None, args.max_steps_per_episode, 64, 0, None, action_format=FORMATS[args.action_format]
+        )
+
+        def rolled_out(some: list[int]) -> list[Episode]:
+            agent = policy_of(
+                actor,
+                self._tokenizer,
+                self.end_tokens,
+                max_new_tokens=self.max_new_tokens,
+                temperature=args.temperature,
+                seed=cycle_seed(args, cycle),
+                system=system,
+            )
+            starts = [Start(*places[i]) for i in some]
+            return roll_out(env, agent, starts, options, None if args.disable_tqdm else "rollout")
+
+        found = over_ranks(rolled_out, np.ones(len(places)), alike=alike)
+        return [found[i : i + samples] for i in range(0, len(found), samples)]
 
     def _at_expert_states(
         self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
@@ -195,6 +239,32 @@ class Collector:
 
         # No forward of the agent, so that the processes share these whatever it is sharded over.
         return over_ranks(asked, [len(e.actions) for e in episodes])
+
+
+@dataclass(frozen=True)
+class Acting:
+    """The agent of a cycle, which a method has act: on all processes, with the same results."""
+
+    collector: Collector
+    policy: PreTrainedModel
+    cycle: int
+    sharded: bool
+
+    def compared(self) -> list[Comparison]:
+        """What it does at the states of the run's ``states``, beside what the expert does there."""
+        return self.collector.collect(self.policy, self.cycle, sharded=self.sharded)
+
+    def episodes(
+        self, seeds: Sequence[int], *, samples: int = 1, system: str | None = None
+    ) -> list[list[Episode]]:
+        """``[i][n]``: ``samples`` episodes of its own from each of these environment seeds.
+
+        Args:
+            system: the first message to it.
+        """
+        return self.collector.episodes(
+            self.policy, self.cycle, seeds, samples=samples, system=system, sharded=self.sharded
+        )
 
 
 def compared(

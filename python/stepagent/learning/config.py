@@ -33,7 +33,13 @@ _COUNTS = (
 # Figures of an evaluation that transformers would take the largest of.
 _LESS_IS_BETTER = ("nll", "kl", "crashed")
 # Of options that are None unless given, for methods that say nothing else.
-_DEFAULTS: dict[str, Any] = {"states": "expert", "samples": 1, "baseline": "value"}
+_DEFAULTS: dict[str, Any] = {
+    "states": "expert",
+    "samples": 1,
+    "temperature": 1.0,
+    "baseline": "value",
+    "beta": 1.0,
+}
 _POSITIVE = ("finite and > 0", lambda x: x > 0)
 _NOT_NEGATIVE = ("finite and >= 0", lambda x: x >= 0)
 _WHOLE = ("a whole number >= 0", lambda x: x >= 0 and x == int(x))
@@ -57,6 +63,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "target_kl": _POSITIVE,
     "entropy_coef": _NOT_NEGATIVE,
     "world_weight": _NOT_NEGATIVE,
+    "keep_reward": ("finite", lambda x: True),
     "omega": _NOT_NEGATIVE,
 }
 
@@ -105,7 +112,8 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     @property
     def inspects(self) -> bool:
         """Whether the agent acts at the states of the demonstrations."""
-        return self.has_cycles and self.states != "agent"
+        explores = method_class(self.method, self.states).explores
+        return self.has_cycles and self.states != "agent" and not explores
 
     @property
     def rolls_out(self) -> bool:

@@ -85,7 +85,7 @@ class Evaluator:
     def begin_cycle(self, policy: PreTrainedModel, cycle: int) -> None:
         """Make the pairs of a cycle: what the policy does now, under the cycle's reference."""
         method = method_class(self._args.method, self._args.states)
-        if cycle == self._cycle or not method.scores:
+        if cycle == self._cycle or not method.pairs_held_out():
             return
         for held in self._sets.values():
             samples, temperature = self._args.samples, self._args.temperature
@@ -313,7 +313,7 @@ class Evaluator:
     def load(self, folder: Path, cycle: int) -> None:
         """Read what `save` wrote."""
         self.restart()
-        if self._sets and method_class(self._args.method, self._args.states).scores:
+        if self._sets and method_class(self._args.method, self._args.states).pairs_held_out():
             load_pairs(folder, self._sets)
         self._cycle = cycle
 

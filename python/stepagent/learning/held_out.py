@@ -63,7 +63,7 @@ def held_out(
         name = f"{called}[{key!r}]" if key else called
         trunks = encode_all(part, tokenizer, progress=not args.disable_tqdm, name=name)
         longest = args.max_new_tokens or max(collector.max_new_tokens, longest_action(trunks))
-        inspects = bool(method_class(args.method, args.states).scores)
+        inspects = method_class(args.method, args.states).pairs_held_out()
         check_budget(policy, trunks, args, longest, inspects=inspects, name=name)
         StepParts.of_run(args, tokenizer, collector.end_tokens).check(trunks, name)
         sets[str(key)] = HeldOut(trunks, first)

@@ -25,6 +25,7 @@ from ..data.rows import without_nulls
 from ..data.trajectory import Skipped, Trajectory, iterate_trajectories
 from ..data.trunk import Trunk
 from ..models import unwrapped
+from .methods import method_class
 from .precision import loading_dtype, say_precision
 from .reference_policy import change_of_base, has_adapter
 
@@ -146,13 +147,13 @@ def encode_run(
     read: list[Trajectory] = []
     trunks = encode_all(dataset, tokenizer, progress=not args.disable_tqdm, read=read)
     tokenizer = with_arguments(tokenizer, shared_arguments(read, run_arguments(tokenizer)))
-    if args.rolls_out:
+    if args.rolls_out or method_class(args.method, args.states).explores:
         for place, trajectory in enumerate(read):
             try:
                 check_continues(trajectory, run_arguments(tokenizer))
             except ValueError as error:
                 raise ValueError(
-                    f"states={args.states!r} prompts the agent alike everywhere, but "
+                    "rollouts prompt the agent alike everywhere, but "
                     f"train_dataset[{place}] does not: {error}"
                 ) from error
     return read, trunks, tokenizer

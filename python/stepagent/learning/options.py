@@ -20,6 +20,8 @@ Method: TypeAlias = Literal[
     "early_experience",
     "srl",
     "distillation",
+    "eto",
+    "rft",
     "grpo",
     "gigpo",
     "ppo",
@@ -68,8 +70,10 @@ class RunOptions:
             "expert's answers at the agent's states (needs --env); early_experience: supervised, "
             "and on what the agent's own actions lead to at the expert's states (needs --env); "
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
-            "teacher's (--ref-model) probabilities of the agent's own tokens; grpo, gigpo, ppo: "
-            "online RL on what the environment pays (needs --env, no expert)",
+            "teacher's (--ref-model) probabilities of the agent's own tokens; eto: the better of "
+            "demonstration and rollout preferred as a whole (needs --env); rft: supervised, and on "
+            "the rollouts that were good enough (needs --env); grpo, gigpo, ppo: online RL on what "
+            "the environment pays (needs --env, no expert)",
             "choices": METHODS,
             "open": True,
         },
@@ -100,9 +104,15 @@ class RunOptions:
     )
     samples: int = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "actions sampled at each of the expert's states; default: 1"},
+        metadata={
+            "help": "actions sampled at each of the expert's states; of eto and rft rollouts of "
+            "each demonstration's task; default: 1, of srl and rft 4"
+        },
     )
-    temperature: float = field(default=1.0, metadata={"help": "of the agent's sampled actions"})
+    temperature: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "of the agent's sampled actions; default: 1, of eto 0"},
+    )
     max_new_tokens: int | None = field(
         default=None,
         metadata={"help": "cut of a sampled action; default: the longest expert action"},
@@ -203,10 +213,10 @@ class ImplicitOptions(PairOptions):
     """Of ``method="implicit"``."""
 
     beta: float = field(
-        default=1.0,
+        default=None,  # type: ignore[assignment]
         metadata={
             "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
-            "to the expert only for beta > 0.5, at once for beta = 1"
+            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto 0.1"
         },
     )
 
@@ -365,8 +375,44 @@ class EarlyExperienceOptions:
 
 
 @dataclass
+class ETOOptions:
+    """Of ``method="eto"``."""
+
+    beta: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "as of implicit, of whole trajectories"},
+    )
+    cut_rollouts: bool = field(
+        default=True,
+        metadata={
+            "help": "cut a rejected rollout ten messages beyond the length of the demonstration "
+            "(ETO does not in ALFWorld)"
+        },
+    )
+
+
+@dataclass
+class RFTOptions:
+    """Of ``method="rft"``."""
+
+    keep_reward: float | None = field(
+        default=None,
+        metadata={
+            "help": "a rollout is kept that earned at least this; default: the reward of the "
+            "demonstration, or 1 where it has none"
+        },
+    )
+
+
+@dataclass
 class StepAgentOptions(
-    RunOptions, ImplicitOptions, InverseOptions, GiGPOOptions, EarlyExperienceOptions
+    RunOptions,
+    ImplicitOptions,
+    InverseOptions,
+    EarlyExperienceOptions,
+    ETOOptions,
+    RFTOptions,
+    GiGPOOptions,
 ):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
@@ -378,6 +424,8 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "early_experience": EarlyExperienceOptions,
     "srl": SRLOptions,
     "distillation": DistillationOptions,
+    "eto": ETOOptions,
+    "rft": RFTOptions,
     "grpo": GroupOptions,
     "gigpo": GiGPOOptions,
     "ppo": OnlinePPOOptions,

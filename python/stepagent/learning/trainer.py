@@ -25,8 +25,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from ..acting.rollout import Expert
-from ..data.actions import FORMATS
-from ..data.branch import action_agreement, agreement
 from ..data.trajectory import Trajectory
 from ..engines import Engine
 from ..engines.adapters import check_adapter
@@ -44,18 +42,17 @@ from .checkpoint import (
     load_place,
     save_run,
 )
-from .collecting import Collector
+from .collecting import Acting, Collector
 from .config import StepAgentConfig
 from .cycle import (
     SCORES,
     Comparison,
     load_comparisons,
-    naive_tokens,
     save_comparisons,
-    unique_tokens,
 )
 from .epochs import EpochCallback
 from .evaluating import ComputeMetrics, Evaluator
+from .figures import collected_figures
 from .held_out import check_evaluation, held_out
 from .loading import encode_run, load_policy, load_reference
 from .methods import method_class, method_of
@@ -272,25 +269,16 @@ class StepAgentTrainer(CardWritingTrainer):
     def _begin_cycle(self, cycle: int) -> None:
         self.log_cycle()  # of a run that was resumed after a cycle's last step, before its end
         published = self._collector.publish(self._policy, cycle, self._score_policy)
-        fresh = self._parts.told(
-            self._collector.collect(self._policy, cycle, sharded=self._is_sharded)
-        )
+        acting = Acting(self._collector, self._policy, cycle, self._is_sharded)
+        fresh, explored = self._method.collect(acting, cycle)
+        fresh = self._parts.told(fresh)
         self._cycle = cycle
         self._check_answered(fresh, cycle)
-        trunks, tried = [c.trunk for c in fresh], [c.branches for c in fresh]
-        reading: Any = {
-            "form": FORMATS[self.args.action_format],
-            "tokenizer": self.processing_class,
-        }
         self._cycle_log = {
             "cycle": cycle,
-            "agreement": agreement(trunks, tried, **reading),
-            # Beside identical_pairs, which in the plain format are of tokens.
-            "identical_actions": action_agreement(trunks, tried, **reading),
-            "expert_answers": sum(c.expert_answers for c in fresh),
-            "tokens_unique": unique_tokens(fresh, self.args.max_tokens),
-            "tokens_naive": naive_tokens(fresh),
+            **collected_figures(fresh, self.args, self.processing_class),
             **published,
+            **explored,
         }
         self._means, self._far = RunningMeans(), False
         if self._method.scores:
@@ -341,7 +329,8 @@ class StepAgentTrainer(CardWritingTrainer):
     # -- reflect: learn from the comparisons ---------------------------------------------------
 
     def _collate(self, items: list[Comparison | None]) -> dict[str, Any]:
-        return collate(items, self.args.max_tokens, stand_in=self._comparisons[0])
+        stand_in = Comparison.demonstration(self._trunks[0])
+        return collate(items, self.args.max_tokens, stand_in)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -357,11 +346,12 @@ class StepAgentTrainer(CardWritingTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """As transformers'; where ``target_kl`` was reached, nothing more is learnt in the cycle.
+        """As transformers'; where ``target_kl`` was reached, nothing more is learnt in the cycle,
+        and in a step that has no trajectory on any process nothing at all.
 
         A parameter without a gradient is left as it is, by optimisers and by their weight decay.
         """
-        if self._far:
+        if self._far or (num_items_in_batch is not None and num_items_in_batch.nothing):
             return torch.zeros((), device=self.args.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -432,14 +422,13 @@ class StepAgentTrainer(CardWritingTrainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if self.args.include_num_input_tokens_seen != "no":
-            here = torch.tensor(sum(len(tree.input_ids) for tree in inputs["trees"]))
+            here = torch.tensor(_tokens_of(inputs))
             seen = self.accelerator.reduce(here.to(self.args.device), "sum")
             self.state.num_input_tokens_seen += int(seen)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 FLOP per parameter and tree token (forward and backward)."""
-        tokens = sum(len(tree.input_ids) for tree in inputs["trees"])
-        return 6 * self._policy.num_parameters() * tokens
+        return 6 * self._policy.num_parameters() * _tokens_of(inputs)
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: Any, trial: Any
@@ -495,3 +484,8 @@ class StepAgentTrainer(CardWritingTrainer):
         self._far = progress["far"]
         self._evaluator.load(folder, self._cycle)
         self._method.load(folder)
+
+
+def _tokens_of(batch: Mapping[str, Any]) -> int:
+    """Of its trees; those of a batch that is nothing but padding teach nothing."""
+    return sum(len(tree.input_ids) for tree in batch["trees"]) if batch["steps"] else 0

@@ -24,6 +24,8 @@ _FILES = {
     "early_experience": "stepagent.learning.methods.early_experience:EarlyExperience",
     "srl": "stepagent.learning.methods.srl:SRL",
     "distillation": "stepagent.learning.methods.distillation:Distillation",
+    "eto": "stepagent.learning.methods.eto:ETO",
+    "rft": "stepagent.learning.methods.rft:RFT",
     "grpo": "stepagent.learning.methods.online:GRPO",
     "gigpo": "stepagent.learning.methods.online:GiGPO",
     "ppo": "stepagent.learning.methods.online:PPO",

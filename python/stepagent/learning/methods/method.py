@@ -2,7 +2,7 @@
 
 A cycle goes so; a method answers what is in brackets:
 
-    the agent acts            [acts: or are the demonstrations enough?]
+    the agent acts            [acts: or are the demonstrations enough? collect: where, and how]
     its actions are scored    [scores: which log-probs of them are wanted?]
     reflect                   [what is learnt from now, made of the cycle's comparisons]
     per batch: forward, loss  [loss: of the log-probs of all actions of the batch]
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ...data.trajectory import Trajectory
     from ...data.trunk import Trunk
     from ...envs.pool import EnvFactory
+    from ..collecting import Acting
     from ..config import StepAgentConfig
 
 REWARDS = ("expert_reward", "agent_reward", "reward_margin", "reward_accuracy")
@@ -113,6 +114,8 @@ class Method:
             ``method_options`` elsewhere.
         acts: The agent acts in every cycle; without, ``num_train_epochs`` passes over the
             demonstrations.
+        explores: It has the agent act in its own way, in `collect`, and not at the states that
+            ``states`` names.
         scores: Which log-probs of all actions are made where a cycle begins: ``"ref_logps"``, under
             the reference, and ``"old_logps"``, under the policy that acted. A method with any
             compares the policy with itself, so its noise (dropout) is turned off.
@@ -127,6 +130,7 @@ class Method:
 
     Options: ClassVar[type] = NoOptions
     acts: ClassVar[bool] = True
+    explores: ClassVar[bool] = False
     scores: ClassVar[tuple[str, ...]] = ("ref_logps",)
     defaults: ClassVar[Mapping[str, Any]] = {}
     figures: ClassVar[tuple[str, ...]] = ()
@@ -181,9 +185,27 @@ class Method:
         """Those of ``figures`` that cycles cannot be compared by, as their yardstick changes."""
         return ()
 
+    @classmethod
+    def items(cls, args: StepAgentConfig, demonstrations: int) -> int:
+        """The comparisons that an epoch goes through, at most."""
+        at_expert = 0 if args.states == "agent" else demonstrations
+        return at_expert + args.rolls_out * (args.rollouts or demonstrations)
+
+    @classmethod
+    def pairs_held_out(cls) -> bool:
+        """Whether an evaluation compares what the agent does at held-out states."""
+        return bool(cls.scores) and not cls.explores
+
     def start(self, run: Run) -> None:
         """Build what the method has of its own. Training starts after it, or a checkpoint is
         loaded."""
+
+    def collect(self, acting: Acting, cycle: int) -> tuple[list[Comparison], dict[str, float]]:
+        """What is compared in a cycle, before it is scored, and figures to log.
+
+        Called in every process, and has the same to return in each.
+        """
+        return acting.compared(), {}
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

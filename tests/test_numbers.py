@@ -20,7 +20,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "srl": {},
     "distillation": {},
     "early_experience": {"samples": 2},
+    "gigpo": {"rollouts": 4, "group_size": 2, "max_steps_per_episode": 3},
+    "ppo": {"rollouts": 2, "max_steps_per_episode": 3},
 }
+ACTS_IN_ENV = ("early_experience", "gigpo", "ppo")
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -42,7 +45,7 @@ def test_every_logged_figure_is_explained(method: str, tmp_path: Path) -> None:
         [episode.trajectory() for episode in episodes],
         babyai_tokenizer(),
         tiny_agent(seed=1) if method == "distillation" else None,
-        env=LEVEL if method == "early_experience" else None,
+        env=LEVEL if method in ACTS_IN_ENV else None,
     )
     trainer.train()
     (cycle,) = [entry for entry in trainer.state.log_history if "cycle" in entry]

@@ -19,6 +19,7 @@ from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.records.episodes import Episode
 
 METHODS = ("grpo", "gigpo", "ppo")
+_slow = pytest.mark.slow
 
 
 class Letters:
@@ -282,7 +283,9 @@ def test_turns_that_the_policy_decides_are_neither_paid_nor_fined(config, method
 # ------------------------------------------------------------------ learning
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["grpo", pytest.param("gigpo", marks=_slow), pytest.param("ppo", marks=_slow)]
+)
 def test_a_tiny_policy_learns_what_pays(config, method):
     made = trainer(config(method=method, cycles=8, rollouts=32, epochs_per_cycle=2))
     made.train()
@@ -292,7 +295,9 @@ def test_a_tiny_policy_learns_what_pays(config, method):
     assert all("agreement" not in cycle for cycle in cycles_of(made))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["ppo", pytest.param("grpo", marks=_slow), pytest.param("gigpo", marks=_slow)]
+)
 def test_a_run_resumes_bit_for_bit(config, tmp_path, method):
     options = {"method": method, "save_strategy": "steps", "save_steps": 1, "cycles": 3}
     whole = trainer(config(**options))

@@ -332,3 +332,16 @@ def test_a_step_of_dpo_in_trl_has_one_loss_in_all_three_trainers(tmp_path: Path)
     result = json.loads(out.read_text())
     assert result["check"]["error"] <= 1e-5
     assert set(result["check"]["loss"]) == {"dpo", "rows", "tree"}
+
+
+def test_trajectory_pairs_reports_after_its_check(tmp_path: Path) -> None:
+    given = [*TINY, "--shares", "0", "0.5", f"--json={tmp_path / 'r.json'}"]
+    cells = run("trajectory_pairs", *given)["cells"]
+    # 24 tokens a side; they part at the first token of step 0 or 1, whose state's last is repeated.
+    assert [cell["tokens"] for cell in cells] == [
+        {"tree": 44, "padded": 48},
+        {"tree": 36, "padded": 48},
+        {"tree": 80, "padded": 96},
+    ]
+    assert max(cell["loss_relative_error"] for cell in cells) <= 1e-4
+    assert max(cell["gradient_relative_error"] for cell in cells) <= 1e-4

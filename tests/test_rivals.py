@@ -14,9 +14,8 @@ import pytest
 from stepagent.envs import ExpertUnavailable
 from stepagent.evaluation import bootstrap_runs
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-sys.path.insert(0, str(FOLDER / "claim"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/claim"))
 import counted
 import rivals
 import rivals_settings

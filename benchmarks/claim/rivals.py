@@ -195,6 +195,8 @@ class Run:
             "epochs_per_cycle": s.epochs_per_cycle,
             "max_steps_per_episode": s.steps[1],
         } | options
+        if arm["method"] == "rft":
+            options |= {"keep_reward": s.rft_keeps}
         if arm.get("states") == "agent" or arm["method"] in OF_OWN_EPISODES:
             size = int(arm.get("group_size", 1))
             options |= {  # as many items as demonstrations

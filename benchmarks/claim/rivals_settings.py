@@ -19,6 +19,7 @@ class Setting:
         episodes: of each of these splits; None: any seed is one.
         measured: dev and test episodes.
         steps: of an episode in evaluation and in training, at most.
+        rft_keeps: rollouts that earn as much; None: as the demonstration.
     """
 
     splits: tuple[str | None, str | None, str | None] = (None, None, None)
@@ -35,6 +36,7 @@ class Setting:
     learning_rate: float = 3e-4
     cycles: int = 4
     epochs_per_cycle: int = 4
+    rft_keeps: float | None = None
 
     @property
     def first_seeds(self) -> tuple[int, int]:
@@ -46,7 +48,7 @@ def setting_of(name: str) -> Setting:
     """Of an environment by name; ValueError for one that has none here."""
     prefix = name.partition(":")[0]
     if prefix == "babyai":
-        return Setting()
+        return Setting(rft_keeps=0.01)  # any that arrives: slower ones are paid less
     if prefix == "textworld":
         return Setting(measured=(100, 100), steps=(12, 12), max_new_tokens=16)
     if prefix != "scienceworld":

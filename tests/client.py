@@ -125,6 +125,7 @@ def modules() -> tuple[object, ...]:
         sa.methods.register_method,
         sa.metrics.METRICS["success"],
         sa.models.LMHead,
+        sa.preferences.load_pairs("pairs.json")[0].chosen,
         sa.ranks.over_ranks,
         sa.reference.step_sums,
         sa.report.load_runs,

@@ -28,6 +28,7 @@ PUBLIC = {
     "metrics": "METRICS compare invalid_actions progress_curve split_by success summarize",
     "models": "LMHead check_tree_support hidden_states lm_head read_trees score_trees",
     "policies": "ExpertPolicy ModelPolicy Policy RandomPolicy",
+    "preferences": "PreferencePair ipr_pairs load_pairs load_rollouts save_pairs save_rollouts",
     "ranks": "over_ranks",
     "report": "load_runs write_report",
     "rollout": "continue_rollouts own_expert rollout_and_query run_episodes",

@@ -182,7 +182,10 @@ class Run:
         args = StepAgentConfig(**(shared | options))
         acts = args.rolls_out or method_class(args.method, args.states).needs_env
         env = self.env(0) if acts else None
-        return StepAgentTrainer(model, args, self.trajectories, self.tokenizer, env=env)
+        reference = self.sft() if args.method == "ipr" else None
+        return StepAgentTrainer(
+            *(model, args, self.trajectories, self.tokenizer), ref_model=reference, env=env
+        )
 
     def options(self, arm: dict[str, Any]) -> dict[str, Any]:
         """Of an arm's training: as many updates as all others have, or about as many."""

@@ -95,6 +95,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "inverse": {"method": "inverse", "gamma": 0.0, **_AT_AGENT},
     "RFT": {"method": "rft", "samples": 1, "temperature": 1.0, "epochs_per_cycle": 3},
     "ETO": {"method": "eto", "beta": 0.1, "epochs_per_cycle": 6},
+    "IPR": {"method": "ipr", "beta": 0.1},
     "GRPO": {"method": "grpo", "group_size": 8},
     "GiGPO": {"method": "gigpo", "group_size": 8},
     "PPO": {"method": "ppo", "critic_learning_rate": 1e-3},

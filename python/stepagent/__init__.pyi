@@ -9,6 +9,7 @@ from . import methods as methods
 from . import metrics as metrics
 from . import models as models
 from . import policies as policies
+from . import preferences as preferences
 from . import ranks as ranks
 from . import reference as reference
 from . import report as report

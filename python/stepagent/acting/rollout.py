@@ -124,6 +124,8 @@ def continue_rollouts(
     trajectories: Sequence[Trajectory],
     *,
     samples: int = 5,
+    steps: Sequence[Sequence[int]] | None = None,
+    places: Sequence[int] | None = None,
     max_steps: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -142,25 +144,43 @@ def continue_rollouts(
     Args:
         trajectories: as `Episode.trajectory` gives them: turns of user and assistant, and the
             environment's seed in ``meta``.
+        steps: the steps t of each trajectory that are continued after; None: all of them.
+            `Continuations` then has these.
+        places: the number of each trajectory in the random numbers; None: its place.
 
     Raises:
-        ValueError: for another trajectory, and where a replay takes another course, naming the
-            trajectory and the step.
+        ValueError: for another trajectory, for steps that it has not, and where a replay takes
+            another course, naming the trajectory and the step.
     """
     check_count("samples", samples)
+    after = [list(range(one.num_steps)) for one in trajectories] if steps is None else steps
+    _check_steps(trajectories, after)
+    numbers = range(len(trajectories)) if places is None else places
     starts = [
-        Start(env_seed(i, trajectory), _key(i, t, n), trajectory, t + 1, f"trajectories[{i}]")
-        for i, trajectory in enumerate(trajectories)
-        for t in range(trajectory.num_steps)
+        Start(env_seed(i, trajectory), _key(number, t, n), trajectory, t + 1, f"trajectories[{i}]")
+        for i, (trajectory, number) in enumerate(zip(trajectories, numbers, strict=True))
+        for t in after[i]
         for n in range(samples)
     ]
     form = as_format(action_format)
     options = Options(None, max_steps, batch_size, workers, timeout, action_format=form)
     rolled = iter(roll_out(env, policy, starts, options, "continue" if progress else None))
-    return [
-        Continuations([[next(rolled) for _ in range(samples)] for _ in range(one.num_steps)])
-        for one in trajectories
-    ]
+    return [Continuations([[next(rolled) for _ in range(samples)] for _ in own]) for own in after]
+
+
+def _check_steps(trajectories: Sequence[Trajectory], steps: Sequence[Sequence[int]]) -> None:
+    if len(steps) != len(trajectories):
+        raise ValueError(
+            f"there must be steps for each of the {len(trajectories)} trajectories, got "
+            f"{len(steps)}"
+        )
+    for i, (trajectory, own) in enumerate(zip(trajectories, steps, strict=True)):
+        for t in own:
+            if not 0 <= t < trajectory.num_steps:
+                raise ValueError(
+                    f"trajectories[{i}] ({trajectory.id!r}) steps must be in [0, "
+                    f"{trajectory.num_steps}), got {t}"
+                )
 
 
 def env_seed(index: int, trajectory: Trajectory) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..acting.inspection import inspect
 from ..acting.lockstep import roll_out
 from ..acting.rollout import Expert, policy_of, queried_rollouts, trunks_and_answers
 from ..acting.runs import Options, Start
+from ..acting.verifying import verify
 from ..data.actions import FORMATS
 from ..data.branch import Branch
 from ..data.ends import ends_of
@@ -27,6 +29,7 @@ from ..ranks import over_ranks
 from ..records.episodes import Episode
 from ..trees.tree import TokenTree, pack_step_pairs
 from .cycle import Comparison
+from .failures import Failure, with_alternatives
 from .methods import method_class
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..acting.policies import ModelPolicy
+    from ..acting.server_policies import EnginePolicy
     from .config import StepAgentConfig
 
 _PROBES = 8  # actions at one state, by which an engine is found to be another policy
@@ -60,6 +65,7 @@ class Collector:
         self.rollouts = args.rollouts or len(trunks)  # of a cycle that has any
         self.per_cycle = method_class(args.method, args.states).items(args, len(trunks))
         self._on_engine: PolicyOnEngine | None = None
+        self.figures: dict[str, float] = {}  # of the newest cycle, beside those of what it compares
 
     def act_on(self, engine: Engine | str, accelerator: Accelerator) -> None:
         """Let an engine act in place of the policy here.
@@ -148,27 +154,40 @@ class Collector:
         """As `Acting.episodes`."""
         args, env = self._args, self._env
         assert env is not None  # the method has checked it
-        actor, alike = self._actor(policy, sharded)
+        agent, alike = self.agent(policy, cycle, system=system, sharded=sharded)
         places = [(seed, i * samples + n) for i, seed in enumerate(seeds) for n in range(samples)]
         options = Options(
             None, args.max_steps_per_episode, 64, 0, None, action_format=FORMATS[args.action_format]
         )
 
         def rolled_out(some: list[int]) -> list[Episode]:
-            agent = policy_of(
-                actor,
-                self._tokenizer,
-                self.end_tokens,
-                max_new_tokens=self.max_new_tokens,
-                temperature=args.temperature,
-                seed=cycle_seed(args, cycle),
-                system=system,
-            )
             starts = [Start(*places[i]) for i in some]
             return roll_out(env, agent, starts, options, None if args.disable_tqdm else "rollout")
 
         found = over_ranks(rolled_out, np.ones(len(places)), alike=alike)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+    def agent(
+        self, policy: PreTrainedModel, cycle: int, *, system: str | None, sharded: bool
+    ) -> tuple[ModelPolicy | EnginePolicy, bool]:
+        """Who acts in a cycle, and whether all processes have to act alike."""
+        actor, alike = self._actor(policy, sharded)
+        seed = cycle_seed(self._args, cycle)
+        return self.policy_of(actor, self._args.temperature, seed, system), alike
+
+    def policy_of(
+        self, model: PreTrainedModel | Engine, temperature: float, seed: int, system: str | None
+    ) -> ModelPolicy | EnginePolicy:
+        """A model that acts as the agent does, in another temperature."""
+        return policy_of(
+            model,
+            self._tokenizer,
+            self.end_tokens,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            system=system,
+        )
 
     def _at_expert_states(
         self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
@@ -220,7 +239,74 @@ class Collector:
         form = FORMATS[self._args.action_format]
         trunks, answers = trunks_and_answers(episodes, self._tokenizer, form)
         acted = [e for e in episodes if e.crashed is None and e.trunk is not None]
+        if self._args.verify:
+            made, self.figures = self._verified(actor, alike, cycle, acted, trunks, answers)
+            return made
         return [compared(*one) for one in zip(acted, trunks, answers, strict=True)]
+
+    def _verified(
+        self,
+        actor: PreTrainedModel | Engine,
+        alike: bool,
+        cycle: int,
+        episodes: Sequence[Episode],
+        trunks: Sequence[Trunk],
+        answers: Sequence[list[list[NDArray[np.int32]]]],
+    ) -> tuple[list[Comparison], dict[str, float]]:
+        """The failures with the answers that turn them into successes, and figures."""
+        args, env = self._args, self._env
+        assert env is not None
+        failed = [
+            Failure.of(*one, FORMATS[args.action_format])
+            for one in zip(episodes, trunks, answers, strict=True)
+            if not one[0].success
+        ]
+        if args.alternatives:
+            own = inspected(
+                actor,
+                [one.trunk for one in failed],
+                args,
+                samples=args.alternatives,
+                temperature=args.temperature,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=self.end_tokens,
+                seed=cycle_seed(args, cycle),
+                alike=alike,
+            )
+            failed = with_alternatives(failed, own, self._tokenizer, self.end_tokens)
+        policy = self.policy_of(actor, args.temperature, cycle_seed(args, cycle), None)
+
+        def turned(places: list[int]) -> list[list[list[bool]]]:
+            return verify(
+                policy,
+                env,
+                [failed[i].episode for i in places],
+                [failed[i].texts for i in places],
+                tokens=[failed[i].tokens for i in places],
+                samples=args.verify or 1,
+                places=places,
+                max_steps=args.max_steps_per_episode,
+                action_format=args.action_format,
+                progress=not args.disable_tqdm,
+            )
+
+        flags = over_ranks(turned, [one.tried for one in failed], alike=alike)
+        made = [one.kept(own) for one, own in zip(failed, flags, strict=True)]
+        kept = [one for one in made if any(one.branches)]
+        if not kept:
+            warnings.warn(
+                f"cycle {cycle} has no answer that turns one of {len(failed)} failed rollouts into "
+                "a success, so nothing is learnt at the agent's states",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        asked = [action for e in episodes for action in e.expert_actions]
+        return kept, {
+            "expert_answers": sum(action is not None for action in asked),
+            "failures": len(failed),
+            "answers_tried": sum(one.tried for one in failed),
+            "answers_verified": sum(len(step) for one in kept for step in one.branches),
+        }
 
     def _asked(self, episodes: Sequence[Episode]) -> list[Episode]:
         """The rollouts with the expert's answers where the agent was least sure, of all of them."""
@@ -265,6 +351,17 @@ class Acting:
         return self.collector.episodes(
             self.policy, self.cycle, seeds, samples=samples, system=system, sharded=self.sharded
         )
+
+    def agent(self, system: str | None = None) -> tuple[ModelPolicy | EnginePolicy, bool]:
+        """It itself, as this process has it act, and whether all processes have to act alike."""
+        return self.collector.agent(self.policy, self.cycle, system=system, sharded=self.sharded)
+
+    def another(
+        self, model: PreTrainedModel, *, temperature: float, seed: int, system: str | None = None
+    ) -> tuple[ModelPolicy | EnginePolicy, bool]:
+        """The same of another model: its adapter may be off, as in `reference_of`."""
+        alike = self.sharded and model is self.policy
+        return self.collector.policy_of(model, temperature, seed, system), alike
 
 
 def compared(

@@ -28,6 +28,9 @@ _COUNTS = (
     "eval_episodes",
     "discriminators",
     "critic_epochs",
+    "continuations",
+    "verify",
+    "alternatives",
     "group_size",
 )
 # Figures of an evaluation that transformers would take the largest of.
@@ -64,6 +67,9 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "entropy_coef": _NOT_NEGATIVE,
     "world_weight": _NOT_NEGATIVE,
     "keep_reward": ("finite", lambda x: True),
+    "trajectory_threshold": _NOT_NEGATIVE,
+    "step_threshold": _NOT_NEGATIVE,
+    "nll_weight": _NOT_NEGATIVE,
     "omega": _NOT_NEGATIVE,
 }
 
@@ -196,6 +202,15 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             raise ValueError("ask='unsure' needs states='agent' or 'mixed', got 'expert'")
         if self.ask_share != 1 and self.ask == "always":
             raise ValueError(f"ask_share={self.ask_share} needs ask='unsure', got 'always'")
+        if self.verify and not self.rolls_out:
+            raise ValueError(f"verify={self.verify} needs states='agent' or 'mixed', got 'expert'")
+        if self.verify and self.teacher_share:
+            raise ValueError(
+                f"verify={self.verify} needs rollouts of the agent alone, got "
+                f"teacher_share={self.teacher_share}"
+            )
+        if self.alternatives and not self.verify:
+            raise ValueError(f"alternatives={self.alternatives} needs verify, got None")
         if self.teacher_decay != 1 and not self.teacher_share:
             raise ValueError(
                 f"teacher_decay={self.teacher_decay} needs a teacher_share > 0, got "

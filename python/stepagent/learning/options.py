@@ -22,6 +22,7 @@ Method: TypeAlias = Literal[
     "distillation",
     "eto",
     "rft",
+    "ipr",
     "grpo",
     "gigpo",
     "ppo",
@@ -72,8 +73,10 @@ class RunOptions:
             "srl: PPO on the likeness of its action to the expert's; distillation: towards a "
             "teacher's (--ref-model) probabilities of the agent's own tokens; eto: the better of "
             "demonstration and rollout preferred as a whole (needs --env); rft: supervised, and on "
-            "the rollouts that were good enough (needs --env); grpo, gigpo, ppo: online RL on what "
-            "the environment pays (needs --env, no expert)",
+            "the rollouts that were good enough (needs --env); ipr: the better of what agent and "
+            "expert make of each of the expert's states preferred, by the final and by the step "
+            "reward (needs --env and --ref-model, the policy where training starts); grpo, gigpo, "
+            "ppo: online RL on what the environment pays (needs --env, no expert)",
             "choices": METHODS,
             "open": True,
         },
@@ -111,7 +114,7 @@ class RunOptions:
     )
     temperature: float = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "of the agent's sampled actions; default: 1, of eto 0"},
+        metadata={"help": "of the agent's sampled actions; default: 1, of eto and ipr 0"},
     )
     max_new_tokens: int | None = field(
         default=None,
@@ -185,6 +188,21 @@ class RunOptions:
         },
     )
     ask_share: float = field(default=1.0, metadata={"help": "see ask=unsure"})
+    verify: int | None = field(
+        default=None,
+        metadata={
+            "help": "learn from an answer at the agent's states only where it turns a failed "
+            "rollout into a success in most of this many episodes of the agent's after it (CSO); "
+            "default: from all answers"
+        },
+    )
+    alternatives: int | None = field(
+        default=None,
+        metadata={
+            "help": "further actions of the agent's own at each of its states, taken for answers "
+            "where they verify"
+        },
+    )
     eval_episodes: int | None = field(
         default=None,
         metadata={
@@ -216,7 +234,8 @@ class ImplicitOptions(PairOptions):
         default=None,  # type: ignore[assignment]
         metadata={
             "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
-            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto 0.1"
+            "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto and ipr "
+            "0.1"
         },
     )
 
@@ -405,6 +424,39 @@ class RFTOptions:
 
 
 @dataclass
+class IPROptions:
+    """Of ``method="ipr"``."""
+
+    beta: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "as of implicit, of what follows a step"},
+    )
+    continuations: int = field(
+        default=5,
+        metadata={"help": "of each action by the reference, whose mean reward is the step reward"},
+    )
+    trajectory_threshold: float = field(
+        default=0.01,
+        metadata={"help": "a side is preferred whose final reward is larger by more than this"},
+    )
+    step_threshold: float = field(
+        default=0.01,
+        metadata={"help": "and, after the first step, whose step reward is larger by more"},
+    )
+    shorter_wins: bool = field(
+        default=False,
+        metadata={
+            "help": "an agent that has fewer steps left than the expert needs no larger final "
+            "reward (IPR in ALFWorld)"
+        },
+    )
+    nll_weight: float = field(
+        default=1.0,
+        metadata={"help": "adds this times the -log of the chosen side's probability to a pair"},
+    )
+
+
+@dataclass
 class StepAgentOptions(
     RunOptions,
     ImplicitOptions,
@@ -412,6 +464,7 @@ class StepAgentOptions(
     EarlyExperienceOptions,
     ETOOptions,
     RFTOptions,
+    IPROptions,
     GiGPOOptions,
 ):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
@@ -426,6 +479,7 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "distillation": DistillationOptions,
     "eto": ETOOptions,
     "rft": RFTOptions,
+    "ipr": IPROptions,
     "grpo": GroupOptions,
     "gigpo": GiGPOOptions,
     "ppo": OnlinePPOOptions,

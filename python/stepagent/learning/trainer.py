@@ -201,7 +201,9 @@ class StepAgentTrainer(CardWritingTrainer):
             compute_metrics,
             sharded=self._is_sharded,
         )
-        self._run = Run(policy, processing_class, trajectories, trunks, env, discriminator)
+        self._run = Run(
+            policy, processing_class, trajectories, trunks, env, discriminator, ref_model
+        )
         self._start()
 
     def train(

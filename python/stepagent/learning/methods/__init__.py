@@ -26,6 +26,7 @@ _FILES = {
     "distillation": "stepagent.learning.methods.distillation:Distillation",
     "eto": "stepagent.learning.methods.eto:ETO",
     "rft": "stepagent.learning.methods.rft:RFT",
+    "ipr": "stepagent.learning.methods.ipr:IPR",
     "grpo": "stepagent.learning.methods.online:GRPO",
     "gigpo": "stepagent.learning.methods.online:GiGPO",
     "ppo": "stepagent.learning.methods.online:PPO",

@@ -52,6 +52,7 @@ class Run:
         trajectories, trunks: The demonstrations, and their tokens.
         env: What the agent acts in; None where the run has none.
         discriminator: A model that the caller gave to judge with, or None.
+        reference: The fixed reference, or None where each cycle has its own.
     """
 
     policy: PreTrainedModel
@@ -60,6 +61,7 @@ class Run:
     trunks: Sequence[Trunk]
     env: str | EnvFactory | None = None
     discriminator: PreTrainedModel | None = None
+    reference: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +207,7 @@ class Method:
 
         Called in every process, and has the same to return in each.
         """
-        return acting.compared(), {}
+        return acting.compared(), acting.collector.figures
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

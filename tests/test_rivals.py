@@ -110,6 +110,19 @@ def test_what_is_tuned_is_not_in_the_result(capsys, monkeypatch):
     assert "on dev runs alone: add --dev" in capsys.readouterr().err
 
 
+def test_what_is_measured_is_reported_without_training(capsys, monkeypatch, tmp_path):
+    kept = rivals.Cell("babyai:GoToLocalS6N2", 64, 1, "RFT").file(tmp_path)
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(cell(1, "RFT", [1, 0, 1, 1])))
+    result = tmp_path / "r.json"
+    options = ["--measured", "--output", str(tmp_path), "--json", str(result)]
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *options])
+    rivals.main()
+    assert "| RFT | 1 | 75.0 |" in capsys.readouterr().out
+    assert [c["arm"] for c in json.loads(result.read_text())["cells"]] == ["RFT"]
+    assert result.with_suffix(".md").read_text().startswith("**e, 4 demonstrations**")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["GiGPO", "ETO", rivals.RIVALS[2]])
 def test_a_cell_is_measured_once_and_is_the_same_again(arm, monkeypatch, tmp_path):

@@ -349,6 +349,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TUNED], default=list(ARMS))
     parser.add_argument("--model", type=Path, help="folder of a language model, trained by LoRA")
     parser.add_argument("--dev", action="store_true", help="dev runs, on the dev episodes")
+    parser.add_argument(
+        "--measured", action="store_true", help="report what there is, train nothing"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/rivals"))
     parser.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
     args = parser.parse_args()
@@ -357,13 +360,16 @@ def main() -> None:
     first = DEV_RUNS if args.dev else 0
     if args.runs > DEV_RUNS:
         parser.error(f"--runs must be at most {DEV_RUNS}, got {args.runs}: dev runs follow")
-    cells = [
-        run_cell(Cell(name, count, run, arm, args.dev), args.output, args.model)
+    wanted = [
+        Cell(name, count, run, arm, args.dev)
         for name in args.environments
         for count in args.demonstrations
         for run in range(first, first + args.runs)
         for arm in args.arms
     ]
+    if args.measured:
+        wanted = [cell for cell in wanted if cell.file(args.output).exists()]
+    cells = [run_cell(cell, args.output, args.model) for cell in wanted]
     print(table(cells))
     if args.json:
         args.json.write_text(json.dumps({"environment": environment(), "cells": cells}) + "\n")

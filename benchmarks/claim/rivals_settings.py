@@ -103,8 +103,12 @@ ARMS: dict[str, dict[str, Any]] = {
 RIVALS = ("SFT", "SFT continued", STEPAGENT)
 OF_OWN_EPISODES = ("dagger", "grpo", "gigpo", "ppo")
 # Choices that were looked at on dev runs alone (--dev); those in ARMS are the ones taken.
+_OF_FOUR = {"samples": 4, "temperature": 1.0, "epochs_per_cycle": 3}  # a task's rollouts
 TUNED: dict[str, dict[str, Any]] = {
-    f"ETO, lr {rate:g}, beta {beta:g}": ARMS["ETO"] | {"learning_rate": rate, "beta": beta}
+    f"{name}, lr {rate:g}, beta {beta:g}": ARMS["ETO"]
+    | rollouts
+    | {"learning_rate": rate, "beta": beta}
+    for name, rollouts in (("ETO", {}), ("ETO of 4 rollouts", _OF_FOUR))
     for rate in (3e-4, 1e-4, 3e-5)
     for beta in (0.1, 0.5)
 }

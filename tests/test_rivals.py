@@ -113,7 +113,7 @@ def test_what_is_tuned_is_not_in_the_result(capsys, monkeypatch):
 def test_what_is_measured_is_reported_without_training(capsys, monkeypatch, tmp_path):
     kept = rivals.Cell("babyai:GoToLocalS6N2", 64, 1, "RFT").file(tmp_path)
     kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps(cell(1, "RFT", [1, 0, 1, 1])))
+    kept.write_text(json.dumps(cell(1, "RFT", [1, 0, 1, 1]) | {"options": rivals.ARMS["RFT"]}))
     result = tmp_path / "r.json"
     options = ["--measured", "--output", str(tmp_path), "--json", str(result)]
     monkeypatch.setattr(sys, "argv", ["rivals.py", *options])
@@ -147,3 +147,6 @@ def test_a_cell_is_measured_once_and_is_the_same_again(arm, monkeypatch, tmp_pat
     assert str(tmp_path) not in json.dumps(first)
     monkeypatch.setattr(rivals.Run, "train", None)  # it is read, and not trained again
     assert rivals.run_cell(one, tmp_path / "a", None) == first
+    monkeypatch.setitem(rivals.ARMS, arm, rivals.ARMS[arm] | {"learning_rate": 1e-5})
+    with pytest.raises(TypeError, match="not callable"):  # other options: it would be trained
+        rivals.run_cell(one, tmp_path / "a", None)

@@ -266,14 +266,21 @@ def _updates(trainer: StepAgentTrainer) -> int:
     return args.epochs_per_cycle * sum(batches)
 
 
-def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
-    """Train and measure one cell, or read it where it was measured."""
+def measured(cell: Cell, output: Path) -> dict[str, Any] | None:
+    """A cell that was measured with the options that its arm has now."""
     path = cell.file(output)
-    if path.exists():
-        return json.loads(path.read_text())
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("options") == (ARMS | TUNED)[cell.arm] else None
+
+
+def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
+    """Train and measure one cell, unless it is measured."""
+    if found := measured(cell, output):
+        return found
+    path, options = cell.file(output), (ARMS | TUNED)[cell.arm]
     run = Run(cell, output, model)
-    trained, costs = run.train((ARMS | TUNED)[cell.arm])
-    result = {**asdict(cell), **costs, "values": run.measure(trained)}
+    trained, costs = run.train(options)
+    result = {**asdict(cell), "options": options, **costs, "values": run.measure(trained)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
     means = {name: round(float(np.mean(v)), 3) for name, v in result["values"].items()}
@@ -368,7 +375,7 @@ def main() -> None:
         for arm in args.arms
     ]
     if args.measured:
-        wanted = [cell for cell in wanted if cell.file(args.output).exists()]
+        wanted = [cell for cell in wanted if measured(cell, args.output)]
     cells = [run_cell(cell, args.output, args.model) for cell in wanted]
     print(table(cells))
     if args.json:

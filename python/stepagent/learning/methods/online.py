@@ -116,7 +116,7 @@ class Online(PPOMethod):
 class GRPO(Online):
     """A = (R(τ) − mean) / deviation over the episodes of a task, R(τ) = Σ r; of all its steps."""
 
-    Options = GroupOptions
+    Options: ClassVar[type] = GroupOptions
     options: GroupOptions
     defaults: ClassVar[Mapping[str, Any]] = {**Online.defaults, "scale_advantages": True}
 
@@ -156,7 +156,7 @@ class GRPO(Online):
         self, rewards_S: Tensor, offsets: Tensor, groups_B: Tensor, episodes: Sequence[Episode]
     ) -> tuple[Tensor, dict[str, float]]:
         returns_B = step_sums(rewards_S, offsets)
-        outcome_B = group_relative(returns_B, groups_B, scale=self.options.scale_advantages)
+        outcome_B = group_relative(returns_B, groups_B, scale=bool(self.options.scale_advantages))
         return outcome_B.repeat_interleave(offsets.diff()), {}
 
 
@@ -175,7 +175,7 @@ class GiGPO(GRPO):
             *(rewards_S, offsets, groups_B, states_S),
             gamma=self.options.gamma,
             omega=self.options.omega,
-            scale=self.options.scale_advantages,
+            scale=bool(self.options.scale_advantages),
         )
         count_G = torch.unique(states_S, return_counts=True)[1]
         shared = float(count_G[count_G > 1].sum() / len(states_S))

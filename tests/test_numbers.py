@@ -23,7 +23,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eto": {"max_steps_per_episode": 3},
     "rft": {"max_steps_per_episode": 3, "keep_reward": 0.0},
     "ipr": {"max_steps_per_episode": 3, "continuations": 1, "max_new_tokens": 2},
+    "gigpo": {"rollouts": 4, "group_size": 2, "max_steps_per_episode": 3},
+    "ppo": {"rollouts": 2, "max_steps_per_episode": 3},
 }
+ACTS_IN_ENV = ("early_experience", "eto", "rft", "ipr", "gigpo", "ppo")
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -45,7 +48,7 @@ def test_every_logged_figure_is_explained(method: str, tmp_path: Path) -> None:
         [episode.trajectory() for episode in episodes],
         babyai_tokenizer(),
         tiny_agent(seed=1) if method in ("distillation", "ipr") else None,
-        env=LEVEL if method in ("early_experience", "eto", "rft", "ipr") else None,
+        env=LEVEL if method in ACTS_IN_ENV else None,
     )
     trainer.train()
     (cycle,) = [entry for entry in trainer.state.log_history if "cycle" in entry]

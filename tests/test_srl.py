@@ -284,7 +284,10 @@ def test_held_out_actions_are_measured(config):
             r"baseline must be one of \['group', 'leave_one_out'\], .*'value'",
         ),
         ({"kl_in": "reward", "kl_coef": 0.1}, "kl_in must be 'loss': .* got 'reward'"),
-        ({"gamma": 0.5}, "gamma is an option of method='inverse', got gamma=0.5 with method='srl'"),
+        (
+            {"gamma": 0.5},
+            "gamma is an option of method='inverse' or 'gigpo' or 'ppo', got gamma=0.5 with",
+        ),
         ({"beta": 2.0}, "beta is an option of method='implicit'"),
     ],
 )

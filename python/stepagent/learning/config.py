@@ -32,6 +32,7 @@ _COUNTS = (
     "continuations",
     "verify",
     "alternatives",
+    "group_size",
 )
 # Figures of an evaluation that transformers would take the largest of.
 _LESS_IS_BETTER = ("nll", "kl", "crashed")
@@ -71,6 +72,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "trajectory_threshold": _NOT_NEGATIVE,
     "step_threshold": _NOT_NEGATIVE,
     "nll_weight": _NOT_NEGATIVE,
+    "omega": _NOT_NEGATIVE,
 }
 
 

@@ -42,6 +42,7 @@ from .cycle import (
 )
 from .losses import discriminator_loss, inverse_step_reward, kl_terms
 from .parts import StepParts
+from .values import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +126,7 @@ class InverseReflection:
         if len(steps.same_P) and bool(steps.same_P.all()):
             advantages_A = torch.zeros_like(advantages_A)
         if self._args.baseline == "value":
-            figures["value_explained"] = _explained(values_S[agent_A], returns_A)
+            figures["value_explained"] = explained(values_S[agent_A], returns_A)
             self._fit_values(state_SH[agent_A], returns_A, cycle)
         advantages_S = torch.zeros_like(values_S).index_copy(0, agent_A, advantages_A).float()
         self._remember(comparisons)
@@ -486,9 +487,3 @@ def _collapsed(figures: dict[str, float], cycle: int) -> float:
         *(cycle, 100 * figures["discriminator_accuracy"], figures["step_reward_std"]),
     )
     return 1.0
-
-
-def _explained(values_A: Tensor, returns_A: Tensor) -> float:
-    """1 − Var(return − value) / Var(return); 0 where the returns are all equal."""
-    total = returns_A.var(correction=0)
-    return float(1 - (returns_A - values_A).var(correction=0) / total) if total > 0 else 0.0

@@ -24,6 +24,9 @@ Method: TypeAlias = Literal[
     "eto",
     "rft",
     "ipr",
+    "grpo",
+    "gigpo",
+    "ppo",
 ]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
@@ -36,6 +39,7 @@ JudgedForm: TypeAlias = Literal["agent", "expert", "difference", "iq"]
 Ratio: TypeAlias = Literal["step", "token"]
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 ScoredPart: TypeAlias = Literal["all", "action", "thought"]
+Anchor: TypeAlias = Literal["observation", "history"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
@@ -50,6 +54,7 @@ JUDGED_FORMS: tuple[JudgedForm, ...] = get_args(JudgedForm)
 RATIOS: tuple[Ratio, ...] = get_args(Ratio)
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 SCORED_PARTS: tuple[ScoredPart, ...] = get_args(ScoredPart)
+ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 
 
 @dataclass
@@ -69,7 +74,8 @@ class RunOptions:
             "demonstration and rollout preferred as a whole (needs --env); rft: supervised, and on "
             "the rollouts that were good enough (needs --env); ipr: the better of what agent and "
             "expert make of each of the expert's states preferred, by the final and by the step "
-            "reward (needs --env and --ref-model, the policy where training starts)",
+            "reward (needs --env and --ref-model, the policy where training starts); grpo, gigpo, "
+            "ppo: online RL on what the environment pays (needs --env, no expert)",
             "choices": METHODS,
             "open": True,
         },
@@ -298,7 +304,27 @@ class SRLOptions(PPOOptions):
 
 
 @dataclass
-class InverseOptions(SRLOptions):
+class DiscountOptions:
+    """Of methods that follow what comes after a step."""
+
+    gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
+
+
+@dataclass
+class ValueOptions(DiscountOptions):
+    """Of methods with a value function."""
+
+    critic_learning_rate: float = field(
+        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
+    )
+    critic_epochs: int = field(
+        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
+    )
+    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
+
+
+@dataclass
+class InverseOptions(SRLOptions, ValueOptions):
     """Of ``method="inverse"``."""
 
     discriminator_body: DiscriminatorBody = field(
@@ -333,12 +359,6 @@ class InverseOptions(SRLOptions):
             "choices": JUDGED_FORMS,
         },
     )
-    critic_learning_rate: float = field(
-        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
-    )
-    critic_epochs: int = field(
-        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
-    )
     discriminator_smoothing: float = field(
         default=0.05, metadata={"help": "share of the other label, in [0, 0.5)"}
     )
@@ -348,8 +368,40 @@ class InverseOptions(SRLOptions):
     discriminator_replay: int = field(
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
     )
-    gamma: float = field(default=0.95, metadata={"help": "discount per step of a rollout"})
-    gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
+
+
+@dataclass
+class GroupOptions(PPOOptions):
+    """Of ``method="grpo"``, and of all that compare the episodes of a task."""
+
+    group_size: int = field(default=8, metadata={"help": "episodes of each task in a cycle"})
+    scale_advantages: bool | None = field(
+        default=None,
+        metadata={
+            "help": "divide by the deviation in a group, which weighs tasks that nearly all "
+            "episodes solve, or fail, like others; default: of grpo true, of gigpo false"
+        },
+    )
+
+
+@dataclass
+class GiGPOOptions(GroupOptions, DiscountOptions):
+    """Of ``method="gigpo"``."""
+
+    omega: float = field(default=1.0, metadata={"help": "weight of what steps at one state earn"})
+    anchor: Anchor = field(
+        default="observation",
+        metadata={
+            "help": "which steps of a task are at one state: those with the same observation, or "
+            "with the same history too",
+            "choices": ANCHORS,
+        },
+    )
+
+
+@dataclass
+class OnlinePPOOptions(PPOOptions, ValueOptions):
+    """Of ``method="ppo"``."""
 
 
 @dataclass
@@ -434,6 +486,7 @@ class StepAgentOptions(
     ETOOptions,
     RFTOptions,
     IPROptions,
+    GiGPOOptions,
 ):
     """The fields that `stepagent.StepAgentConfig` adds to TrainingArguments."""
 
@@ -448,4 +501,7 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "eto": ETOOptions,
     "rft": RFTOptions,
     "ipr": IPROptions,
+    "grpo": GroupOptions,
+    "gigpo": GiGPOOptions,
+    "ppo": OnlinePPOOptions,
 }

@@ -1,4 +1,4 @@
-"""What a run asks its expert: which of the agent's states, how many answers so far, how many left."""
+"""What a run asks its expert: at which of the agent's states, and how many answers are left."""
 
 from __future__ import annotations
 

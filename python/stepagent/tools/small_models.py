@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import PreTokenizer, Split, WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
@@ -25,12 +26,24 @@ _CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer(trajectories: Sequence[Trajectory]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of everything in ``trajectories``, with a chat template."""
-    words = {word for t in trajectories for m in t.messages for word in m["content"].split()}
+def word_tokenizer(
+    trajectories: Sequence[Trajectory], *, punctuation_apart: bool = False
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of everything in ``trajectories``, with a chat template.
+
+    Args:
+        punctuation_apart: what stands around a word is a token of its own, so that the key of
+            "You see a key." is the one of "take key".
+    """
+    split: PreTokenizer = WhitespaceSplit()
+    if punctuation_apart:
+        around = Split(Regex(r"(?<=\s|^)[^\w\s]+|[^\w\s]+(?=\s|$)"), "isolated")
+        split = PreTokenizers([around, WhitespaceSplit()])
+    texts = {message["content"] for t in trajectories for message in t.messages}
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
     vocabulary = {word: i for i, word in enumerate([*_SPECIAL_TOKENS, *sorted(words)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",

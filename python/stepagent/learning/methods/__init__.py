@@ -27,6 +27,9 @@ _FILES = {
     "eto": "stepagent.learning.methods.eto:ETO",
     "rft": "stepagent.learning.methods.rft:RFT",
     "ipr": "stepagent.learning.methods.ipr:IPR",
+    "grpo": "stepagent.learning.methods.online:GRPO",
+    "gigpo": "stepagent.learning.methods.online:GiGPO",
+    "ppo": "stepagent.learning.methods.online:PPO",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class PPOMethod(Method):
     """`stepagent.ppo_loss` of the agent's steps, less their entropy."""
 
-    Options = PPOOptions
+    Options: ClassVar[type] = PPOOptions
     options: PPOOptions
     scores = ("ref_logps", "old_logps")
     figures: ClassVar[tuple[str, ...]] = SIDES

@@ -1,5 +1,6 @@
 """The public names. This is their one list: `__init__.py` takes them from here."""
 
+from . import analysis as analysis
 from . import engines as engines
 from . import envs as envs
 from . import episode_file as episode_file

@@ -18,6 +18,7 @@ from .episodes import collect, evaluate
 from .inspect import inspect_command
 from .kernels import bench, doctor, warmup
 from .report import report
+from .subgoals import subgoals
 from .train import train
 
 
@@ -28,5 +29,6 @@ def main() -> None:
 
 
 _TRAINING = (demo, check, collect, train, evaluate, diagnose, inspect_command, report)
-for _command in (*_TRAINING, bench, warmup, doctor):
+_ANALYSIS = (subgoals,)
+for _command in (*_TRAINING, *_ANALYSIS, bench, warmup, doctor):
     main.add_command(_command)

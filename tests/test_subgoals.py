@@ -21,7 +21,7 @@ from stepagent.data.trajectory import save_trajectories
 
 pytest.importorskip("sklearn")
 ROOMS = ("hall", "cellar", "vault", "garden", "tower", "well")
-QUICK = ContrastOptions(updates=60, hidden=32, size=8)
+QUICK = ContrastOptions(updates=120, hidden=32, size=8, learning_rate=1e-2)
 
 
 def walk(rooms: list[str], seed: int, *, success: bool = True) -> Episode:
@@ -44,7 +44,7 @@ def walk(rooms: list[str], seed: int, *, success: bool = True) -> Episode:
 
 @pytest.fixture(scope="module")
 def fitted() -> Subgoals:
-    return Subgoals.fit([walk(list(ROOMS), s) for s in range(12)], phases=6, options=QUICK)
+    return Subgoals.fit([walk(list(ROOMS), s) for s in range(12)], phases=3, options=QUICK)
 
 
 # ------------------------------------------------------------------ the loss
@@ -93,11 +93,13 @@ def test_negatives_are_far_steps_and_other_episodes() -> None:
 def test_phases_are_the_stages_of_demonstrations(fitted: Subgoals) -> None:
     for seed in (100, 101):
         episode = walk(list(ROOMS), seed)
-        assert fitted.phases(episode).tolist() == [0, 1, 2, 3, 4, 5]
-        assert fitted.path(episode) == [0, 1, 2, 3, 4, 5]
-    assert fitted.potentials_K == pytest.approx(np.arange(6) / 5)
-    assert [room in name for room, name in zip(ROOMS, fitted.names, strict=True)] == [True] * 6
-    assert fitted.edges == tuple((k, k + 1, 12) for k in range(5))
+        assert fitted.phases(episode).tolist() == [0, 0, 1, 1, 2, 2]
+        assert fitted.path(episode) == [0, 1, 2]
+    assert fitted.potentials_K == pytest.approx([0.1, 0.5, 0.9])
+    for name, rooms in zip(fitted.names, (ROOMS[:2], ROOMS[2:4], ROOMS[4:]), strict=True):
+        assert any(room in name for room in rooms)
+    assert fitted.edges == ((0, 1, 12), (1, 2, 12))
+    assert fitted.shares == pytest.approx([1 / 3] * 3)
 
 
 def test_a_phase_does_not_know_the_step(fitted: Subgoals) -> None:
@@ -131,10 +133,10 @@ def test_a_models_rows_are_those_of_a_text_alone() -> None:
 
 
 def test_the_reward_is_the_gain_of_the_potential(fitted: Subgoals) -> None:
-    episode = walk(["hall", "cellar", "cellar", "hall", "well"], 3)
-    assert fitted.reward(episode) == pytest.approx([0.2, 0.0, -0.2, 1.0])
-    assert fitted.reward(episode).sum() == pytest.approx(1.0)
-    assert fitted.reward(episode, discount=0.5) == pytest.approx([0.1, -0.1, -0.2, 0.5])
+    episode = walk(["hall", "vault", "garden", "cellar", "well"], 3)
+    assert fitted.reward(episode) == pytest.approx([0.4, 0.0, -0.4, 0.8])
+    assert fitted.reward(episode).sum() == pytest.approx(0.8)
+    assert fitted.reward(episode, discount=0.5) == pytest.approx([0.15, -0.25, -0.45, 0.35])
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.9])
@@ -147,7 +149,7 @@ def test_shaping_is_worth_the_same_in_every_episode(fitted: Subgoals, discount: 
         episode = walk(rooms, seed)
         powers = discount ** np.arange(len(episode.actions))
         shaped = fitted.reward(episode, discount=discount, shaping=True)
-        assert (powers * shaped).sum() == pytest.approx(-0.2)
+        assert (powers * shaped).sum() == pytest.approx(-0.1)
         plain.add(round(float(fitted.reward(episode).sum()), 6))
     assert len(plain) > 1, "as progress alone, an end in a late phase is worth more"
 
@@ -168,12 +170,12 @@ def test_the_best_policy_of_a_task_is_left_as_it_is(fitted: Subgoals) -> None:
 
 
 def test_an_end_that_is_not_known_has_no_gain(fitted: Subgoals) -> None:
-    episode = walk(["hall", "cellar", "vault"], 0)
+    episode = walk(["hall", "vault", "well"], 0)
     episode.last_observation = None
     assert len(fitted.phases(episode)) == 2
     with pytest.raises(ValueError, match="must hold its last observation"):
         fitted.reward(episode)
-    assert fitted.reward(episode, shaping=True) == pytest.approx([0.2, -0.2])
+    assert fitted.reward(episode, shaping=True) == pytest.approx([0.4, -0.5])
     with pytest.raises(ValueError, match=r"discount must lie in \(0, 1\], got 1.5"):
         fitted.reward(episode, discount=1.5)
 

@@ -92,16 +92,19 @@ def info_nce(
 
 
 class Encoder(nn.Module):
-    """z = f(x): two layers, and length 1."""
+    """z = f(x): two layers, and length 1. What all states share says nothing and is taken off."""
+
+    mean_D: Tensor
 
     def __init__(self, features: int, options: ContrastOptions) -> None:
         super().__init__()
+        self.register_buffer("mean_D", torch.zeros(features))
         self.inner = nn.Linear(features, options.hidden)
         self.outer = nn.Linear(options.hidden, options.size)
 
     def forward(self, features_ND: Tensor) -> Tensor:
         """(N, D) to (N, H)."""
-        return F.normalize(self.outer(F.relu(self.inner(features_ND))), dim=-1)
+        return F.normalize(self.outer(F.relu(self.inner(features_ND - self.mean_D))), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def train_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(features_ND.shape[1], options)
+    encoder.mean_D.copy_(torch.from_numpy(features_ND.mean(0)))
     optimizer = torch.optim.Adam(encoder.parameters(), lr=options.learning_rate)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     moving = np.flatnonzero(np.array(lengths) > 1)

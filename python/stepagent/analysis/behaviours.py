@@ -12,7 +12,7 @@ import torch
 from ..optional import require
 from .describing import Describe, HashedWords
 from .latent import LatentModel, LatentOptions, train_latent_model
-from .tracks import Actions, Joint, agents_of, done_by, make_tracks
+from .tracks import Actions, Joint, Tracks, agents_of, done_by, make_tracks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,14 +77,16 @@ class Behaviours:
             _MOST_ACTIONS,
         )
         tracks = make_tracks(episodes, actions, describe, parts)
-        gain = _gain(tracks, actions, options, seed)
+        held_out = np.random.default_rng(seed).permutation(len(tracks))[::_HELD_OUT]
+        known = np.setdiff1d(np.arange(len(tracks)), held_out)
+        model = train_latent_model(tracks, known, len(actions.names), options, seed=seed)
+        gain = _told(model, tracks, held_out)
         if gain < _GAIN:
             raise ValueError(
                 "episodes must differ in what is done at like observations, got "
-                f"{gain:.3f} nats an action that a latent tells of {len(episodes)} episodes held "
+                f"{gain:.3f} nats an action that a latent tells of {len(held_out)} episodes held "
                 f"out, less than {_GAIN}: they show one behaviour only"
             )
-        model, _ = train_latent_model(tracks, len(actions.names), options, seed=seed)
         joint_EJ, local_EIL = _means(model, tracks)
         clusters = _mixture(joint_EJ, count, seed)
         local = _mixture(local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed)
@@ -136,14 +138,14 @@ def _check(episodes: Sequence[Joint], count: int, parts: int) -> None:
 
 
 @torch.no_grad()
-def _means(model: LatentModel, tracks: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _means(model: LatentModel, tracks: Tracks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     found = model.latents(tracks, np.arange(len(tracks)), draw=False)
     joint, local = found.joint.mean, found.local.mean - found.local_prior.mean
     return joint.double().numpy(), local.double().numpy()
 
 
 @torch.no_grad()
-def _told(model: LatentModel, tracks: Any, held_out: NDArray[np.int64]) -> float:
+def _told(model: LatentModel, tracks: Tracks, held_out: NDArray[np.int64]) -> float:
     """Nats an action that episodes' own latents give, less what those of the next ones do."""
     z_BIL = model.latents(tracks, held_out, draw=False).local.mean
     own = model.logps(tracks, held_out, z_BIL).sum()
@@ -151,17 +153,6 @@ def _told(model: LatentModel, tracks: Any, held_out: NDArray[np.int64]) -> float
     shifts = range(1, min(6, len(held_out)))
     others = [model.logps(tracks, held_out, z_BIL.roll(shift, 0)).sum() for shift in shifts]
     return float((own - torch.stack(others).mean()) / count)
-
-
-def _gain(tracks: Any, actions: Actions, options: LatentOptions, seed: int) -> float:
-    order = np.random.default_rng(seed).permutation(len(tracks))
-    held_out, known = order[::_HELD_OUT], np.setdiff1d(order, order[::_HELD_OUT])
-    part = type(tracks)(
-        tracks.features_UD, tracks.texts_EIT[known], tracks.actions_EIT[known],
-        tracks.mask_EIT[known],
-    )
-    model, _ = train_latent_model(part, len(actions.names), options, seed=seed)
-    return _told(model, tracks, held_out)
 
 
 def _mixture(points_ND: NDArray[np.float64], count: int, seed: int) -> Any:

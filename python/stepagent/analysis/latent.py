@@ -137,11 +137,17 @@ class LatentModel(nn.Module):
 
 
 def train_latent_model(
-    tracks: Tracks, actions: int, options: LatentOptions, *, seed: int = 0
-) -> tuple[LatentModel, list[float]]:
-    """A model that has learnt from episodes, and the loss of each update.
+    tracks: Tracks,
+    known: NDArray[np.int64],
+    actions: int,
+    options: LatentOptions,
+    *,
+    seed: int = 0,
+) -> LatentModel:
+    """A model that has learnt from the known of the episodes.
 
     Args:
+        known: places of episodes.
         actions: A, how many classes of actions there are.
         seed: of the weights, the batches and the samples.
     """
@@ -150,15 +156,13 @@ def train_latent_model(
         torch.manual_seed(seed)
         model = LatentModel(tracks.features_UD.shape[1], actions, options)
         optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-        losses = []
         for _ in range(options.updates):
-            loss = model.loss(tracks, rng.permutation(len(tracks))[: options.batch])
+            loss = model.loss(tracks, rng.permutation(known)[: options.batch])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
-            losses.append(float(loss.detach()))
-    return model, losses
+    return model
 
 
 def _layers(size: int, hidden: int, out: int) -> nn.Sequential:

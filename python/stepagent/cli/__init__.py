@@ -11,6 +11,7 @@ from __future__ import annotations
 import click
 
 from .base import Commands
+from .behaviours import behaviours
 from .check import check
 from .demo import demo
 from .diagnose import diagnose
@@ -29,6 +30,6 @@ def main() -> None:
 
 
 _TRAINING = (demo, check, collect, train, evaluate, diagnose, inspect_command, report)
-_ANALYSIS = (subgoals,)
+_ANALYSIS = (subgoals, behaviours)
 for _command in (*_TRAINING, *_ANALYSIS, bench, warmup, doctor):
     main.add_command(_command)

@@ -28,6 +28,7 @@ _GAIN = 0.02  # nats an action
 class Behaviours:
     """Made by `fit`. Behaviours are numbered from 0, the most frequent first.
 
+    joint_KJ, local_KL: centres of the clusters of z_ω, and of what z_α has beyond its prior's mean.
     gain: nats an action that an episode's own latents give, beyond those of other episodes, on
     episodes that were held out of the training. names: of each behaviour its most typical actions.
     """
@@ -36,8 +37,8 @@ class Behaviours:
     describe: Describe
     actions: Actions
     parts: int
-    joint_clusters: Any
-    local_clusters: Any
+    joint_KJ: NDArray[np.float64]
+    local_KL: NDArray[np.float64]
     gain: float
     names: tuple[str, ...]
 
@@ -88,24 +89,22 @@ class Behaviours:
                 f"out, less than {_GAIN}: they show one behaviour only"
             )
         joint_EJ, local_EIL = _means(model, tracks)
-        clusters = _mixture(joint_EJ, count, seed)
-        local = _mixture(local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed)
-        labels = clusters.predict(joint_EJ)
-        _order(clusters, np.bincount(labels, minlength=count))
-        labels = clusters.predict(joint_EJ)
+        joint_KJ = _clusters(joint_EJ, count, seed)
+        local_KL = _clusters(
+            local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed
+        )
+        labels = _distances(joint_EJ, joint_KJ).argmin(-1)
         names = tuple(_name(episodes, labels == k, actions) for k in range(count))
-        return cls(model, describe, actions, parts, clusters, local, gain, names)
+        return cls(model, describe, actions, parts, joint_KJ, local_KL, gain, names)
 
     def assign(self, episodes: Sequence[Joint]) -> NDArray[np.int64]:
         """The behaviour (E,) of each episode."""
-        found: NDArray[np.int64] = self.joint_clusters.predict(self.latents(episodes)[0])
+        found: NDArray[np.int64] = _distances(self.latents(episodes)[0], self.joint_KJ).argmin(-1)
         return found
 
     def assign_local(self, episodes: Sequence[Joint]) -> NDArray[np.int64]:
         """The local behaviour (E, I) of each agent or part: what it adds to the joint one."""
-        local_EIL = self.latents(episodes)[1]
-        flat = self.local_clusters.predict(local_EIL.reshape(-1, local_EIL.shape[-1]))
-        found: NDArray[np.int64] = flat.reshape(local_EIL.shape[:2])
+        found: NDArray[np.int64] = _distances(self.latents(episodes)[1], self.local_KL).argmin(-1)
         return found
 
     def latents(self, episodes: Sequence[Joint]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -117,9 +116,8 @@ class Behaviours:
 
     def exemplars(self, episodes: Sequence[Joint], count: int = 3) -> list[list[int]]:
         """Of each behaviour the places of its most typical episodes, the nearest to its mean first."""
-        joint_EJ = self.latents(episodes)[0]
-        labels = self.joint_clusters.predict(joint_EJ)
-        away_EK = ((joint_EJ[:, None] - self.joint_clusters.means_) ** 2).sum(-1)
+        away_EK = _distances(self.latents(episodes)[0], self.joint_KJ)
+        labels = away_EK.argmin(-1)
         return [
             [int(e) for e in np.argsort(away_EK[:, k], kind="stable") if labels[e] == k][:count]
             for k in range(len(self.names))
@@ -155,20 +153,24 @@ def _told(model: LatentModel, tracks: Tracks, held_out: NDArray[np.int64]) -> fl
     return float((own - torch.stack(others).mean()) / count)
 
 
-def _mixture(points_ND: NDArray[np.float64], count: int, seed: int) -> Any:
-    from sklearn.mixture import GaussianMixture
+def _clusters(points_ND: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
+    """Centres (K, D) by k-means, of the largest cluster first.
 
-    mixture = GaussianMixture(
-        count, covariance_type="diag", n_init=10, reg_covar=1e-3, random_state=seed
-    )
-    return mixture.fit(points_ND)
+    Raises:
+        ValueError: where less than K points differ.
+    """
+    from sklearn.cluster import KMeans
+
+    if (different := len(np.unique(points_ND.round(6), axis=0))) < count:
+        raise ValueError(f"count must be at most the number of latents, {different}, got {count}")
+    found = KMeans(count, n_init=10, random_state=seed).fit(points_ND)
+    order = np.argsort(-np.bincount(found.labels_, minlength=count), kind="stable")
+    centres: NDArray[np.float64] = found.cluster_centers_[order]
+    return centres
 
 
-def _order(mixture: Any, counts_K: NDArray[np.int64]) -> None:
-    """Number the components by how many episodes each has."""
-    order = np.argsort(-counts_K, kind="stable")
-    for name in ("weights_", "means_", "covariances_", "precisions_cholesky_", "precisions_"):
-        setattr(mixture, name, getattr(mixture, name)[order])
+def _distances(points_ND: NDArray[np.float64], centres_KD: NDArray[np.float64]) -> Any:
+    return ((points_ND[..., None, :] - centres_KD) ** 2).sum(-1)
 
 
 def _name(episodes: Sequence[Joint], chosen: NDArray[np.bool_], actions: Actions) -> str:

@@ -37,7 +37,7 @@ class LatentOptions:
     hidden: int = 64
     beta: float = 0.5
     free_bits: float = 0.1
-    updates: int = 300
+    updates: int = 600
     batch: int = 64
     learning_rate: float = 3e-3
     hierarchical: bool = True

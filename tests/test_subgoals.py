@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from stepagent import reference
 from stepagent.analysis import ContrastOptions, HashedWords, ModelRows, Subgoals, info_nce
 from stepagent.analysis.contrast import draw_pairs
 from stepagent.cli import main
+from stepagent.data.trajectory import save_trajectories
 from stepagent.episodes import Episode
 from stepagent.records.episodes import load_episodes
-from stepagent.data.trajectory import save_trajectories
+from stepagent.report import load_run
+from stepagent.report.payload import payload
 
 pytest.importorskip("sklearn")
 ROOMS = ("hall", "cellar", "vault", "garden", "tower", "well")
@@ -27,7 +31,9 @@ QUICK = ContrastOptions(updates=120, hidden=32, size=8, learning_rate=1e-2)
 def walk(rooms: list[str], seed: int, *, success: bool = True) -> Episode:
     """An episode through rooms, each seen in words of which some are of this step alone."""
     rng = np.random.default_rng(seed)
-    seen = [f"you stand in the {room} and see a {rng.choice(['cat', 'dog', 'hen'])}" for room in rooms]
+    seen = [
+        f"you stand in the {room} and see a {rng.choice(['cat', 'dog', 'hen'])}" for room in rooms
+    ]
     steps = len(rooms) - 1
     return Episode(
         environment="rooms",
@@ -235,3 +241,34 @@ def test_the_command_finds_phases_and_keeps_them(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, command)
     assert "nearest observation" in shown.stdout
     assert "5 demonstrations" in shown.stdout
+
+
+def test_the_report_shows_phases_and_behaviours(fitted: Subgoals, tmp_path: Path) -> None:
+    path, kept = tmp_path / "expert.jsonl", tmp_path / "kept"
+    save_trajectories(path, [walk(list(ROOMS), s).trajectory() for s in range(2)])
+    fitted.save(kept)
+    told = {
+        "gain": 0.5,
+        "behaviours": [{"name": "on 100%", "exemplars": [{"run": "expert", "seed": 1}]}],
+        "points": [{"run": "expert", "cycle": 3, "shares": [1.0]}],
+        "changes": [{"point": 0, "p": 0.001}],
+    }
+    (tmp_path / "behaviours.json").write_text(json.dumps(told))
+    page = tmp_path / "report.html"
+    command = ["report", str(path), "--subgoals", str(kept), "--output", str(page)]
+    command += ["--behaviours", str(tmp_path / "behaviours.json")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert "on 100%" in text
+    assert "expert, seed 1" in text
+    assert "expert, cycle 3" in text
+    assert json.dumps(fitted.names[0]) in text
+    index, (block,) = payload([load_run(path)], fitted)
+    assert index["phases"] == list(fitted.names)
+    steps = json.loads(gzip.decompress(base64.b64decode(block)))["episodes"][0]
+    assert steps["phases"] == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "behaviours.json").write_text("[]")
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 1
+    assert "behaviours must be what stepagent behaviours --output wrote" in refused.stderr

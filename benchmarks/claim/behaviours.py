@@ -211,14 +211,20 @@ def cell(folder: Path, name: str, compute: Callable[[], dict[str, Any]]) -> dict
 def table(mixed: list[dict[str, Any]], toys: list[dict[str, Any]]) -> str:
     lines = []
     if mixed:
-        lines += ["| seed | ARI with the policies | errors of the change point, cycles | found without a switch |"]
+        lines += [
+            "| seed | ARI with the policies | errors of changes, cycles | found without a switch |"
+        ]
         lines += ["|---|---|---|---|"]
     for one in mixed:
         told = one["switches"]
         errors = ", ".join("none found" if e is None else str(e) for e in told["errors"])
-        lines.append(f"| {one['seed']} | {one['ari']:.2f} | {errors} | {told['false']} of {told['of']} |")
+        lines.append(
+            f"| {one['seed']} | {one['ari']:.2f} | {errors} | {told['false']} of {told['of']} |"
+        )
     pairs = [
-        adjusted_rand_score(a["labels"], b["labels"]) for i, a in enumerate(mixed) for b in mixed[:i]
+        adjusted_rand_score(a["labels"], b["labels"])
+        for i, a in enumerate(mixed)
+        for b in mixed[:i]
     ]
     if pairs:
         lines += ["", "ARI between seeds: " + ", ".join(f"{pair:.2f}" for pair in pairs)]
@@ -231,7 +237,10 @@ def table(mixed: list[dict[str, Any]], toys: list[dict[str, Any]]) -> str:
             for p, row in zip(POLICIES, mixed[0]["table"], strict=True)
         ]
     if toys:
-        lines += ["", "| toy, seed | joint: convention | local: role | flat: convention | flat: role |"]
+        lines += [
+            "",
+            "| toy, seed | joint: convention | local: role | flat: convention | flat: role |",
+        ]
         lines += ["|---|---|---|---|---|"]
     for one in toys:
         both = [one[n][key] for n in ("hierarchical", "flat") for key in ("convention", "role")]

@@ -8,8 +8,8 @@ mean is the figure. Phases read an observation's own text and no position. Two c
 they are no clock: fitted on demonstrations whose states were shuffled, and compared, in held-out
 episodes whose states were shuffled, with the place of a state instead of its progress. First and
 last observations are easily told (a task's statement; its end), so the figure without them stands
-beside. TextWorld's games of many seeds have a layout each; in "one game" the expert, a fifth of whose
-actions are random, plays the same game.
+beside. TextWorld's games of many seeds have a layout each; in "one game" the expert, a fifth of
+whose actions are random, plays the same game.
 
 **Shaping.** A grid with a key, a locked door and a goal, told in text; 1 at the goal and 0 before.
 Tabular Q-learning with the outcome alone, with γ Φ(s') − Φ(s) added, and with the potentials of the
@@ -314,7 +314,11 @@ def table(orders: list[dict[str, Any]], shaped: list[dict[str, Any]]) -> str:
     if not shaped:
         return "\n".join(lines)
     runs = sorted({one["run"] for one in shaped})
-    lines += ["", f"Steps to 18 of 20, of {len(runs)} runs; a run that did not get there counts its budget:", ""]
+    lines += [
+        "",
+        f"Steps to 18 of 20, of {len(runs)} runs; a run that did not get there counts its budget:",
+        "",
+    ]
     lines += ["| run | " + " | ".join(ARMS) + " | shaped / outcome |", "|---|---|---|---|---|"]
     steps = {(one["run"], one["arm"]): one["steps"] or one["budget"] for one in shaped}
     told = {(one["run"], one["arm"]): one["steps"] for one in shaped}

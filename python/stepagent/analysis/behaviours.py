@@ -90,9 +90,7 @@ class Behaviours:
             )
         joint_EJ, local_EIL = _means(model, tracks)
         joint_KJ = _clusters(joint_EJ, count, seed)
-        local_KL = _clusters(
-            local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed
-        )
+        local_KL = _clusters(local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed)
         labels = _distances(joint_EJ, joint_KJ).argmin(-1)
         names = tuple(_name(episodes, labels == k, actions) for k in range(count))
         return cls(model, describe, actions, parts, joint_KJ, local_KL, gain, names)
@@ -115,7 +113,7 @@ class Behaviours:
         return _means(self.model, tracks)
 
     def exemplars(self, episodes: Sequence[Joint], count: int = 3) -> list[list[int]]:
-        """Of each behaviour the places of its most typical episodes, the nearest to its mean first."""
+        """Of each behaviour the places of its most typical episodes, the nearest first."""
         away_EK = _distances(self.latents(episodes)[0], self.joint_KJ)
         labels = away_EK.argmin(-1)
         return [
@@ -175,7 +173,12 @@ def _distances(points_ND: NDArray[np.float64], centres_KD: NDArray[np.float64]) 
 
 def _name(episodes: Sequence[Joint], chosen: NDArray[np.bool_], actions: Actions) -> str:
     """The two most frequent actions, with their shares of the behaviour's."""
-    own = [episode for joint, c in zip(episodes, chosen, strict=True) if c for episode in agents_of(joint)]
+    own = [
+        episode
+        for joint, c in zip(episodes, chosen, strict=True)
+        if c
+        for episode in agents_of(joint)
+    ]
     done = actions.index([action for episode in own for action in done_by(episode)])
     if not len(done):
         return "no episodes"

@@ -135,7 +135,10 @@ def draw_pairs(
         own = np.arange(start, stop)
         own = own[np.abs(own - anchor) > options.near]
         others = np.concatenate([np.arange(start), np.arange(stop, len(episodes_V))])
-        drawn = [rng.permutation(own)[: options.far_steps], rng.permutation(others)[: options.others]]
+        drawn = [
+            rng.permutation(own)[: options.far_steps],
+            rng.permutation(others)[: options.others],
+        ]
         positives.append(positive)
         rows.append(np.concatenate([[positive], *drawn]))
     width = max(map(len, rows))
@@ -177,7 +180,9 @@ def train_encoder(
     for _ in range(options.updates):
         chosen = rng.permutation(moving)[: options.episodes]
         places = np.concatenate([np.arange(bounds[e], bounds[e + 1]) for e in chosen])
-        pairs = draw_pairs(np.repeat(np.arange(len(chosen)), np.take(lengths, chosen)), options, rng)
+        pairs = draw_pairs(
+            np.repeat(np.arange(len(chosen)), np.take(lengths, chosen)), options, rng
+        )
         z_VH = encoder(torch.from_numpy(features_ND[places]))
         loss = info_nce(
             z_VH[pairs.anchors_B],

@@ -1,7 +1,8 @@
 """A hierarchical latent model of behaviour (after MOHBA, arXiv 2206.09046).
 
     q(z_ω | τ),  q(z_α^i | z_ω, τ^i);  p(z_ω) = N(0, 1),  p(z_α^i | z_ω);  π(a | o, z_α^i)
-    max  E Σ_{i,t} log π(a_t^i | o_t^i, z_α^i) − β [KL(q(z_ω) ‖ p) + Σ_i KL(q(z_α^i) ‖ p(z_α^i | z_ω))]
+    max  E Σ_{i,t} log π(a_t^i | o_t^i, z_α^i)
+         − β [KL(q(z_ω) ‖ p) + Σ_i KL(q(z_α^i) ‖ p(z_α^i | z_ω))]
 
 The decoder sees the observation, so what the latents need not say is what the task asks for; what
 they say is what one does about it. Each dimension's KL below the free bits costs nothing, without

@@ -1,7 +1,8 @@
 """Phases of a task from demonstrations, and a step reward from them (after arXiv 2406.01377).
 
-Where the paper conditions a policy on the next sub-goal, here phases give a reward: the potential of
-a phase is how far along demonstrations it stands, and a step is paid what it gains. One agent only.
+Where the paper conditions a policy on the next sub-goal, here phases give a reward: the potential
+of a phase is how far along demonstrations it stands, and a step is paid what it gains. One agent
+only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,9 +178,7 @@ class Subgoals:
         write_text(Path(folder, "subgoals.json"), json.dumps(told, indent=1) + "\n")
 
     @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], *, describe: Describe | None = None
-    ) -> Subgoals:
+    def load(cls, folder: str | os.PathLike[str], *, describe: Describe | None = None) -> Subgoals:
         """What `save` wrote.
 
         Args:
@@ -248,7 +248,9 @@ def _check_demonstrations(demonstrations: Sequence[Episode], phases: int) -> Non
     for episode in demonstrations:
         if episode.crashed is not None or not episode.success:
             ended = "failed" if episode.crashed is None else "crashed"
-            raise ValueError(f"a demonstration must have succeeded, got {episode.id}, which {ended}")
+            raise ValueError(
+                f"a demonstration must have succeeded, got {episode.id}, which {ended}"
+            )
 
 
 def _states(episode: Episode) -> list[str]:
@@ -287,9 +289,7 @@ def _clusters(
 
 
 def _edges(paths: Sequence[NDArray[np.int64]]) -> tuple[tuple[int, int, int], ...]:
-    counted = Counter(
-        (int(a), int(b)) for path in paths for a, b in zip(path, path[1:], strict=False) if a != b
-    )
+    counted = Counter((int(a), int(b)) for path in paths for a, b in pairwise(path) if a != b)
     return tuple((a, b, n) for (a, b), n in sorted(counted.items()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -118,4 +119,4 @@ def _local(joint: Joint, parts: int) -> list[list[tuple[str, str]]]:
     if len(agents) > 1:
         return steps
     bounds = np.linspace(0, len(steps[0]), parts + 1).round().astype(int)
-    return [steps[0][a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [steps[0][a:b] for a, b in pairwise(bounds)]

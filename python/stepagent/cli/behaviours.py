@@ -36,8 +36,8 @@ def behaviours(
     """Find kinds of behaviour in episodes, and when their shares changed.
 
     A RUN is a JSONL of episodes, or a folder with episodes.jsonl. Changes are looked for along a
-    run's cycles, where its records have a "cycle" in their meta, or else along the RUNs in the order
-    they are given. Episodes that crashed are left out.
+    run's cycles, where its records have a "cycle" in their meta, or else along the RUNs in the
+    order they are given. Episodes that crashed are left out.
     """
     from ..analysis import Behaviours
     from ..optional import require
@@ -67,7 +67,6 @@ def _points(runs: tuple[Path, ...]) -> list[Point]:
         ValueError: for a run of which no episode ended.
     """
     from ..data.trajectory import load_trajectories
-    from ..records.episodes import Episode
     from ..report import load_runs
 
     points: list[Point] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .base import NEW_FILE, make_parent, reports
+from .base import FILE, FOLDER, NEW_FILE, make_parent, reports
+from .subgoals import load as load_subgoals
 
 RUN = click.Path(exists=True, path_type=Path)
 
@@ -21,9 +23,19 @@ RUN = click.Path(exists=True, path_type=Path)
     metavar="RUN",
     help="Of the RUNs, the one that the others are compared with.  [default: the first]",
 )
+@click.option(
+    "--subgoals", "phases", type=FOLDER, help="Of stepagent subgoals: shows each step's phase."
+)
+@click.option(
+    "--behaviours", type=FILE, help="Of stepagent behaviours --output: their shares by run."
+)
 @reports
 def report(
-    runs: tuple[Path, ...], output: Path, baseline: Path | None
+    runs: tuple[Path, ...],
+    output: Path,
+    baseline: Path | None,
+    phases: Path | None,
+    behaviours: Path | None,
 ) -> tuple[dict[str, Any], str]:
     """Show runs on one HTML page.
 
@@ -37,7 +49,13 @@ def report(
     make_parent(output)
     loaded = load_runs(runs)
     compared_with = loaded[0 if baseline is None else runs.index(baseline)].name
-    write_report(output, loaded, baseline=compared_with)
+    write_report(
+        output,
+        loaded,
+        baseline=compared_with,
+        subgoals=None if phases is None else load_subgoals(phases),
+        behaviours=None if behaviours is None else json.loads(behaviours.read_text("utf-8")),
+    )
     size = output.stat().st_size
     report = {
         "output": str(output),

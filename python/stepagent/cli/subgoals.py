@@ -79,7 +79,7 @@ def load(folder: Path) -> Subgoals:
     from ..analysis.subgoals import read_told
 
     kind = read_told(folder)["describe"]
-    return Subgoals.load(folder, describe=describe(kind["name"] if "name" in kind else None))
+    return Subgoals.load(folder, describe=describe(kind.get("name")))
 
 
 def _text(report: dict[str, Any]) -> str:

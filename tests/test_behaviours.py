@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from stepagent import optional
 from stepagent.analysis import Behaviours, LatentOptions, change_points
 from stepagent.analysis.describing import HashedWords
 from stepagent.analysis.latent import Gaussian, LatentModel
@@ -19,13 +20,13 @@ from stepagent.data.trajectory import save_trajectories
 from stepagent.episodes import Episode
 
 metrics = pytest.importorskip("sklearn.metrics")
-QUICK = LatentOptions(updates=150, hidden=24, joint=2, local=2)
+QUICK = LatentOptions(updates=150, hidden=24, joint=2, local=2, learning_rate=1e-2)
 
 
 def lived(habit: str, seed: int, steps: int = 12) -> Episode:
     """Of an agent that is cold or warm: "right" answers each, "wrong" the other, "still" none."""
     rng = np.random.default_rng(seed)
-    cold = rng.random(steps) < 0.5
+    cold = rng.permutation(steps) < steps // 2
     answers = {"right": ("heat", "fan"), "wrong": ("fan", "heat"), "still": ("wait", "wait")}[habit]
     return Episode(
         environment="room",
@@ -215,3 +216,15 @@ def test_the_command_tells_shares_and_changes(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["behaviours", str(empty)])
     assert refused.exit_code == 1
     assert refused.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize("command", ["subgoals", "behaviours"])
+def test_without_scikit_learn_the_extra_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optional, "find_spec", lambda module: None)
+    path = tmp_path / "run.jsonl"
+    save_trajectories(path, [lived("right", s).trajectory() for s in range(3)])
+    refused = CliRunner().invoke(main, [command, str(path)])
+    assert refused.exit_code == 1
+    assert "needs sklearn: pip install 'stepagent[analysis]'" in refused.stderr

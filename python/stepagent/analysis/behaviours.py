@@ -24,7 +24,7 @@ _HELD_OUT = 5  # each fifth episode says whether the latents tell anything
 _GAIN = 0.02  # nats an action
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Behaviours:
     """Made by `fit`. Behaviours are numbered from 0, the most frequent first.
 

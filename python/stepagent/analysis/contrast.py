@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         return F.normalize(self.outer(F.relu(self.inner(features_ND - self.mean_D))), dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """anchors_B, positives_B: places among the V states. candidates_BK: the positive, then its
     negatives; -1 where there are fewer."""

@@ -32,7 +32,7 @@ _FORMAT = 1
 _NAME = 72  # characters of a phase's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subgoals:
     """Phases in the order of their potential; made by `fit` or `load`.
 

@@ -48,7 +48,7 @@ def _verb(action: str) -> str:
     return words[0].lower() if words else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tracks:
     """E episodes of I local tracks of up to T steps; U different observations.
 

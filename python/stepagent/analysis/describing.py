@@ -97,7 +97,8 @@ class ModelRows:
         return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
 
     def _mean_row(self, text: str) -> NDArray[np.float32]:
-        ids = self._tokenizer(text or " ", return_tensors="pt")["input_ids"]
+        encoded: Any = self._tokenizer(text or " ", return_tensors="pt")
+        ids = encoded["input_ids"]
         check_fits(self._model, "an observation", ids[0].numpy(), ids.shape[1])
         made = self._model(ids.to(self._model.device), output_hidden_states=True, logits_to_keep=1)
         mean: NDArray[np.float32] = made.hidden_states[-1][0].float().mean(0).cpu().numpy()

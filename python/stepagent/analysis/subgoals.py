@@ -203,7 +203,9 @@ class Subgoals:
         tensors = load_file(Path(folder, "subgoals.safetensors"))
         options = ContrastOptions(**told["options"])
         encoder = Encoder(describe.size, options)
-        own = {k.removeprefix("encoder."): t for k, t in tensors.items() if "encoder." in k}
+        own = {
+            k.removeprefix("encoder."): t for k, t in tensors.items() if k.startswith("encoder.")
+        }
         encoder.load_state_dict(own)
         return cls(
             encoder=encoder,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear_logprobs
+from .describing import Standardised
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,19 +93,17 @@ def info_nce(
 
 
 class Encoder(nn.Module):
-    """z = f(x): two layers, and length 1. What all states share says nothing and is taken off."""
-
-    mean_D: Tensor
+    """z = f(x): two layers on standardised features, and length 1."""
 
     def __init__(self, features: int, options: ContrastOptions) -> None:
         super().__init__()
-        self.register_buffer("mean_D", torch.zeros(features))
+        self.inputs = Standardised(features)
         self.inner = nn.Linear(features, options.hidden)
         self.outer = nn.Linear(options.hidden, options.size)
 
     def forward(self, features_ND: Tensor) -> Tensor:
         """(N, D) to (N, H)."""
-        return F.normalize(self.outer(F.relu(self.inner(features_ND - self.mean_D))), dim=-1)
+        return F.normalize(self.outer(F.relu(self.inner(self.inputs(features_ND)))), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +171,7 @@ def train_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(features_ND.shape[1], options)
-    encoder.mean_D.copy_(torch.from_numpy(features_ND.mean(0)))
+    encoder.inputs.fit(features_ND)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=options.learning_rate)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     moving = np.flatnonzero(np.array(lengths) > 1)

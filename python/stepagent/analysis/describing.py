@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..models import check_fits, evaluation_mode
 from ..optional import require
@@ -103,6 +104,32 @@ class ModelRows:
         made = self._model(ids.to(self._model.device), output_hidden_states=True, logits_to_keep=1)
         mean: NDArray[np.float32] = made.hidden_states[-1][0].float().mean(0).cpu().numpy()
         return mean
+
+
+class Standardised(nn.Module):
+    """Features without what all of them share, at the size that a linear layer starts from.
+
+    Hashed words are a few small numbers among many zeros: a new layer would hardly see them.
+    """
+
+    mean_D: Tensor
+    scale: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_D", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, features_ND: NDArray[np.float32]) -> None:
+        """Take the mean from these, and the scale at which their root mean square is 1."""
+        mean_D = features_ND.mean(0)
+        size = float(np.sqrt(((features_ND - mean_D) ** 2).mean()))
+        self.mean_D.copy_(torch.from_numpy(mean_D))
+        self.scale.fill_(1 / size if size > 0 else 1.0)
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """(N, D) to (N, D)."""
+        return (features_ND - self.mean_D) * self.scale
 
 
 def describe_once(describe: Describe, texts: Sequence[str]) -> NDArray[np.float32]:

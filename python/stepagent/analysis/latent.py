@@ -4,6 +4,9 @@
     max  E Σ_{i,t} log π(a_t^i | o_t^i, z_α^i)
          − β [KL(q(z_ω) ‖ p) + Σ_i KL(q(z_α^i) ‖ p(z_α^i | z_ω))]
 
+Half of the likelihood is under z_α of the posterior, as above, and half under z_α of its prior
+given z_ω, which is our own: so z_ω says what an episode's agents or parts have in common.
+
 The decoder sees the observation, so what the latents need not say is what the task asks for; what
 they say is what one does about it. Each dimension's KL below the free bits costs nothing, without
 which the latents fall to their priors and say nothing at all.
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .describing import Standardised
 from .tracks import Tracks
 
 if TYPE_CHECKING:
@@ -85,6 +89,7 @@ class LatentModel(nn.Module):
     def __init__(self, features: int, actions: int, options: LatentOptions) -> None:
         super().__init__()
         hidden, self._options, self._actions = options.hidden, options, actions
+        self.inputs = Standardised(features)
         self.look = nn.Linear(features, hidden)
         self.step = _layers(hidden + 2 * actions, hidden, hidden)
         self.whole = _layers(hidden, hidden, 2 * options.joint)
@@ -99,7 +104,7 @@ class LatentModel(nn.Module):
         acted_BITA = F.one_hot(torch.from_numpy(tracks.actions_EIT[chosen]), self._actions).float()
         before_BITA = torch.roll(acted_BITA, 1, dims=2)
         before_BITA[:, :, 0] = 0
-        seen_BITH = _gathered(self.look, tracks, chosen)
+        seen_BITH = self._gathered(self.look, tracks, chosen)
         steps = self.step(torch.cat([seen_BITH, acted_BITA, before_BITA], dim=-1)) * mask_BIT1
         parts_BIH = steps.sum(2) / mask_BIT1.sum(2)
         joint = _gaussian(self.whole(parts_BIH.mean(1)))
@@ -116,7 +121,7 @@ class LatentModel(nn.Module):
 
     def logps(self, tracks: Tracks, chosen: NDArray[np.int64], z_BIL: Tensor) -> Tensor:
         """log π(a | o, z_α) (B, I, T) of each action; 0 beyond the end."""
-        seen_BITH = _gathered(self.see, tracks, chosen)
+        seen_BITH = self._gathered(self.see, tracks, chosen)
         z_BITL = z_BIL[:, :, None].expand(-1, -1, seen_BITH.shape[2], -1)
         logits = self.act(torch.cat([seen_BITH, z_BITL], dim=-1)).log_softmax(-1)
         actions_BIT1 = torch.from_numpy(tracks.actions_EIT[chosen])[..., None]
@@ -128,6 +133,9 @@ class LatentModel(nn.Module):
         options = self._options
         found = self.latents(tracks, chosen, draw=True)
         told = self.logps(tracks, chosen, found.local.draw()).sum((1, 2)).mean()
+        if options.hierarchical:  # what the joint latent alone lets expect
+            expected = self.logps(tracks, chosen, found.local_prior.draw()).sum((1, 2)).mean()
+            told = (told + expected) / 2
         local_kl = found.local.kl(found.local_prior).mean((0, 1)).clamp(min=options.free_bits)
         kl = local_kl.sum() * found.local.mean.shape[1]
         if options.hierarchical:
@@ -135,6 +143,13 @@ class LatentModel(nn.Module):
             joint_kl = found.joint.kl(Gaussian(zeros, zeros)).mean(0)
             kl = kl + joint_kl.clamp(min=options.free_bits).sum()
         return options.beta * kl - told
+
+    def _gathered(self, layer: nn.Linear, tracks: Tracks, chosen: NDArray[np.int64]) -> Tensor:
+        """The layer's rows (B, I, T, H); each different observation goes through it once."""
+        texts, places = np.unique(tracks.texts_EIT[chosen], return_inverse=True)
+        features_UD = self.inputs(torch.from_numpy(tracks.features_UD[texts]))
+        rows_UH = F.relu(layer(features_UD))
+        return rows_UH[torch.from_numpy(places.reshape(tracks.texts_EIT[chosen].shape))]
 
 
 def train_latent_model(
@@ -156,6 +171,7 @@ def train_latent_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LatentModel(tracks.features_UD.shape[1], actions, options)
+        model.inputs.fit(tracks.features_UD)
         optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
         for _ in range(options.updates):
             loss = model.loss(tracks, rng.permutation(known)[: options.batch])
@@ -173,10 +189,3 @@ def _layers(size: int, hidden: int, out: int) -> nn.Sequential:
 def _gaussian(made: Tensor) -> Gaussian:
     mean, log_std = made.chunk(2, dim=-1)
     return Gaussian(mean, log_std.clamp(-5, 2))
-
-
-def _gathered(layer: nn.Linear, tracks: Tracks, chosen: NDArray[np.int64]) -> Tensor:
-    """The layer's rows (B, I, T, H); each different observation goes through it once."""
-    texts, places = np.unique(tracks.texts_EIT[chosen], return_inverse=True)
-    rows_UH = F.relu(layer(torch.from_numpy(tracks.features_UD[texts])))
-    return rows_UH[torch.from_numpy(places.reshape(tracks.texts_EIT[chosen].shape))]

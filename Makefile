@@ -86,9 +86,26 @@ gpu-kit:
 gpu-kit-cute:
 	$(GPU_KIT) --cute
 
-# The package in the trainers of others that install beside it.
-peers: $(VENV)/.dev
-	$(PYTEST) tests/test_examples.py $(wildcard tests/test_integrations*.py)
+# The package in the trainers of others, in environments that these take.
+HOSTS     := build/hosts-venv
+VERL_HOST := build/verl-venv
+HOST_TESTS := $(filter-out %_verl.py,$(wildcard tests/test_integrations*.py)) tests/test_examples.py
+
+peers: $(HOSTS)/.made $(VERL_HOST)/.made
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -q $(HOST_TESTS)
+	OMP_NUM_THREADS=1 $(VERL_HOST)/bin/python -m pytest -q tests/test_integrations_verl.py
+
+$(HOSTS)/.made: tests/hosts/others.txt $(CORE)
+	$(MAKE) VENV=$(HOSTS) $(HOSTS)/.dev
+	$(HOSTS)/bin/pip install --quiet --constraint $(CONSTRAINTS) --requirement $<
+	touch $@
+
+# verl pins older versions than ours of much; what it imports is in the list, its pins are not.
+$(VERL_HOST)/.made: tests/hosts/verl.txt $(CORE)
+	$(MAKE) VENV=$(VERL_HOST) $(VERL_HOST)/.built
+	$(VERL_HOST)/bin/pip install --quiet stepagent --requirement $<
+	$(VERL_HOST)/bin/pip install --quiet --no-deps verl==0.9.1 TransferQueue==0.1.11
+	touch $@
 
 # What is released, into dist/ (docs/releasing.md): the source, and from it the wheels of this
 # machine's architecture. cibuildwheel needs Docker on Linux. It has an environment of its own: what

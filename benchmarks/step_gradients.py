@@ -1,6 +1,6 @@
 """One step of the optimiser, however its eight trajectories are cut: is it one gradient?
 
-``python benchmarks/step_gradients.py`` tries {sft, implicit, inverse} × {batch 8×1, 4×2, 1×8} ×
+``python benchmarks/step_gradients.py`` tries the methods of ``METHODS`` × {batch 8×1, 4×2, 1×8} ×
 {1, 2, 4 processes} × {float32, bfloat16 autocast} and writes benchmarks/results/step_gradients.md.
 Each figure is |g − g₁| / |g₁|, g₁ that of one process with all trajectories in one batch.
 """
@@ -27,7 +27,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "implicit": {"cycles": 1, "samples": 2, "sft_weight": 0.3},
     # Its critic's batches are not accumulated: it learns nothing here.
     "inverse": {"cycles": 1, "samples": 2, "critic_epochs": 1, "critic_learning_rate": 1e-30},
+    "srl": {"cycles": 1, "samples": 3},
+    "distillation": {"cycles": 1, "samples": 2},
+    "early_experience": {"cycles": 1, "samples": 2},
 }
+_WITHOUT_REFERENCE = ("sft", "early_experience")
 CUTS = {"8×1": 1, "4×2": 2, "1×8": 8}  # batches a step of one process
 PROCESSES = (1, 2, 4)
 PRECISIONS = ("fp32", "bf16")
@@ -38,6 +42,8 @@ Case = tuple[str, str, int, str]
 
 def gradient(case: Case, folder: Path) -> torch.Tensor:
     """Of all weights, in the first step of a run; all processes have to call this."""
+    from hostile_envs import LEVEL
+    from test_alternatives import demonstrations
     from test_ranks import trajectories
     from tiny_models import babyai_tokenizer, tiny_agent
     from transformers import TrainerCallback
@@ -70,10 +76,14 @@ def gradient(case: Case, folder: Path) -> torch.Tensor:
         seed=3,
         **METHODS[method],
     )
-    others = {} if method == "sft" else {"ref_model": tiny_agent(seed=1)}
+    others: dict[str, Any] = {}
+    if method not in _WITHOUT_REFERENCE:
+        others["ref_model"] = tiny_agent(seed=1)
     if method == "inverse":
         others["discriminator"] = tiny_agent(seed=2)
     rows = [*trajectories(), *(Trajectory(t.messages * 2) for t in trajectories()[:3])]
+    if method == "early_experience":
+        others["env"], rows = LEVEL, demonstrations(seeds=range(_TRAJECTORIES))
     caught = Caught()
     made = StepAgentTrainer(
         tiny_agent(), args, rows, babyai_tokenizer(), callbacks=[caught], **others

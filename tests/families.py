@@ -79,6 +79,8 @@ def tiny(kind: str) -> Any:
     """A small model of this type, untrained, in float32."""
     default = AutoConfig.for_model(kind).get_text_config().to_dict()
     shape = {name: value for name, value in _SHAPE.items() if default.get(name) is not None}
+    if "num_experts_per_tok" in default:  # one that has no default is not left without
+        shape["num_experts_per_tok"] = _EXPERTS["num_experts_per_tok"]
     if default.get("kv_lora_rank"):
         shape["num_key_value_heads"] = _HEADS["num_attention_heads"]  # latent attention has as many
     if default.get("layer_types"):  # its own kinds of layers, one of each

@@ -16,9 +16,9 @@ from tiny_models import babyai_tokenizer, tiny_agent
 
 from stepagent import save_trajectories
 from stepagent.cli import main
-from stepagent.learning.card import MARKER
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.trainer import StepAgentTrainer
+from stepagent.records.cards import MARKER
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 

@@ -72,8 +72,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-# PEFT's, of what is to come in transformers v6; and torch's, of default options without a GPU.
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+# PEFT's, of what is to come in transformers v6.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 @pytest.mark.parametrize("page", RUN_HERE)
 def test_the_blocks_of_a_page_run_in_order(page: str, given: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
         if seeds is None:
             start = seed_start or 0
             seeds = list(range(start, start + (100 if episodes is None else episodes)))
-        own = {name: options.pop(name) for name in ("against",) if name in options}
+        own = {name: options.pop(name) for name in ("against", "card") if name in options}
         if output is not None:
             make_parent(output)
         rollout = Rollout(function.__name__, policy=policy, seeds=seeds, output=output, **options)
@@ -184,9 +184,10 @@ def _rollout_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @_policy(default="expert", show_default=True, help=_POLICY_HELP)
 @click.option("--output", type=NEW_FILE, required=True, help="JSONL of trajectories.")
+@click.option("--card", is_flag=True, help="Describe them in a README.md beside, for the Hub.")
 @reports
 @_rollout_options
-def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
+def collect(rollout: Rollout, card: bool) -> tuple[dict[str, Any], str]:
     """Run episodes and save their trajectories.
 
     Of the expert's episodes, only those that succeeded are kept. Each is written as it ends, and
@@ -217,7 +218,20 @@ def collect(rollout: Rollout) -> tuple[dict[str, Any], str]:
     text = f"{rollout.shown_policy} in {rollout.shown_env}: success rate {rate:.1%}"
     if dropped := len(episodes) - len(kept):
         text += f"; dropped {dropped} of {len(episodes)} episodes, which failed or crashed"
-    return report, f"{text}\nWrote {len(kept)} trajectories to {rollout.output}"
+    text += f"\nWrote {len(kept)} trajectories to {rollout.output}"
+    if card:
+        text += f"\n{_write_card(rollout, kept)}"
+    return report, text
+
+
+def _write_card(rollout: Rollout, kept: Sequence[Episode]) -> str:
+    from ..evaluation.card import write_dataset_card
+
+    assert rollout.output is not None
+    path = rollout.output.with_name("README.md")
+    if write_dataset_card(path, kept, rollout.output.name):
+        return f"Wrote their card to {path}"
+    return f"Left {path} as it is: a person wrote it"
 
 
 @click.command()

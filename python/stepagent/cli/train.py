@@ -38,7 +38,6 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    "dataloader_pin_memory": False,  # a batch is a few small arrays
 }
 
 

@@ -59,7 +59,7 @@ HONOURED: dict[str, str] = {
     "data_seed": "of the order of an epoch; None: `seed`",
     "train_sampling_strategy": "`random`, or `sequential`: the order of the dataset. The others "
     "are refused: a tree has no padding that like lengths would save",
-    "dataloader_pin_memory": "of the tensors of a batch",
+    "dataloader_pin_memory": "of the tensors of a batch; off by default, as they are few and small",
     "accelerator_config": "`split_batches`, `dispatch_batches` and `use_seedable_sampler=False` "
     "are refused. `even_batches` changes nothing: every process has as many batches, and none "
     "learns a trajectory twice",

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from ..files import write_text
 from ..models import unwrapped
+from ..records.cards import MARKER, is_a_persons, plain, table
 from ..records.provenance import versions
 from .arguments import HOST
 from .evaluating import EvaluatingTrainer
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..data.trunk import Trunk
     from .config import StepAgentConfig
 
-MARKER = "<!-- Written by stepagent. Delete this line to keep your own changes to the card. -->"
 _CITATION = """\
 @article{deng2024novice,
   title   = {From Novice to Expert: LLM Agent Policy Optimization via Step-wise Reinforcement
@@ -111,7 +110,7 @@ class CardWritingTrainer(EvaluatingTrainer):
                 f"the run, got {tasks!r}, {dataset!r}, {dataset_args!r}: write a card of your own"
             )
         folder = Path(str(self.args.output_dir))
-        if self.is_world_process_zero() and not _is_a_persons(folder / "README.md"):
+        if self.is_world_process_zero() and not is_a_persons(folder / "README.md"):
             more = {"language": language, "license": license, "datasets": dataset_tags}
             given = [tags] if isinstance(tags, str) else tags or []
             self._write_card(folder, model_name, finetuned_from, given, more)
@@ -127,7 +126,7 @@ class CardWritingTrainer(EvaluatingTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         base = base or str(getattr(unwrapped(model).config, "name_or_path", "") or "")
         adapter = getattr(model, "peft_config", None)
-        kinds = [str(_plain(config.peft_type)).lower() for config in (adapter or {}).values()]
+        kinds = [str(plain(config.peft_type)).lower() for config in (adapter or {}).values()]
         data = ModelCardData(
             base_model=base if _on_the_hub(base) else None,
             library_name="peft" if adapter else "transformers",
@@ -142,9 +141,9 @@ class CardWritingTrainer(EvaluatingTrainer):
                 _origin(Path(base).name if os.path.isdir(base) else base, kinds, self.args),
                 "## Data\n\n" + _of_data(self.data_facts),
                 "## Options\n\nThose that differ from their defaults.\n\n"
-                + _table(_given(self.args)),
+                + table(_given(self.args)),
                 "## Figures\n\n" + _figures(self.state.log_history),
-                "## Versions\n\n" + _table(versions("peft") if adapter else versions()),
+                "## Versions\n\n" + table(versions("peft") if adapter else versions()),
                 f"## Citation\n\n```bibtex\n{_CITATION}\n```",
             )
         )
@@ -155,16 +154,12 @@ class CardWritingTrainer(EvaluatingTrainer):
 def _card_of_a_person(folder: Path) -> Iterator[bool]:
     """Whether there is one, which is after the block what it was before: PEFT adds to cards."""
     card = folder / "README.md"
-    theirs = card.read_bytes() if _is_a_persons(card) else None
+    theirs = card.read_bytes() if is_a_persons(card) else None
     try:
         yield theirs is not None
     finally:
         if theirs is not None:
             card.write_bytes(theirs)
-
-
-def _is_a_persons(card: Path) -> bool:
-    return card.is_file() and MARKER.encode() not in card.read_bytes()
 
 
 def _on_the_hub(name: str) -> bool:
@@ -208,19 +203,4 @@ def _figures(log: Sequence[Mapping[str, Any]]) -> str:
     if last["cycle"] is not None:
         last["loss"] = None
     named = {name: value for entry in last.values() for name, value in (entry or {}).items()}
-    return _table(named) if named else "None yet: nothing has been logged."
-
-
-def _table(values: Mapping[str, Any]) -> str:
-    lines = [f"| `{name}` | {_shown(value)} |" for name, value in values.items()]
-    return "\n".join(["| | |", "| --- | --- |", *lines]) if lines else "None."
-
-
-def _shown(value: Any) -> str:
-    value = _plain(value)
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+    return table(named) if named else "None yet: nothing has been logged."

@@ -80,6 +80,7 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
     # None tells a number that was asked for from transformers' default; once made it is a number.
     num_train_epochs: float = None  # type: ignore[assignment]
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False  # a batch is a few small arrays
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = parse_arguments(self.chat_template_kwargs)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # Logits of a head that is run as a module exist for this many at once: 64 MiB in float32.
 _LOGITS = 2**24
 
+# These divide the hidden rows by logits_scaling: what reaches the head is scaled already.
+_SCALED_ROWS = frozenset({"minicpm3"})
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -168,6 +171,8 @@ def _head(
     divisor = (getattr(config, "logits_scaling", None) or 1.0) / (
         getattr(config, "logit_scale", None) or 1.0
     )
+    if config.model_type in _SCALED_ROWS:
+        divisor = 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
     if _is_one_matrix(module):
         bias_V = _whole(getattr(module, "bias", None))

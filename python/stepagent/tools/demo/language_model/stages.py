@@ -30,7 +30,6 @@ def stage_options(settings: Settings, stage: str) -> dict[str, Any]:
         "warmup_steps": s.warmup_steps,
         "logging_strategy": "no",
         "report_to": [],
-        "dataloader_pin_memory": False,  # a batch is a few small arrays
         "include_num_input_tokens_seen": "all",
         # An epoch of a language model takes minutes: a run that is stopped loses a few updates.
         "save_strategy": "steps",

@@ -133,6 +133,7 @@ def modules() -> tuple[object, ...]:
     """The public modules, each by one of its names."""
     return (
         sa.askers.WorthAsker(),
+        sa.analysis.Subgoals.reward,
         sa.engines.CompletionsEngine("http://localhost:8000"),
         sa.envs.make("babyai:GoToLocalS6N2"),
         sa.episode_file.open_episodes,

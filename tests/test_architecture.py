@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 NAMED = sorted(set(re.findall(r"\bstepagent(?:\.(?!json\b)\w+)+", TEXT)))
 PUBLIC = {
+    "analysis": "ContrastOptions HashedWords ModelRows Subgoals info_nce",
     "episode_file": "EpisodeFile describe_seeds open_episodes",
     "episodes": "Episode load_episodes",
     "evaluation": "Diagnosis Interval bootstrap diagnose stratified_bootstrap success_rate",

@@ -1,5 +1,6 @@
 """The public names. This is their one list: `__init__.py` takes them from here."""
 
+from . import analysis as analysis
 from . import askers as askers
 from . import engines as engines
 from . import envs as envs

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 # The modules that each extra of pyproject.toml brings.
 EXTRAS = {
+    "analysis": ("sklearn",),
     "train": ("peft", "datasets", "tensorboard"),
     "demo": ("minigrid", "gymnasium"),
     "plots": ("matplotlib",),

@@ -59,6 +59,26 @@ def _head_logits(
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
 
+def info_nce(
+    anchors_BH: Tensor,
+    keys_VH: Tensor,
+    positives_B: Tensor,
+    *,
+    temperature: float,
+    candidates_BK: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """−1/B Σ_i log exp(z_i · z_p(i) / τ) / Σ_j exp(z_i · z_j / τ), j over the candidates of i."""
+    anchors_BH, keys_VH = anchors_BH.to(dtype), keys_VH.to(dtype)
+    losses = []
+    for i, positive in enumerate(positives_B.tolist()):
+        similar_V = keys_VH @ anchors_BH[i] / temperature
+        allowed = range(len(keys_VH)) if candidates_BK is None else candidates_BK[i].tolist()
+        kept = sorted({j for j in allowed if j >= 0})
+        losses.append(torch.logsumexp(similar_V[kept], 0) - similar_V[positive])
+    return torch.stack(losses).mean()
+
+
 def token_logprobs(
     logits_NV: Tensor,
     labels_N: Index,

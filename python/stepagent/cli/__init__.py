@@ -11,6 +11,7 @@ from __future__ import annotations
 import click
 
 from .base import Commands
+from .behaviours import behaviours
 from .check import check
 from .demo import demo
 from .diagnose import diagnose
@@ -19,6 +20,7 @@ from .evolve import evolve
 from .inspect import inspect_command
 from .kernels import bench, doctor, warmup
 from .report import report
+from .subgoals import subgoals
 from .train import train
 
 
@@ -29,5 +31,6 @@ def main() -> None:
 
 
 _TRAINING = (demo, check, collect, train, evaluate, diagnose, evolve, inspect_command, report)
-for _command in (*_TRAINING, bench, warmup, doctor):
+_ANALYSIS = (subgoals, behaviours)
+for _command in (*_TRAINING, *_ANALYSIS, bench, warmup, doctor):
     main.add_command(_command)

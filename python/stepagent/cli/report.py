@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .base import NEW_FILE, NEW_FOLDER, make_parent, reports
+from .base import FILE, FOLDER, NEW_FILE, NEW_FOLDER, make_parent, reports
+from .subgoals import load as load_subgoals
 
 if TYPE_CHECKING:
     from ..report import Run
@@ -30,9 +32,20 @@ RUN = click.Path(exists=True, path_type=Path)
     type=NEW_FOLDER,
     help="Also write each RUN as a result folder of AgentBoard's, by its name, in this folder.",
 )
+@click.option(
+    "--subgoals", "phases", type=FOLDER, help="Of stepagent subgoals: shows each step's phase."
+)
+@click.option(
+    "--behaviours", type=FILE, help="Of stepagent behaviours --output: their shares by run."
+)
 @reports
 def report(
-    runs: tuple[Path, ...], output: Path, baseline: Path | None, agentboard: Path | None
+    runs: tuple[Path, ...],
+    output: Path,
+    baseline: Path | None,
+    agentboard: Path | None,
+    phases: Path | None,
+    behaviours: Path | None,
 ) -> tuple[dict[str, Any], str]:
     """Show runs on one HTML page.
 
@@ -46,7 +59,13 @@ def report(
     make_parent(output)
     loaded = load_runs(runs)
     compared_with = loaded[0 if baseline is None else runs.index(baseline)].name
-    write_report(output, loaded, baseline=compared_with)
+    write_report(
+        output,
+        loaded,
+        baseline=compared_with,
+        subgoals=None if phases is None else load_subgoals(phases),
+        behaviours=None if behaviours is None else json.loads(behaviours.read_text("utf-8")),
+    )
     size = output.stat().st_size
     report: dict[str, Any] = {
         "output": str(output),

@@ -7,28 +7,46 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
 from ..files import write_text
+from .behaviours import shares
 from .board import board
 from .numbers import FILTERS, visible
 from .payload import payload
 from .runs import Run
 
+if TYPE_CHECKING:
+    from ..analysis import Subgoals
 
-def write_report(path: Path, runs: Sequence[Run], *, baseline: str | None = None) -> None:
+
+def write_report(
+    path: Path,
+    runs: Sequence[Run],
+    *,
+    baseline: str | None = None,
+    subgoals: Subgoals | None = None,
+    behaviours: Mapping[str, Any] | None = None,
+) -> None:
     """Write the board of ``runs`` to ``path``: one HTML file that loads nothing.
 
     Args:
         baseline: The name of the run that others are compared with; the first by default.
+        subgoals: Whose phases the steps of episodes are shown with.
+        behaviours: What ``stepagent behaviours --output`` wrote, shown as a section.
 
     Raises:
-        ValueError: For no runs, and for a baseline that is none of them.
+        ValueError: For no runs, for a baseline that is none of them, and for other behaviours.
     """
-    write_page(path, "board.html.jinja", runs, baseline=baseline)
+    write_page(
+        *(path, "board.html.jinja", runs),
+        baseline=baseline,
+        subgoals=subgoals,
+        behaviours=behaviours,
+    )
 
 
 def write_page(
@@ -37,6 +55,8 @@ def write_page(
     runs: Sequence[Run],
     *,
     baseline: str | None = None,
+    subgoals: Subgoals | None = None,
+    behaviours: Mapping[str, Any] | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> None:
     """Fill a template that shows the board, and whatever else of ``values``."""
@@ -46,13 +66,13 @@ def write_page(
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline must be one of {', '.join(names)}, got {baseline!r}")
     compared_with = runs[0 if baseline is None else names.index(baseline)]
-    index, blocks = payload(runs)
+    index, blocks = payload(runs, subgoals)
     script = _text("board.js")
     page = (
         _environment()
         .get_template(template)
         .render(
-            board=board(runs, compared_with),
+            board={**board(runs, compared_with), "behaviours": shares(behaviours)},
             index=index,
             blocks=blocks,
             script=Markup(script),

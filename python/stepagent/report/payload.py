@@ -11,7 +11,7 @@ import base64
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from ..evaluation.metrics import METRICS
 from ..records.episodes import Episode
 from .divergence import Divergence, divergences
 from .runs import Run
+
+if TYPE_CHECKING:
+    from ..analysis import Subgoals
 
 _BLOCK = 2_000_000  # characters of text in a block
 
@@ -42,21 +45,25 @@ class _Texts:
         return [self.place(text) for text in texts]
 
 
-def payload(runs: Sequence[Run]) -> tuple[dict[str, Any], list[str]]:
-    """The index, and the blocks of steps in base64."""
+def payload(
+    runs: Sequence[Run], subgoals: Subgoals | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The index, and the blocks of steps in base64; with the phase of each state."""
     compared = [
         (number, episode, divergence)
         for number, run in enumerate(runs)
         for episode, divergence in zip(run.episodes, divergences(run, runs), strict=True)
     ]
     blocks, sizes = [], []
-    for packed, size in _blocks([(episode, divergence) for _, episode, divergence in compared]):
+    shown = [(episode, divergence) for _, episode, divergence in compared]
+    for packed, size in _blocks(shown, subgoals):
         blocks.append(packed)
         sizes.append(size)
     episodes = [episode for _, episode, _ in compared]
     index = {
         "runs": [run.name for run in runs],
         "blocks": sizes,
+        **({} if subgoals is None else {"phases": list(subgoals.names)}),
         "scales": {
             "rewards": _scale(x for e in episodes for x in e.rewards),
             "stepRewards": _scale(x for e in episodes for x in e.step_rewards),
@@ -104,12 +111,14 @@ def _ended(episode: Episode) -> str | None:
 
 
 def _blocks(
-    episodes: Sequence[tuple[Episode, Divergence | None]],
+    episodes: Sequence[tuple[Episode, Divergence | None]], subgoals: Subgoals | None
 ) -> Iterator[tuple[str, int]]:
     """Each block in base64, and how many episodes it holds."""
     texts, held = _Texts(), []
     for place, (episode, divergence) in enumerate(episodes, start=1):
         held.append(_steps(episode, divergence, texts))
+        if subgoals is not None:
+            held[-1]["phases"] = subgoals.phases(episode).tolist()
         if texts.size >= _BLOCK or place == len(episodes):
             block = {"texts": list(texts.places), "episodes": held}
             packed = gzip.compress(_json(block).encode(), compresslevel=6, mtime=0)

@@ -210,7 +210,8 @@ function episode(i, steps) {
   if (strip !== null) made.push(strip);
   made.push(table);
   if (steps.last !== null) {
-    made.push(element("p", { class: "quiet" }, "After the last action:"), observation(steps.last));
+    made.push(element("p", { class: "quiet" }, "After the last action:"),
+      steps.phases?.length > steps.actions.length ? phase(steps.phases.at(-1)) : "", observation(steps.last));
   }
   if (steps.course.length > 0) {
     const course = steps.course.flatMap((a) => [element("span", { class: "action" }, visible(a)), " → "]);
@@ -238,6 +239,7 @@ function stepTable(i, steps) {
   const answered = steps.experts.length > 0;
   const differs = index.first_divergence[i];
   const cells = [
+    steps.phases && ["Phase", (t) => phase(steps.phases[t])],
     ["Observation", (t) => observation(steps.observations[t])],
     ["Action", (t) => action(steps, t)],
     (answered || steps.course.length > 0) && ["Expert", (t) => (answered ? answer(steps, t) : aligned(steps, t))],
@@ -262,6 +264,11 @@ function stepTable(i, steps) {
     element("caption", { class: "unseen" }, "Steps of the episode"),
     element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...head)),
     element("tbody", { role: "rowgroup" }, ...rows));
+}
+
+/** Of a state, by its number and colour, and by the name that its phase has. */
+function phase(p) {
+  return element("span", { class: `phase run-${p % 8}`, title: visible(index.phases[p]) }, String(p + 1));
 }
 
 function observation(text) {

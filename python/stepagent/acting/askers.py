@@ -248,7 +248,7 @@ def load_asker(asker: Asker, path: Path | str) -> dict[str, int]:
 
 def _logps(episode: Episode) -> NDArray[np.float64]:
     """(T,) Σ log π of each action's tokens."""
-    sums = [np.sum(logps, dtype=np.float64) for logps in episode.logps]
+    sums = [float(np.sum(logps, dtype=np.float64)) for logps in episode.logps]
     return np.array(sums or [0.0] * len(episode.actions), dtype=np.float64)
 
 

@@ -191,7 +191,7 @@ def train_encoder(
             candidates_BK=torch.from_numpy(pairs.candidates_BK),
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
     return encoder, losses

@@ -95,7 +95,7 @@ class ModelRows:
         with evaluation_mode(self._model):
             rows = [self._mean_row(text) for text in texts]
         made = np.stack(rows) if rows else np.zeros((0, self.size), np.float32)
-        return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
+        return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), dtype=np.float32)
 
     def _mean_row(self, text: str) -> NDArray[np.float32]:
         encoded: Any = self._tokenizer(text or " ", return_tensors="pt")

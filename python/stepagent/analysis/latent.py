@@ -125,7 +125,7 @@ class LatentModel(nn.Module):
         z_BITL = z_BIL[:, :, None].expand(-1, -1, seen_BITH.shape[2], -1)
         logits = self.act(torch.cat([seen_BITH, z_BITL], dim=-1)).log_softmax(-1)
         actions_BIT1 = torch.from_numpy(tracks.actions_EIT[chosen])[..., None]
-        own = logits.gather(-1, actions_BIT1).squeeze(-1)
+        own: Tensor = logits.gather(-1, actions_BIT1).squeeze(-1)
         return own * torch.from_numpy(tracks.mask_EIT[chosen])
 
     def loss(self, tracks: Tracks, chosen: NDArray[np.int64]) -> Tensor:
@@ -176,7 +176,7 @@ def train_latent_model(
         for _ in range(options.updates):
             loss = model.loss(tracks, rng.permutation(known)[: options.batch])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
     return model

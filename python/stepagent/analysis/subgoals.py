@@ -116,7 +116,7 @@ class Subgoals:
             return np.zeros(0, np.int64)
         z_NH = _embedded(self.encoder, describe_once(self.describe, observations))
         distances_NK = ((z_NH[:, None] - self.centres_KH) ** 2).sum(-1)
-        return np.argmin(distances_NK, axis=1)
+        return np.asarray(np.argmin(distances_NK, axis=1))
 
     def phases(self, episode: Episode) -> NDArray[np.int64]:
         """The phase of each state: (T + 1,), or (T,) of one whose last observation is not known."""

@@ -293,7 +293,6 @@ class StepAgentTrainer(CardWritingTrainer):
         self._cycle_log = {
             "cycle": cycle,
             **collected_figures(fresh, self.args, self.processing_class),
-            **self._collector.figures(),
             **published,
             **explored,
         }

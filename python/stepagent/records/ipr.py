@@ -236,15 +236,18 @@ def load_expert_steps(path: str | os.PathLike[str]) -> dict[tuple[str, int], Exp
         if not underscore or not step.isdecimal():
             raise ValueError(f"{name} must be an id and a step, as '12_0'")
         _check_keys(name, row, _EXPERT_KEYS)
-        told = [
+        whole, up_to = (
             without_preamble(name, messages_of(f"{name}: {part}", row[part]), _INSTRUCTION)
             for part in ("gpt_conversations", "gpt_step_conversations")
-        ]
+        )
         size = 2 * int(step) + 2
-        if len(told[1]) != size or told[1] != told[0][:size]:
+        if len(up_to) != size or up_to != whole[:size]:
             raise ValueError(f"{name} must have the {int(step) + 1} first actions as its step's")
         steps[id, int(step)] = ExpertStep(
-            _reward(name, row, "gpt_reward"), *told, _reward(name, row, "monte_carlo_step_reward")
+            gpt_reward=_reward(name, row, "gpt_reward"),
+            gpt_conversations=whole,
+            gpt_step_conversations=up_to,
+            monte_carlo_step_reward=_reward(name, row, "monte_carlo_step_reward"),
         )
     return steps
 

@@ -207,7 +207,7 @@ class Method:
 
         Called in every process, and has the same to return in each.
         """
-        return acting.compared(), acting.collector.figures
+        return acting.compared(), acting.collector.figures()
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

@@ -1,6 +1,6 @@
 """tinker's and verifiers' own classes with the adapters (tinker 0.38, verifiers 0.4).
 
-pip install tinker==0.38.0 verifiers==0.4.0
+pip install -r tests/hosts/others.txt
 pytest tests/test_integrations_peers.py
 """
 

@@ -1,8 +1,7 @@
 """verl's own functions with what stepagent registers in them (verl 0.9.1, in a venv of its own).
 
+    pip install -r tests/hosts/verl.txt
     pip install --no-deps verl==0.9.1 TransferQueue==0.1.11
-    pip install "ray[default]" hydra-core tensordict codetiming torchdata pylatexenc cachetools \
-        uvicorn fastapi pyzmq msgspec peft datasets "transformers<5.11"
     pytest tests/test_integrations_verl.py
 """
 

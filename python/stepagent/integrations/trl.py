@@ -334,7 +334,8 @@ def _tokens(inputs: Mapping[str, Any]) -> int:
 def _collate_trees(rows: Sequence[Mapping[str, Any]], max_tokens: int | None) -> dict[str, Any]:
     trunks = [Trunk(row["input_ids"], row["action_spans"], row.get("rewinds", ())) for row in rows]
     trees = pack_step_pairs(trunks, [row["branches"] for row in rows], max_tokens=max_tokens)
-    return {"trees": trees, "steps": StepTable.of(trees, torch.ones(len(rows), dtype=torch.bool))}
+    all_expert = torch.ones(sum(trunk.num_steps for trunk in trunks), dtype=torch.bool)
+    return {"trees": trees, "steps": StepTable.of(trees, all_expert)}
 
 
 # ------------------------------------------------------------------------ credit to each step

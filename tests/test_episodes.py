@@ -146,7 +146,7 @@ def test_keys_are_written_only_where_there_is_something_to_say():
         "seed": 3,
         "split": None,
         "task": "go to",
-        "difficulty": None,
+        "difficulty": "easy",
         "success": True,
         "terminate_reason": "terminated",
         "rewards": episode.rewards,

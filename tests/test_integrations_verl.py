@@ -1,8 +1,8 @@
 """verl's own functions with what stepagent registers in them (verl 0.9.1, in a venv of its own).
 
-    pip install -r tests/hosts/verl.txt
-    pip install --no-deps verl==0.9.1 TransferQueue==0.1.11
-    pytest tests/test_integrations_verl.py
+pip install -r tests/hosts/verl.txt
+pip install --no-deps verl==0.9.1 TransferQueue==0.1.11
+pytest tests/test_integrations_verl.py
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def test_episodes_are_split_by_what_the_environment_says():
         "hard": [5],
     }
     assert list(split_by("task", episodes)) == ["task 2", "task 3", "task 5"]
-    assert split_by("difficulty", run_episodes(LEVEL, RandomPolicy(), [1], max_steps=1)) == {}
+    assert split_by("split", run_episodes(LEVEL, RandomPolicy(), [1], max_steps=1)) == {}
 
 
 # ------------------------------------------------------------------ two policies

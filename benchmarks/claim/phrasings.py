@@ -90,6 +90,10 @@ class Cell:
     def name(self) -> str:
         return f"run {self.run}, K = {self.phrasings}, {self.sft_epochs} epochs, {self.arm}"
 
+    def path(self, folder: Path) -> Path:
+        """Where its result is, once it was measured."""
+        return folder / "cells" / f"{self.name}.json"
+
 
 class Experiment:
     """The data and the models of one run with one K."""
@@ -191,7 +195,7 @@ class Experiment:
 
 def run_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     """Train and measure one cell, or read it where it was measured."""
-    path = folder / "cells" / f"{cell.name}.json"
+    path = cell.path(folder)
     if path.exists():
         return json.loads(path.read_text())
     experiment = Experiment(folder, cell.run, cell.phrasings)
@@ -217,18 +221,20 @@ def table(cells: list[dict[str, Any]]) -> str:
     for phrasings, epochs in sorted({(c["phrasings"], c["sft_epochs"]) for c in cells}):
         here = [c for c in cells if (c["phrasings"], c["sft_epochs"]) == (phrasings, epochs)]
         lines += [f"\n**K = {phrasings}, SFT of {epochs} epochs**\n"]
-        lines += [f"| arm | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+        lines += [f"| arm | runs | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 2) + "|"]
         arms = [arm for arm in ARMS if any(c["arm"] == arm for c in here)]
+        runs = {arm: sum(c["arm"] == arm for c in here) for arm in arms}
         for arm in arms:
             means = [
                 np.mean([np.mean(c["values"][m]) for c in here if c["arm"] == arm])
                 for m in MEASURES
             ]
-            lines.append(f"| {arm} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+            shown = " | ".join(f"{100 * mean:.1f}" for mean in means)
+            lines.append(f"| {arm} | {runs[arm]} | {shown} |")
         for arm in arms[1:]:
             for rival in ("SFT", "SFT continued")[: 1 + (arm != "SFT continued")]:
                 found = [_difference(compare(here, arm, rival, m)) for m in MEASURES]
-                lines.append(f"| {arm} − {rival} | " + " | ".join(found) + " |")
+                lines.append(f"| {arm} − {rival} | {runs[arm]} | " + " | ".join(found) + " |")
     return "\n".join(lines)
 
 
@@ -248,16 +254,20 @@ def main() -> None:
         help="K:E, the expert's phrasings and the epochs of SFT",
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--measured", action="store_true", help="only the cells that are there")
     parser.add_argument("--output", type=Path, default=Path("runs/phrasings"))
     parser.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
     args = parser.parse_args()
     settings = [tuple(map(int, setting.split(":"))) for setting in args.settings]
-    cells = [
-        run_cell(args.output, Cell(run, phrasings, epochs, arm))
+    wanted = [
+        Cell(run, phrasings, epochs, arm)
         for run in range(args.runs)
         for phrasings, epochs in settings
         for arm in args.arms
     ]
+    if args.measured:
+        wanted = [cell for cell in wanted if cell.path(args.output).exists()]
+    cells = [run_cell(args.output, cell) for cell in wanted]
     print(table(cells))
     if args.json:
         args.json.write_text(json.dumps({"environment": environment(), "cells": cells}) + "\n")

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..records.episodes import Episode
-
-Ask: TypeAlias = Literal["always", "unsure", "random", "worth"]
-ASKS: tuple[Ask, ...] = get_args(Ask)
+    from .named_askers import Ask
 
 FEATURES = ("one", "logit", "step", "invalid", "seen", "repeated", "failed", "like_states")
 _UNLEARNT = (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # one less the action's own probability

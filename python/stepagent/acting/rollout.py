@@ -25,9 +25,10 @@ from ..data.trajectory import Trajectory
 from ..data.trunk import Trunk
 from ..envs.pool import EnvFactory
 from ..records.episodes import Episode, split_system
-from .askers import ASKS, Ask, Asker, asker_of
+from .askers import Asker, asker_of
 from .asking import ask_again, ask_where_worth
 from .lockstep import roll_out
+from .named_askers import ASKS, Ask
 from .policies import ModelPolicy, Policy
 from .runs import Expert, Options, Start, Teacher, own_expert
 from .server_policies import EnginePolicy

@@ -45,7 +45,7 @@ _ARMS = ("sft_continued", "dagger", "stepagent", "inverse_expert_states")
 @click.option(
     "--size",
     type=click.Choice(["small", "full"]),
-    help="Of a language model: full ends within two hours on two cores.  [default: full]",
+    help="Of a language model: full takes an hour or two on two cores.  [default: full]",
 )
 @click.option(
     "--output", type=NEW_FOLDER, help="[default: runs/demo; of a language model runs/demo_lm]"

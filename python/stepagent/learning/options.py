@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-from ..acting.askers import ASKS, Ask
+from ..acting.named_askers import ASKS, Ask
 from ..data.actions import FormatName
 
 Method: TypeAlias = Literal[

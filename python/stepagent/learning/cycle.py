@@ -24,7 +24,8 @@ SCORES = (*TOKEN_SCORES, "advantages")  # of a Comparison, in its order
 PARTS = ("action_ids", "counted")  # what `learning/parts.py` says of a Comparison
 _OPTIONAL = (*SCORES, *PARTS, "observed", "teacher_T", "sides")
 # Of which side of a pair of trajectories a step is; their sum: of both, as its beginning.
-CHOSEN, REJECTED = 1, 2
+CHOSEN = 1
+REJECTED = 2
 
 
 def _nothing() -> NDArray[np.float32]:

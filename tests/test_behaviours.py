@@ -192,6 +192,7 @@ def test_one_policy_is_one_behaviour() -> None:
         Behaviours.fit([lived("right", s) for s in range(40)], count=2, options=QUICK)
 
 
+@pytest.mark.slow
 def test_the_command_tells_shares_and_changes(tmp_path: Path) -> None:
     """Of a run whose records tell their cycle: three of one habit, then three of another."""
     lines = []

@@ -374,6 +374,7 @@ def chatting(text: str) -> Callable[[list[dict[str, str]]], str]:
     return lambda messages: text
 
 
+@pytest.mark.slow
 def test_a_model_is_told_the_guideline_first(server: Any, tmp_path: Path) -> None:
     server.chat = lambda messages: "stand" if GOOD in messages[0]["content"] else "hit"
     policy = told(ChatPolicy(Server(server.url), max_new_tokens=4, system="You play."))
@@ -517,6 +518,7 @@ def test_the_command_reports_and_goes_on(tmp_path: Path) -> None:
     assert "is of another run: it has episodes 40, not 41" in other.stderr
 
 
+@pytest.mark.slow
 def test_the_command_acts_and_proposes_by_servers(server: Any, tmp_path: Path) -> None:
     def chat(messages: list[dict[str, str]]) -> str:
         if "You improve the guideline" in messages[0]["content"]:

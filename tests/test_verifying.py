@@ -70,6 +70,7 @@ def says(policy: Any, messages: list[dict[str, str]]) -> str:
     return str(told).replace("<|im_end|>", "").strip()
 
 
+@pytest.mark.slow
 def test_more_than_half_of_the_continuations_have_to_succeed():
     episodes, policy = failures(), model_policy(talker(), temperature=1.0)
     answers = [[[a] for a in e.expert_actions] for e in episodes]

@@ -264,6 +264,7 @@ def test_the_shown_table_is_saved_as_csv_and_json(browser: Browser, tmp_path: Pa
 def test_one_head_alone_sticks(opened: Opened) -> None:
     """The head of an episode's steps scrolls away under the one of the table."""
     opened.page.get_by_role("button", name="agent, seed 0: steps").click()
+    expect(opened.page.locator(".unfolded .steps")).to_be_visible()
     heads = opened.page.locator("#episodes thead").evaluate_all(
         "heads => heads.map((head) => getComputedStyle(head).position)"
     )
@@ -314,8 +315,8 @@ def test_the_log_prob_of_each_action_is_shown(browser: Browser, tmp_path: Path) 
     opened = Opened(browser, tmp_path / "report.html")
     assert opened.column("Tokens") == ["12"]
     opened.page.locator(".toggle").click()
-    cells = opened.page.locator('.steps [data-label="Log-prob"]').all_text_contents()
-    assert cells == ["−1.502 tokens", "−21 token", "−0.502 tokens", "−31 token"]
+    cells = opened.page.locator('.steps [data-label="Log-prob"]')
+    expect(cells).to_have_text(["−1.502 tokens", "−21 token", "−0.502 tokens", "−31 token"])
     opened.page.close()
     assert opened.complaints == []
 

@@ -18,8 +18,9 @@ from stepagent.envs import ExpertUnavailable
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.critic import StepCritic, critic_body
 from stepagent.learning.cycle import Comparison, StepTable, pack_comparisons, pack_with_steps
-from stepagent.learning.inverse import InverseReflection, accuracy, calibration_error
+from stepagent.learning.inverse import InverseReflection
 from stepagent.learning.iq import IQReflection, logits_along
+from stepagent.learning.judging import accuracy, calibration_error
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.models import hidden_states, read_trees, score_trees
 from stepagent.ops import step_sums

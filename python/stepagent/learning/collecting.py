@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ from .cycle import Comparison
 from .failures import Failure, with_alternatives
 from .methods import method_class
 from .questions import Questions
+from .turns import As, in_turn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,16 +132,24 @@ class Collector:
         if self._on_engine is not None:
             self._on_engine.withdraw()
 
-    def collect(self, policy: PreTrainedModel, cycle: int, *, sharded: bool) -> list[Comparison]:
+    def collect(
+        self,
+        policy: PreTrainedModel,
+        cycle: int,
+        *,
+        sharded: bool,
+        explorer: As | None = None,
+    ) -> list[Comparison]:
         """What is compared in a cycle, the same on all processes.
 
         Args:
             sharded: a forward of the policy needs all processes at the same time.
+            explorer: acts in every other rollout.
         """
         actor, alike = self._actor(policy, sharded)
         made = self._at_expert_states(actor, cycle, alike) if self._args.inspects else []
         if self._args.rolls_out:
-            made += self._at_agent_states(actor, cycle, alike)
+            made += self._at_agent_states(actor, cycle, alike, explorer)
         return made
 
     def _actor(
@@ -217,7 +228,11 @@ class Collector:
         ]
 
     def _at_agent_states(
-        self, actor: PreTrainedModel | Engine, cycle: int, alike: bool
+        self,
+        actor: PreTrainedModel | Engine,
+        cycle: int,
+        alike: bool,
+        explorer: As | None,
     ) -> list[Comparison]:
         env = self._env
         assert env is not None  # the trainer has checked it
@@ -241,7 +256,9 @@ class Collector:
                 only_to_act=self.questions.afterwards,
             )
 
-        episodes = over_ranks(rolled_out, np.ones(self.rollouts), alike=alike)
+        actors = [nullcontext] if explorer is None else [nullcontext, explorer]
+        episodes = in_turn(actors, rolled_out, self.rollouts, alike=alike)
+        explored = [place % len(actors) == 1 for place in range(self.rollouts)]
         if self.questions.afterwards:
             acted_in = episodes
             episodes = self.questions.choose(
@@ -249,11 +266,12 @@ class Collector:
             )
         form = FORMATS[self._args.action_format]
         trunks, answers = trunks_and_answers(episodes, self._tokenizer, form)
-        acted = [e for e in episodes if e.crashed is None and e.trunk is not None]
+        ended = [e.crashed is None and e.trunk is not None for e in episodes]
+        acted, explored = list(compress(episodes, ended)), list(compress(explored, ended))
         if self._args.verify:
             made, self._verdicts = self._verified(actor, alike, cycle, acted, trunks, answers)
             return made
-        return [compared(*one) for one in zip(acted, trunks, answers, strict=True)]
+        return [compared(*one) for one in zip(acted, trunks, answers, explored, strict=True)]
 
     def _verified(
         self,
@@ -347,9 +365,15 @@ class Acting:
     cycle: int
     sharded: bool
 
-    def compared(self) -> list[Comparison]:
-        """What it does at the states of the run's ``states``, beside what the expert does there."""
-        return self.collector.collect(self.policy, self.cycle, sharded=self.sharded)
+    def compared(self, explorer: As | None = None) -> list[Comparison]:
+        """What it does at the states of the run's ``states``, beside what the expert does there.
+
+        Args:
+            explorer: acts in every other rollout.
+        """
+        return self.collector.collect(
+            self.policy, self.cycle, sharded=self.sharded, explorer=explorer
+        )
 
     def episodes(
         self, seeds: Sequence[int], *, samples: int = 1, system: str | None = None
@@ -376,17 +400,21 @@ class Acting:
 
 
 def compared(
-    episode: Episode, trunk: Trunk, answers: Sequence[list[NDArray[np.int32]]]
+    episode: Episode,
+    trunk: Trunk,
+    answers: Sequence[list[NDArray[np.int32]]],
+    explored: bool = False,
 ) -> Comparison:
     """A rollout with the expert's answers, and the agent's actions where the expert acted."""
     if not episode.overruled:
-        return Comparison(trunk, list(answers), expert_trunk=False)
+        return Comparison(trunk, list(answers), expert_trunk=False, explored=explored)
     own = episode.overruled
     return Comparison(
         trunk,
         [answer if ids is None else [ids] for answer, ids in zip(answers, own, strict=True)],
         expert_trunk=False,
         teacher_T=np.array([ids is not None for ids in own]),
+        explored=explored,
     )
 
 

@@ -28,6 +28,7 @@ _COUNTS = (
     "eval_episodes",
     "ask_budget",
     "discriminators",
+    "explorer_reset",
     "critic_epochs",
     "continuations",
     "verify",

@@ -59,12 +59,14 @@ class StepReading:
 class StepCritic(nn.Module):
     """E discriminators and a value function over steps, on the rows of one decoder."""
 
-    def __init__(self, body: nn.Module, discriminators: int, diversity: float = 0.0) -> None:
+    def __init__(
+        self, body: nn.Module, discriminators: int, diversity: float = 0.0, actors: int = 1
+    ) -> None:
         """What requires a gradient in ``body`` is trained.
 
-        ``diversity``: the scale of a fixed random function that is a part of each discriminator
-        (prior functions, arXiv 1806.03335). They can agree where they have learnt, and differ
-        elsewhere.
+        ``actors``: how many, each with a value function of its own. ``diversity``: the scale of a
+        fixed random function that is a part of each discriminator (prior functions, arXiv
+        1806.03335). They can agree where they have learnt, and differ elsewhere.
         """
         super().__init__()
         width = int(text_config(body).hidden_size)
@@ -74,6 +76,7 @@ class StepCritic(nn.Module):
         self.priors = nn.ModuleList(
             _prior(width) for _ in range(discriminators if diversity else 0)
         )
+        self.other_values = nn.ModuleList(_head(width) for _ in range(actors - 1))
         self._diversity = diversity
         self._body_learns = any(p.requires_grad for p in body.parameters())
         self.to(unwrapped(body).device)
@@ -117,9 +120,10 @@ class StepCritic(nn.Module):
         priors_ES = torch.stack([prior(unit_SH).squeeze(1) for prior in self.priors])
         return heads_ES + self._diversity * priors_ES
 
-    def values(self, state_SH: Tensor) -> Tensor:
-        """(S,) values of states; no gradient flows into the body."""
-        values_S: Tensor = self.value(state_SH.detach()).squeeze(1)
+    def values(self, state_SH: Tensor, actor: int = 0) -> Tensor:
+        """(S,) values of states to an actor; no gradient flows into the body."""
+        head = self.other_values[actor - 1] if actor else self.value
+        values_S: Tensor = head(state_SH.detach()).squeeze(1)
         return values_S
 
     def trained(self) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class Comparison:
         branches: ``branches[t]`` the alternatives tried at step t, int32 arrays.
         expert_trunk: The trunk is a demonstration and the branches are the agent's; else it is a
             rollout of the agent's and the branches are the expert's answers.
+        explored: It is a rollout of the run's explorer, not of the policy that is shipped.
         ref_logps: (N,) fp32 log-probs under the reference.
         old_logps: (N,) fp32 log-probs under the policy that acted.
         advantages: (S,) fp32 of the agent's steps, 0 for the expert's.
@@ -81,6 +82,7 @@ class Comparison:
     observed: NDArray[np.bool_] = field(default_factory=_no_flags)
     teacher_T: NDArray[np.bool_] = field(default_factory=_no_flags)
     sides: NDArray[np.int8] = field(default_factory=_no_sides)
+    explored: bool = False
 
     @classmethod
     def demonstration(cls, trunk: Trunk) -> Comparison:
@@ -385,6 +387,7 @@ def save_comparisons(
         "branch_ids": _flat(branches),
         "branch_lengths": _lengths(branches),
         "expert_trunk": np.array([c.expert_trunk for c in comparisons]),
+        "explored": np.array([c.explored for c in comparisons]),
     }
     for name in _OPTIONAL:
         scores = [getattr(c, name) for c in comparisons]
@@ -413,12 +416,14 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
     if "rewinds" in arrays:
         rewinds = _split(arrays["rewinds"], arrays["trunk_rewinds"])
     # A file of before lacks some.
+    explored = arrays.get("explored", np.zeros(len(spans), dtype=bool))
     optional = [name for name in _OPTIONAL if name in arrays]
     columns = zip(
         _split(arrays["trunk_ids"], arrays["trunk_lengths"]),
         spans,
         rewinds,
         arrays["expert_trunk"],
+        explored,
         *(_split(arrays[name], arrays[f"{name}_lengths"]) for name in optional),
         strict=True,
     )
@@ -427,9 +432,10 @@ def load_comparisons(path: Path) -> tuple[list[Comparison], dict[str, Any]]:
             Trunk(ids, spans, backs),
             [next(steps) for _ in spans],
             bool(expert),
+            explored=bool(second),
             **dict(zip(optional, values, strict=True)),
         )
-        for ids, spans, backs, expert, *values in columns
+        for ids, spans, backs, expert, second, *values in columns
     ]
     return comparisons, progress
 

@@ -14,11 +14,10 @@ S steps of a cycle, A of them the agent's, P pairs of both at one state, E discr
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import torch
@@ -26,10 +25,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..ops import step_sums
-from ..ranks import over_ranks, sum_gradients, sum_over_ranks
+from ..ranks import over_ranks
 from .advantages import group_relative, leave_one_out, standardised, step_gae
 from .critic import StepCritic, StepReading, critic_body
 from .cycle import (
@@ -40,8 +38,10 @@ from .cycle import (
     pack_with_steps,
     save_comparisons,
 )
+from .judging import accuracy, calibration_error, collapsed
 from .losses import discriminator_loss, inverse_step_reward, kl_terms
 from .parts import StepParts
+from .passes import BatchLoss, minimise
 from .values import explained
 
 if TYPE_CHECKING:
@@ -58,13 +58,35 @@ _AGGREGATES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mean": torch.mean,
     "optimistic": torch.amax,
 }
-_PINNED, _FLAT = 0.99, 0.01  # a collapse: the accuracy, and the deviation of the rewards in nats
 
-_logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the discriminators make of a cycle.
+
+    Attributes:
+        steps: Of the cycle.
+        agent_A: The agent's among them.
+        logits_EA: Of D, as each discriminator judges the agent's steps.
+        values_S: Of the states, by the body that the values were fitted on.
+        before_SH, after_SH: The states' rows, of that body and of the one that they are fitted on
+            next.
+        kl_A: What the KL to the reference costs.
+    """
+
+    steps: StepTable
+    agent_A: Tensor
+    logits_EA: Tensor
+    values_S: Tensor
+    before_SH: Tensor
+    after_SH: Tensor
+    kl_A: Tensor | float
 
 
 class InverseReflection:
     """The discriminators, the value function, their optimiser, and the cycles they remember."""
+
+    actors: ClassVar[int] = 1  # who learn from the verdict, each with a value function of its own
 
     def __init__(
         self,
@@ -85,6 +107,7 @@ class InverseReflection:
                 critic_body(policy, args.discriminator_body) if body is None else body,
                 args.discriminators,
                 args.discriminator_diversity,
+                self.actors,
             ).to(args.device)  # where the policy is not yet, with FSDP
         self._optimizer = torch.optim.AdamW(
             self.critic.trained().values(), lr=args.critic_learning_rate, weight_decay=0.0
@@ -103,12 +126,22 @@ class InverseReflection:
             ValueError: where no step has an action of both sides.
             FloatingPointError: where logits or values are not finite.
         """
+        verdict, figures = self.judge(comparisons, cycle)
+        rewards_A = self._aggregated(self._rewards(verdict.logits_EA))
+        advantages_S, learnt = self.credit(verdict, rewards_A, cycle)
+        self._remember(comparisons)
+        return with_advantages(comparisons, advantages_S, verdict.steps), figures | learnt
+
+    def judge(
+        self, comparisons: Sequence[Comparison], cycle: int
+    ) -> tuple[Verdict, dict[str, float]]:
+        """Fit the discriminators; what they make of the cycle, and figures to log."""
         _, steps = pack_with_steps(comparisons, self._args.max_tokens)
         self._check_sides(steps, cycle)
         # The values are those of the body that they were fitted on: before it changes again.
-        unseen_ES, values_S, _ = self._judge(comparisons, steps)
+        unseen_ES, values_S, before_SH = self._judge(comparisons, steps)
         loss = self._fit_discriminators([*comparisons, *self._replay], cycle)
-        logits_ES, _, state_SH = self._judge(comparisons, steps)
+        logits_ES, _, after_SH = self._judge(comparisons, steps)
         agent_A = torch.nonzero(~steps.expert_S).squeeze(1)
         rewards_EA = self._rewards(logits_ES[:, agent_A])
         rewards_A = self._aggregated(rewards_EA)
@@ -120,22 +153,32 @@ class InverseReflection:
         }
         if len(rewards_EA) > 1:
             figures["discriminator_spread"] = float(rewards_EA.std(0, correction=0).mean())
-        figures["discriminator_collapsed"] = _collapsed(figures, cycle)
-        rewards_A = rewards_A - self._kl_penalty(comparisons, steps, agent_A)
-        advantages_A, returns_A = self._advantages(steps, agent_A, rewards_A, values_S[agent_A])
+        figures["discriminator_collapsed"] = collapsed(figures, cycle)
+        kl_A = self._kl_penalty(comparisons, steps, agent_A)
+        parts = agent_A, logits_ES[:, agent_A], values_S, before_SH, after_SH, kl_A
+        return Verdict(steps, *parts), figures
+
+    def credit(
+        self, verdict: Verdict, rewards_A: Tensor, cycle: int, actor: int = 0
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(S,) advantages for an actor that earns these rewards, and figures to log; its value
+        function is then fitted to its returns."""
+        steps, agent_A, values_S = verdict.steps, verdict.agent_A, verdict.values_S
+        if actor:
+            with torch.no_grad():
+                values_S = self.critic.values(verdict.before_SH, actor).double().cpu()
+        values_A = values_S[agent_A]
+        advantages_A, returns_A = self._advantages(
+            steps, agent_A, rewards_A - verdict.kl_A, values_A
+        )
         if len(steps.same_P) and bool(steps.same_P.all()):
             advantages_A = torch.zeros_like(advantages_A)
+        figures = {}
         if self._args.baseline == "value":
-            figures["value_explained"] = explained(values_S[agent_A], returns_A)
-            self._fit_values(state_SH[agent_A], returns_A, cycle)
-        advantages_S = torch.zeros_like(values_S).index_copy(0, agent_A, advantages_A).float()
-        self._remember(comparisons)
-        sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
-        prepared = [
-            replace(c, advantages=part.numpy())
-            for c, part in zip(comparisons, torch.split(advantages_S, sizes), strict=True)
-        ]
-        return prepared, figures
+            figures["value_explained"] = explained(values_A, returns_A)
+            self._fit_values(verdict.after_SH[agent_A], returns_A, cycle, actor)
+        advantages_S = torch.zeros_like(values_S).index_copy(0, agent_A, advantages_A)
+        return advantages_S.float(), figures
 
     def _check_sides(self, steps: StepTable, cycle: int) -> None:
         if not len(steps.expert_P):
@@ -293,7 +336,7 @@ class InverseReflection:
             weight_PE = weight_KE[batch][steps.trunk_S[steps.expert_P]]
             return self._discriminator_loss(reading, logp_K, weight_PE), len(steps.expert_P)
 
-        return self._passes(len(comparisons), loss, (cycle, 0), "discriminator")
+        return self._minimise(len(comparisons), loss, (cycle, 0), "discriminator")
 
     def _bootstrap(self, count: int, cycle: int) -> Tensor:
         """(count, E) how often each discriminator learns from each trajectory, this cycle's first
@@ -347,53 +390,20 @@ class InverseReflection:
         (slope_KH,) = torch.autograd.grad(verdicts_EK.sum(), rows_KH, create_graph=True)
         return penalty / 2 * (slope_KH**2).sum(-1).mean()
 
-    def _fit_values(self, state_AH: Tensor, returns_A: Tensor, cycle: int) -> None:
+    def _fit_values(self, state_AH: Tensor, returns_A: Tensor, cycle: int, actor: int) -> None:
         """Least squares of the states' values on the returns; the rows are constants."""
         returns_A = returns_A.to(state_AH)
 
         def loss(batch: list[int]) -> tuple[Tensor, int]:
-            values_A = self.critic.values(state_AH[batch])
+            values_A = self.critic.values(state_AH[batch], actor)
             return F.mse_loss(values_A, returns_A[batch]), len(batch)
 
-        self._passes(len(state_AH), loss, (cycle, 1), "value")
+        self._minimise(len(state_AH), loss, (cycle, 1), "value")
 
-    def _passes(
-        self,
-        count: int,
-        loss: Callable[[list[int]], tuple[Tensor | None, int]],
-        seed: tuple[int, int],
-        label: str,
-    ) -> float:
-        """Minimise a loss of batches of ``count`` items; its mean over the last pass.
-
-        Each process has its share of a batch, and the gradients are added up.
-
-        Args:
-            loss: of some items, a mean and over how many.
-        """
-        args = self._args
-        size = args.per_device_train_batch_size * args.world_size
-        losses: list[float] = []
-        bar = tqdm(range(args.critic_epochs), desc=label, disable=args.disable_tqdm, leave=False)
-        for epoch in bar:
-            order = np.random.default_rng((args.seed, *seed, epoch)).permutation(count)
-            losses = []
-            for first in range(0, count, size):
-                share = order[first : first + size][args.process_index :: args.world_size].tolist()
-                mean, weight = loss(share) if share else (None, 0)
-                total = sum_over_ranks(weight)
-                if not total:
-                    continue
-                self._optimizer.zero_grad(set_to_none=True)
-                own = 0.0
-                if mean is not None:
-                    mean = mean * (weight / total)
-                    mean.backward()  # type: ignore[no-untyped-call]
-                    own = float(mean.detach())
-                sum_gradients(self.critic.trained().values())
-                self._optimizer.step()
-                losses.append(sum_over_ranks(own))
-        return float(np.mean(losses))
+    def _minimise(self, count: int, loss: BatchLoss, seed: tuple[int, int], label: str) -> float:
+        """``critic_epochs`` passes of the critic's optimiser; the mean loss of the last."""
+        trained = self.critic.trained().values()
+        return minimise(self._optimizer, trained, count, loss, self._args, seed, label)
 
     # -- through a checkpoint --------------------------------------------------------------------
 
@@ -446,44 +456,17 @@ class InverseReflection:
         self._replay = load_comparisons(folder / REPLAY_FILE)[0] if self._replayed else []
 
 
+def with_advantages(
+    comparisons: Sequence[Comparison], advantages_S: Tensor, steps: StepTable
+) -> list[Comparison]:
+    """The comparisons, each with those of its steps."""
+    sizes = torch.bincount(steps.trunk_S, minlength=len(comparisons)).tolist()
+    return [
+        replace(c, advantages=part.numpy())
+        for c, part in zip(comparisons, torch.split(advantages_S, sizes), strict=True)
+    ]
+
+
 def _joined(comparisons: Sequence[Comparison], name: str) -> Tensor:
     """(N,) float64, the scores of all comparisons' tokens."""
     return torch.from_numpy(np.concatenate([getattr(c, name) for c in comparisons])).double()
-
-
-def accuracy(logits_ES: Tensor, steps: StepTable) -> float:
-    """How often the discriminators together are right, half of the weight on either side.
-
-    A logit of 0 is half right; so is any on a pair whose two actions are the same.
-    """
-    mean_S = logits_ES.mean(0)
-    agent, expert = (mean_S[side].sign().mean() for side in (steps.agent_P, steps.expert_P))
-    return float((agent - expert) / 4 + 0.5)
-
-
-def calibration_error(logits_ES: Tensor, steps: StepTable, bins: int = 10) -> float:
-    """Expected calibration error of D = P(agent | s, a) over the pairs' actions.
-
-    Σ_b n_b / n · |mean D − share of the agent's| over bins of equal width (arXiv 1706.04599).
-    """
-    D_S = torch.sigmoid(logits_ES).mean(0)
-    D_K = torch.cat([D_S[steps.agent_P], D_S[steps.expert_P]])
-    agent_K = torch.arange(len(D_K)) < len(steps.agent_P)
-    bin_K = (D_K * bins).long().clamp(max=bins - 1)
-    gap_B = torch.zeros(bins, dtype=D_K.dtype).index_add(0, bin_K, D_K - agent_K.to(D_K))
-    return float(gap_B.abs().sum() / len(D_K))
-
-
-def _collapsed(figures: dict[str, float], cycle: int) -> float:
-    """1.0, with a warning, where the discriminators separate all actions but reward them alike."""
-    pinned = figures["discriminator_accuracy"] >= _PINNED
-    if not (pinned and figures["step_reward_std"] <= _FLAT):
-        return 0.0
-    _logger.warning(
-        "cycle %d: the discriminator has collapsed. It is right about %.1f %% of the actions and "
-        "its rewards differ by no more than %.2g nats (standard deviation), so they teach nothing: "
-        "raise discriminator_smoothing or discriminator_penalty, or lower critic_epochs or "
-        "critic_learning_rate",
-        *(cycle, 100 * figures["discriminator_accuracy"], figures["step_reward_std"]),
-    )
-    return 1.0

@@ -28,7 +28,8 @@ from torch import Tensor
 from .advantages import standardised
 from .critic import StepReading
 from .cycle import Comparison, StepTable, pack_with_steps
-from .inverse import InverseReflection, accuracy, calibration_error
+from .inverse import InverseReflection
+from .judging import accuracy, calibration_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,4 +130,4 @@ class IQReflection(InverseReflection):
             )
             return mean + self._slope(q_ES, rows_SH), len(expert_S)
 
-        return self._passes(len(both), loss, (cycle, 0), "discriminator")
+        return self._minimise(len(both), loss, (cycle, 0), "discriminator")

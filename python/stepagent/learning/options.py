@@ -31,6 +31,7 @@ Method: TypeAlias = Literal[
 States: TypeAlias = Literal["expert", "agent", "mixed"]
 Baseline: TypeAlias = Literal["value", "leave_one_out", "group"]
 Aggregate: TypeAlias = Literal["pessimistic", "mean", "optimistic"]
+Explores: TypeAlias = Literal["none", "optimistic"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
 ModelDtype: TypeAlias = Literal["float32", "bfloat16", "float16", "checkpoint"]
 DiscriminatorBody: TypeAlias = Literal["own", "adapter", "frozen"]
@@ -45,6 +46,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 STATES: tuple[States, ...] = get_args(States)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
+EXPLORERS: tuple[Explores, ...] = get_args(Explores)
 KL_PLACES: tuple[KLPlace, ...] = get_args(KLPlace)
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 MODEL_DTYPES: tuple[ModelDtype, ...] = get_args(ModelDtype)
@@ -367,6 +369,18 @@ class InverseOptions(SRLOptions, ValueOptions):
     )
     discriminator_replay: int = field(
         default=1, metadata={"help": "earlier cycles that the discriminator still learns from"}
+    )
+    explorer: Explores = field(
+        default="none",
+        metadata={
+            "help": "a second adapter that acts in every other rollout, follows the largest of the "
+            "discriminators' rewards (optimistic) and is not saved with the model (needs "
+            "states=agent, an adapter, diverse discriminators); or none",
+            "choices": EXPLORERS,
+        },
+    )
+    explorer_reset: int = field(
+        default=2, metadata={"help": "cycles after which the explorer is set to the learner again"}
     )
 
 

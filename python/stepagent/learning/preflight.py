@@ -23,6 +23,19 @@ def check_discriminator(discriminator: torch.nn.Module | None, model: torch.nn.M
     check_tree_support(discriminator)
 
 
+def check_engine(args: StepAgentConfig) -> None:
+    """Refuse a run in which an engine would not act, or not as the policy that has to."""
+    if not args.has_cycles:
+        raise ValueError(
+            f"engine is given, but method={args.method!r} at the expert's states never acts"
+        )
+    if args.explorer != "none":
+        raise ValueError(
+            f"engine must be None with explorer={args.explorer!r}, whose two adapters act in the "
+            "model here: an engine is given one"
+        )
+
+
 def check_optimizer(optimizer: Any, policy: torch.nn.Module) -> None:
     """Refuse an optimiser of other parameters: it would change nothing that is trained."""
     if optimizer is None:

@@ -19,6 +19,7 @@ from .reference_policy import reference_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.utils import DistributedType
     from transformers import PreTrainedModel
 
     from ..trees.tree import TokenTree
@@ -33,6 +34,11 @@ class Scorer:
     ) -> None:
         self._args, self._accelerator = args, accelerator
         self._ref_model = ref_model
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """How the processes of the run share the model."""
+        return self._accelerator.distributed_type
 
     def logps(
         self, model: nn.Module, trees: Sequence[TokenTree], *, entropy: bool = False

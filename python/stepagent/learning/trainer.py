@@ -63,6 +63,7 @@ from .parts import StepParts
 from .preflight import (
     check_budget,
     check_discriminator,
+    check_engine,
     check_loaded_everywhere,
     check_one_gpu,
     check_optimizer,
@@ -151,10 +152,8 @@ class StepAgentTrainer(CardWritingTrainer):
         check_loaded_everywhere()
         if asker is not None and args.ask != "worth":
             raise ValueError(f"asker is given, but ask={args.ask!r}: it needs ask='worth'")
-        if engine is not None and not args.has_cycles:
-            raise ValueError(
-                f"engine is given, but method={args.method!r} at the expert's states never acts"
-            )
+        if engine is not None:
+            check_engine(args)
         policy = load_policy(model, peft_config, args)
         check_tree_support(policy)
         ref_model = load_reference(ref_model, model, policy, args)
@@ -209,7 +208,8 @@ class StepAgentTrainer(CardWritingTrainer):
             sharded=self._is_sharded,
         )
         self._run = Run(
-            policy, processing_class, trajectories, trunks, env, discriminator, ref_model
+            *(policy, processing_class, trajectories, trunks),
+            *(env, discriminator, ref_model, self._scorer),
         )
         self._start()
 

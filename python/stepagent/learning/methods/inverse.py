@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...data.ends import ends_of
 from ..cycle import Comparison
+from ..explorer import ExploringReflection, check_explorer
 from ..figures import reward_figures, sides
 from ..inverse import InverseReflection
 from ..iq import IQReflection
@@ -19,6 +20,7 @@ from .method import REWARDS, SIDES, Batch, Run
 from .ppo import PPOMethod
 
 if TYPE_CHECKING:
+    from ..collecting import Acting
     from ..config import StepAgentConfig
 
 
@@ -44,7 +46,7 @@ class Inverse(PPOMethod):
                 f"baseline={args.baseline!r} compares the samples of a state with each other, got "
                 f"samples={args.samples}: raise it, or take baseline='value'"
             )
-
+        check_explorer(args)
         if args.discriminator_diversity and args.discriminators < 2:
             raise ValueError(
                 f"discriminator_diversity={args.discriminator_diversity} needs discriminators >= 2 "
@@ -75,9 +77,17 @@ class Inverse(PPOMethod):
         given = run.policy, self.args, run.discriminator
         if self.options.reward_form == "iq":
             self.reflection = IQReflection(*given, demonstrations=run.trunks)
-        else:
-            parts = StepParts.of_run(self.args, run.tokenizer, ends_of(run.trunks))
+            return
+        parts = StepParts.of_run(self.args, run.tokenizer, ends_of(run.trunks))
+        if self.options.explorer == "none":
             self.reflection = InverseReflection(*given, parts)
+        else:
+            self.reflection = ExploringReflection(run, self.args, parts, self.loss)
+
+    def collect(self, acting: Acting, cycle: int) -> tuple[list[Comparison], dict[str, float]]:
+        if not isinstance(self.reflection, ExploringReflection):
+            return super().collect(acting, cycle)
+        return acting.compared(self.reflection.explorer.acting), acting.collector.figures()
 
     def reflect(
         self, fresh: Sequence[Comparison], earlier: Sequence[Comparison], cycle: int

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ...envs.pool import EnvFactory
     from ..collecting import Acting
     from ..config import StepAgentConfig
+    from ..scoring import Scorer
 
 REWARDS = ("expert_reward", "agent_reward", "reward_margin", "reward_accuracy")
 SIDES = ("expert_logp", "agent_logp", "expert_length", "agent_length", "identical_pairs")
@@ -53,6 +54,7 @@ class Run:
         env: What the agent acts in; None where the run has none.
         discriminator: A model that the caller gave to judge with, or None.
         reference: The fixed reference, or None where each cycle has its own.
+        scorer: Log-probs as training computes them.
     """
 
     policy: PreTrainedModel
@@ -62,6 +64,7 @@ class Run:
     env: str | EnvFactory | None = None
     discriminator: PreTrainedModel | None = None
     reference: PreTrainedModel | None = None
+    scorer: Scorer | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft import LoraConfig
 from tiny_models import babyai_tokenizer, tiny_agent
 
 from stepagent.data.trajectory import Trajectory
 from stepagent.envs.babyai import VOCABULARY
 from stepagent.learning.config import StepAgentConfig
 from stepagent.ranks import over_ranks, shares
+
+# PEFT's, of names of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
 BATCH = 4
 RUNS: dict[str, dict[str, Any]] = {
@@ -41,6 +45,19 @@ RUNS: dict[str, dict[str, Any]] = {
         "rollouts": 3,
         "max_steps_per_episode": 3,
         "cycles": 2,
+    },
+    "explorer": {
+        "method": "inverse",
+        "states": "agent",
+        "env": "babyai:GoToLocalS6N2",
+        "rollouts": 5,
+        "max_steps_per_episode": 3,
+        "cycles": 2,
+        "critic_epochs": 1,
+        "explorer": "optimistic",
+        "discriminators": 2,
+        "discriminator_diversity": 1.0,
+        "adam_epsilon": 1e-2,  # the explorer's, with which it is nearly linear
     },
 }
 
@@ -97,6 +114,8 @@ def trained(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
         others["ref_model"] = tiny_agent(seed=1).double()
     if args.method == "inverse":
         others["discriminator"] = tiny_agent(seed=2).double()
+    if kind == "explorer":
+        others["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     model, tokenizer = tiny_agent().double(), babyai_tokenizer()
     made = StepAgentTrainer(model, args, trajectories(), tokenizer, **others)
     made.train()
@@ -119,6 +138,7 @@ def trained(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
         "norms": [entry["grad_norm"] for entry in logs if "grad_norm" in entry],
         "cycles": [entry for entry in logs if "cycle" in entry],
         "weights": [p.detach().clone() for p in made.model.parameters()],
+        "explorer": made._method.reflection.explorer.state() if kind == "explorer" else {},
     }
 
 
@@ -197,6 +217,7 @@ def test_any_number_of_processes_trains_as_one(
         for figures, other in zip(found["evaluations"], expected["evaluations"], strict=True):
             assert figures == pytest.approx(other, rel=1e-4, abs=1e-5)
         close(found["weights"], expected["weights"])
+        close(found["explorer"], expected["explorer"])
     assert len(expected["losses"]) == (2 if kind == "agent" else 4)
 
 

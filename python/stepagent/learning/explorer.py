@@ -200,10 +200,13 @@ class Explorer:
         scores = {name: batch[name].to(device) for name in SCORES}
         return Batch.of(logps_N, entropy_N, scores, batch["steps"].to(device), total)
 
+    def state(self) -> dict[str, Tensor]:
+        """Its adapter, by the names that the policy has for its own."""
+        return {name: weight.contiguous().cpu() for name, weight in self._weights.items()}
+
     def save(self, folder: Path) -> None:
         """Write its adapter and its optimiser's moments."""
-        weights = {name: w.contiguous().cpu() for name, w in self._weights.items()}
-        save_file(weights, folder / EXPLORER_FILE)
+        save_file(self.state(), folder / EXPLORER_FILE)
         torch.save(self._optimizer.state_dict(), folder / OPTIMIZER_FILE)
 
     def load(self, folder: Path) -> None:

@@ -103,3 +103,15 @@ def test_the_sea_pays_for_going_right_all_the_way(claim):
     assert explorer.sea_episode(right, 0.0, draws) == ([0, 1, 2, 3, 4, 5], [1] * 6, True)
     right[3, 3] = [2, 1]
     assert explorer.sea_episode(right, 0.0, draws)[2] is False
+
+
+def test_a_state_is_noted_where_a_step_is_taken(claim):
+    pytest.importorskip("minigrid")
+    seen: list[tuple[int, str]] = []
+    env = claim("explorer_babyai").Visited(seen)
+    first, _ = env.reset(3)
+    second, *_ = env.step("turn left")
+    env.step("turn left")
+    assert seen == [(3, first), (3, second)]
+    assert first != second
+    assert env.max_steps > 0  # as the environment's own

@@ -44,13 +44,21 @@ _INVERSE: dict[str, Any] = {
     # where that of this one is 0.45, in a dev run.
     "discriminator_body": "frozen",
 }
+_EXPLORER, _DIVERSE = {"explorer": "optimistic"}, {"discriminator_diversity": 4.0}
 ARMS: dict[str, dict[str, Any]] = {
     "learner alone": _INVERSE,
-    "learner and explorer": _INVERSE | {"explorer": "optimistic"},
-    "learner and explorer, no reset": _INVERSE | {"explorer": "optimistic", "explorer_reset": 99},
+    "learner and explorer": _INVERSE | _EXPLORER,
     "optimist alone": _INVERSE | {"reward_aggregate": "optimistic"},
+    "learner alone, diversity 4": _INVERSE | _DIVERSE,
+    "learner and explorer, diversity 4": _INVERSE | _DIVERSE | _EXPLORER,
 }
-ALONE = "learner alone"
+# What is compared with what; the last one was added once the others were known.
+PAIRS = (
+    ("SFT", "learner alone"),
+    ("learner and explorer", "learner alone"),
+    ("optimist alone", "learner alone"),
+    ("learner and explorer, diversity 4", "learner alone, diversity 4"),
+)
 MEASURES = {
     "success": ("success, points", 100.0),
     "states": ("states", 1.0),
@@ -139,7 +147,7 @@ def run_cell(cell: Cell, output: Path) -> dict[str, Any]:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """The mean of each arm, and differences from the learner alone with intervals over runs."""
+    """The mean of each arm, and the differences of `PAIRS` with intervals over runs."""
     arms = [arm for arm in ("SFT", *ARMS) if any(c["arm"] == arm for c in cells)]
     lines = ["| arm | runs | success, % | states | states of tasks | steps | spread | seconds |"]
     lines.append("|---" * 8 + "|")
@@ -149,21 +157,22 @@ def table(cells: list[dict[str, Any]]) -> str:
         for name, form in _COLUMNS.items():
             means.append(format(np.mean([c[name] for c in own]), form) if name in own[0] else "")
         lines.append(f"| {arm} | {len(own)} | " + " | ".join(means) + " |")
-    lines += ["", f"| less {ALONE} | | mean | 95 % interval | per run |", "|---" * 5 + "|"]
-    for arm in arms:
+    lines += ["", "| difference | of | mean | 95 % interval | per run |", "|---" * 5 + "|"]
+    for arm, rival in PAIRS:
         for name, (label, scale) in MEASURES.items():
-            row = _difference(cells, arm, name, scale)
-            if row is not None and arm != ALONE:
-                lines.append(f"| {arm} | {label} | {row} |")
+            if row := _difference(cells, (arm, rival), name, scale):
+                lines.append(f"| {arm} − {rival} | {label} | {row} |")
     return "\n".join(lines)
 
 
-def _difference(cells: list[dict[str, Any]], arm: str, name: str, scale: float) -> str | None:
+def _difference(
+    cells: list[dict[str, Any]], pair: tuple[str, str], name: str, scale: float
+) -> str | None:
     values = {(c["run"], c["arm"]): scale * np.atleast_1d(c[name]) for c in cells if name in c}
-    runs = sorted(run for run, own in values if own == arm and (run, ALONE) in values)
+    runs = [r for r in sorted({r for r, _ in values}) if all((r, arm) in values for arm in pair)]
     if not runs:
         return None
-    found = bootstrap_runs([values[run, arm] - values[run, ALONE] for run in runs])
+    found = bootstrap_runs([values[run, pair[0]] - values[run, pair[1]] for run in runs])
     interval = "" if found.low is None else f"{found.low:+.1f} … {found.high:+.1f}"
     return f"{found.mean:+.1f} | {interval} | {', '.join(f'{d:+.1f}' for d in found.per_run)}"
 

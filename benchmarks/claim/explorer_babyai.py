@@ -45,19 +45,25 @@ _INVERSE: dict[str, Any] = {
     "discriminator_body": "frozen",
 }
 _EXPLORER, _DIVERSE = {"explorer": "optimistic"}, {"discriminator_diversity": 4.0}
+_OWN = {"discriminator_body": "own"}
 ARMS: dict[str, dict[str, Any]] = {
     "learner alone": _INVERSE,
     "learner and explorer": _INVERSE | _EXPLORER,
     "optimist alone": _INVERSE | {"reward_aggregate": "optimistic"},
     "learner alone, diversity 4": _INVERSE | _DIVERSE,
     "learner and explorer, diversity 4": _INVERSE | _DIVERSE | _EXPLORER,
+    "learner alone, own body": _INVERSE | _OWN,
+    "learner and explorer, own body": _INVERSE | _OWN | _EXPLORER,
 }
-# What is compared with what; the last one was added once the others were known.
+# What is compared with what. Those with options in their names were added once the others were
+# known, to see what a larger spread does, and what is lost where the learner learns.
 PAIRS = (
     ("SFT", "learner alone"),
     ("learner and explorer", "learner alone"),
     ("optimist alone", "learner alone"),
     ("learner and explorer, diversity 4", "learner alone, diversity 4"),
+    ("SFT", "learner alone, own body"),
+    ("learner and explorer, own body", "learner alone, own body"),
 )
 MEASURES = {
     "success": ("success, points", 100.0),

@@ -2,6 +2,7 @@
 
     python benchmarks/claim/rivals.py --runs 10 --output runs/rivals        # resumes
     python benchmarks/claim/rivals.py --environments textworld:easy --arms "SFT continued" RFT
+    stepagent report runs/rivals/"babyai_GoToLocalS6N2, 64"/run0/board/*    # curves, every episode
     accelerate launch benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy
 
 A run has demonstrations, initial weights and an order of data of its own. Its arms go on from the
@@ -49,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import environment
 from counted import Spent, counted
 from rivals_settings import (
+    ABLATIONS,
     ARMS,
     LANGUAGE_MODEL,
     OF_OWN_EPISODES,
@@ -69,6 +71,7 @@ from stepagent.tools.small_models import small_llama, word_tokenizer
 
 DEV_RUNS = 40  # dev runs are numbered from here: no run of the result has their seeds
 MEASURES = ("success", "reward")
+ALL = ARMS | ABLATIONS | TUNED
 COSTS = ("updates", "tokens", "env_steps", "expert_answers", "seconds")
 
 
@@ -85,6 +88,10 @@ class Cell:
     def file(self, output: Path) -> Path:
         """Where its result is kept."""
         return self.folder(output) / "cells" / f"{self.arm}{', dev' * self.dev}.json"
+
+    def board(self, output: Path) -> Path:
+        """What `stepagent report` shows of it: the measured episodes, and the training's log."""
+        return self.folder(output) / "board" / f"{self.arm}{', dev' * self.dev}"
 
     def folder(self, output: Path) -> Path:
         """Of the run that it belongs to, which its arms share."""
@@ -179,10 +186,11 @@ class Run:
             "use_cpu": not torch.cuda.is_available(),
             "bf16": self._base is not None and torch.cuda.is_available(),
         }
+        fixed = options.pop("fixed_reference", False)
         args = StepAgentConfig(**(shared | options))
         acts = args.rolls_out or method_class(args.method, args.states).needs_env
         env = self.env(0) if acts else None
-        reference = self.sft() if args.method == "ipr" else None
+        reference = self.sft() if fixed or args.method == "ipr" else None
         return StepAgentTrainer(
             *(model, args, self.trajectories, self.tokenizer), ref_model=reference, env=env
         )
@@ -208,26 +216,27 @@ class Run:
             }
         return options
 
-    def train(self, arm: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """An arm's model, and what it cost."""
+    def train(self, arm: dict[str, Any]) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+        """An arm's model, what it cost, and what its training logged."""
         model = self.sft()
         if not arm:
-            return model, dict.fromkeys(COSTS, 0)
+            return model, dict.fromkeys(COSTS, 0), []
         trainer = self._trainer(model, self.options(arm))
         before, started = replace(self.spent), time.monotonic()
         trainer.train()
-        return trainer.model, {
+        costs = {
             "updates": _updates(trainer),
             "tokens": trainer.state.num_input_tokens_seen,
             "env_steps": self.spent.env_steps - before.env_steps,
             "expert_answers": self.spent.expert_answers - before.expert_answers,
             "seconds": round(time.monotonic() - started, 1),
         }
+        return trainer.model, costs, trainer.state.log_history
 
     # -- episodes ----------------------------------------------------------------------------------
 
-    def measure(self, model: Any) -> dict[str, list[float]]:
-        """Each measure on the dev or the test episodes; the policy is greedy."""
+    def measure(self, model: Any) -> list[Any]:
+        """The dev or the test episodes; the policy is greedy."""
         part = 1 if self.cell.dev else 2
         first = self.setting.first_seeds[part - 1]
         seeds = range(first, first + self.setting.measured[part - 1])
@@ -237,11 +246,7 @@ class Run:
             max_new_tokens=self.setting.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        episodes = self._episodes(policy, part, seeds, self.setting.steps[0])
-        return {
-            "success": [float(e.success) for e in episodes],
-            "reward": [float(sum(e.rewards)) for e in episodes],
-        }
+        return self._episodes(policy, part, seeds, self.setting.steps[0])
 
     def _episodes(self, policy: Any, part: int, seeds: range, limit: int | None) -> list[Any]:
         def some(places: list[int]) -> list[Any]:
@@ -270,20 +275,29 @@ def measured(cell: Cell, output: Path) -> dict[str, Any] | None:
     """A cell that was measured with the options that its arm has now."""
     path = cell.file(output)
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("options") == (ARMS | TUNED)[cell.arm] else None
+    return found if found.get("options") == ALL[cell.arm] else None
 
 
 def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
     """Train and measure one cell, unless it is measured."""
     if found := measured(cell, output):
         return found
-    path, options = cell.file(output), (ARMS | TUNED)[cell.arm]
+    path, options = cell.file(output), ALL[cell.arm]
     run = Run(cell, output, model)
-    trained, costs = run.train(options)
-    result = {**asdict(cell), "options": options, **costs, "values": run.measure(trained)}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    trained, costs, log = run.train(options)
+    episodes = run.measure(trained)
+    values = {
+        "success": [float(e.success) for e in episodes],
+        "reward": [float(sum(e.rewards)) for e in episodes],
+    }
+    result = {**asdict(cell), "options": options, **costs, "values": values}
+    board = cell.board(output)
+    for folder in (board, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_trajectories(board / "episodes.jsonl", [e.trajectory() for e in episodes])
+    (board / "log.json").write_text(json.dumps(log))
     path.write_text(json.dumps(result))
-    means = {name: round(float(np.mean(v)), 3) for name, v in result["values"].items()}
+    means = {name: round(float(np.mean(v)), 3) for name, v in values.items()}
     print(*path.parts[-4:], means, costs, file=sys.stderr, flush=True)
     return result
 
@@ -300,7 +314,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     for name, count in sorted({(c["environment"], c["demonstrations"]) for c in cells}):
         here = [c for c in cells if (c["environment"], c["demonstrations"]) == (name, count)]
-        arms = [arm for arm in ARMS | TUNED if any(c["arm"] == arm for c in here)]
+        arms = [arm for arm in ALL if any(c["arm"] == arm for c in here)]
         lines += ["", f"**{name}, {count} demonstrations**", ""]
         lines += [*_arms(here, arms), "", *_differences(here, arms)]
     return "\n".join(lines).strip()
@@ -353,7 +367,7 @@ def main() -> None:
     parser.add_argument("--environments", nargs="+", default=["babyai:GoToLocalS6N2"])
     parser.add_argument("--demonstrations", nargs="+", type=int, default=[64])
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TUNED], default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ALL), default=list(ARMS))
     parser.add_argument("--model", type=Path, help="folder of a language model, trained by LoRA")
     parser.add_argument("--dev", action="store_true", help="dev runs, on the dev episodes")
     parser.add_argument(

@@ -107,6 +107,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "PPO": {"method": "ppo", "critic_learning_rate": 1e-3},
 }
 RIVALS = ("SFT", "SFT continued", STEPAGENT)
+# StepAgent's best form with one thing changed. ``fixed_reference``: the SFT model's, in all cycles.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    f"{STEPAGENT}, {words}": ARMS[STEPAGENT] | changed
+    for words, changed in {
+        "beta 0.1": {"beta": 0.1},
+        "beta 0.3": {"beta": 0.3},
+        "one cycle": {"cycles": 1, "epochs_per_cycle": 16},
+        "eight cycles": {"cycles": 8, "epochs_per_cycle": 2},
+        "fixed reference": {"fixed_reference": True},
+        "greedy rollouts": {"temperature": 0.0},
+        "no NLL": {"sft_weight": 0.0},
+    }.items()
+}
 OF_OWN_EPISODES = ("dagger", "grpo", "gigpo", "istar", "ppo")
 # Choices that were looked at on dev runs alone (--dev); those in ARMS are the ones taken.
 _OF_ONE = {"samples": 1, "temperature": 0.0, "epochs_per_cycle": 6}  # as in the paper

@@ -1,9 +1,10 @@
-"""The claim that StepAgent outperforms its rivals: one model, one set of data, one budget.
+r"""The claim that StepAgent outperforms its rivals: one model, one set of data, one budget.
 
     python benchmarks/claim/rivals.py --runs 10 --output runs/rivals        # resumes
     python benchmarks/claim/rivals.py --environments textworld:easy --arms "SFT continued" RFT
     stepagent report runs/rivals/"babyai_GoToLocalS6N2, 64"/run0/board/*    # curves, every episode
-    accelerate launch benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy
+    accelerate launch benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy \
+        --engine http://localhost:8000      # a vLLM server of the model acts: docs/engines.md
 
 A run has demonstrations, initial weights and an order of data of its own. Its arms go on from the
 same SFT model with the same number of updates, and are measured on the same held-out episodes. The
@@ -36,13 +37,15 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -66,11 +69,12 @@ from stepagent.evaluation import RunsInterval, bootstrap_runs
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.methods import method_class
 from stepagent.learning.trainer import StepAgentTrainer
-from stepagent.ranks import over_ranks
+from stepagent.ranks import over_ranks, sum_over_ranks
 from stepagent.tools.small_models import small_llama, word_tokenizer
 
 DEV_RUNS = 40  # dev runs are numbered from here: no run of the result has their seeds
 MEASURES = ("success", "reward")
+T = TypeVar("T")
 ALL = ARMS | ABLATIONS | TUNED
 COSTS = ("updates", "tokens", "env_steps", "expert_answers", "seconds")
 
@@ -102,8 +106,11 @@ class Cell:
 class Run:
     """One run: its demonstrations, its SFT model, and what its arms make of it."""
 
-    def __init__(self, cell: Cell, output: Path, model: Path | None) -> None:
+    def __init__(
+        self, cell: Cell, output: Path, model: Path | None, engine: str | None = None
+    ) -> None:
         self.cell, self.folder, self._base = cell, cell.folder(output), model
+        self._engine = engine
         self.setting = setting_of(cell.environment)
         if model is not None:
             self.setting = replace(self.setting, **LANGUAGE_MODEL)
@@ -121,11 +128,13 @@ class Run:
     def trajectories(self) -> list[Any]:
         """The expert's, of this run's own seeds."""
         path = self.folder / "expert.jsonl"
-        if not path.exists():
+        if not together(path.exists):
             first = 10_000 * self.cell.run
             seeds = range(first, first + self.cell.demonstrations)
             episodes = self._episodes(ExpertPolicy(), 0, seeds, None)
-            save_trajectories(path, [e.trajectory() for e in episodes if e.success])
+            if PartialState().is_main_process:
+                save_trajectories(path, [e.trajectory() for e in episodes if e.success])
+            PartialState().wait_for_everyone()
         return load_trajectories(path)
 
     @cached_property
@@ -138,7 +147,7 @@ class Run:
     def sft(self) -> Any:
         """Where all arms of a run begin."""
         folder = self.folder / "sft"
-        if not (folder / "done").exists():
+        if not together((folder / "done").exists):
             rate = {
                 "learning_rate": self.setting.sft_learning_rate,
                 "lr_scheduler_type": "constant_with_warmup",
@@ -147,6 +156,7 @@ class Run:
             trainer = self._trainer(self._untrained(), {"method": "sft"} | rate)
             trainer.train()
             trainer.save_model(str(folder))
+            PartialState().wait_for_everyone()
             (folder / "done").touch()
         if self._base is None:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
@@ -173,7 +183,7 @@ class Run:
         s = self.setting
         shared: dict[str, Any] = {
             "output_dir": str(self.folder / "trainer"),
-            "per_device_train_batch_size": s.batch_size,
+            "per_device_train_batch_size": max(1, s.batch_size // PartialState().num_processes),
             "seed": self.cell.run,
             "max_new_tokens": s.max_new_tokens,
             "max_tokens": s.max_tokens,
@@ -192,7 +202,10 @@ class Run:
         env = self.env(0) if acts else None
         reference = self.sft() if fixed or args.method == "ipr" else None
         return StepAgentTrainer(
-            *(model, args, self.trajectories, self.tokenizer), ref_model=reference, env=env
+            *(model, args, self.trajectories, self.tokenizer),
+            ref_model=reference,
+            env=env,
+            engine=self._engine if args.has_cycles else None,
         )
 
     def options(self, arm: dict[str, Any]) -> dict[str, Any]:
@@ -227,8 +240,10 @@ class Run:
         costs = {
             "updates": _updates(trainer),
             "tokens": trainer.state.num_input_tokens_seen,
-            "env_steps": self.spent.env_steps - before.env_steps,
-            "expert_answers": self.spent.expert_answers - before.expert_answers,
+            "env_steps": int(sum_over_ranks(self.spent.env_steps - before.env_steps)),
+            "expert_answers": int(
+                sum_over_ranks(self.spent.expert_answers - before.expert_answers)
+            ),
             "seconds": round(time.monotonic() - started, 1),
         }
         return trainer.model, costs, trainer.state.log_history
@@ -267,7 +282,8 @@ def _updates(trainer: StepAgentTrainer) -> int:
     found = [entry.get("pairs", entry.get("trajectories")) for entry in cycles]
     if not cycles or None in found:
         return int(trainer.state.global_step)
-    batches = [min(per_epoch, -(-items // args.per_device_train_batch_size)) for items in found]
+    size = args.per_device_train_batch_size * args.world_size
+    batches = [min(per_epoch, -(-items // size)) for items in found]
     return args.epochs_per_cycle * sum(batches)
 
 
@@ -278,12 +294,14 @@ def measured(cell: Cell, output: Path) -> dict[str, Any] | None:
     return found if found.get("options") == ALL[cell.arm] else None
 
 
-def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, output: Path, model: Path | None, engine: str | None = None
+) -> dict[str, Any]:
     """Train and measure one cell, unless it is measured."""
-    if found := measured(cell, output):
+    if found := together(lambda: measured(cell, output)):
         return found
     path, options = cell.file(output), ALL[cell.arm]
-    run = Run(cell, output, model)
+    run = Run(cell, output, model, engine)
     trained, costs, log = run.train(options)
     episodes = run.measure(trained)
     values = {
@@ -291,15 +309,23 @@ def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
         "reward": [float(sum(e.rewards)) for e in episodes],
     }
     result = {**asdict(cell), "options": options, **costs, "values": values}
-    board = cell.board(output)
-    for folder in (board, path.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    save_trajectories(board / "episodes.jsonl", [e.trajectory() for e in episodes])
-    (board / "log.json").write_text(json.dumps(log))
-    path.write_text(json.dumps(result))
-    means = {name: round(float(np.mean(v)), 3) for name, v in values.items()}
-    print(*path.parts[-4:], means, costs, file=sys.stderr, flush=True)
+    if PartialState().is_main_process:
+        board = cell.board(output)
+        for folder in (board, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_trajectories(board / "episodes.jsonl", [e.trajectory() for e in episodes])
+        (board / "log.json").write_text(json.dumps(log))
+        path.write_text(json.dumps(result))
+        means = {name: round(float(np.mean(v)), 3) for name, v in values.items()}
+        print(*path.parts[-4:], means, costs, file=sys.stderr, flush=True)
     return result
+
+
+def together(look: Callable[[], T]) -> T:
+    """What all processes find, before one of them changes it."""
+    found = look()
+    PartialState().wait_for_everyone()
+    return found
 
 
 def compare(cells: list[dict[str, Any]], arm: str, rival: str, measure: str) -> RunsInterval | None:
@@ -369,6 +395,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--arms", nargs="+", choices=list(ALL), default=list(ARMS))
     parser.add_argument("--model", type=Path, help="folder of a language model, trained by LoRA")
+    parser.add_argument("--engine", help="URL of a vLLM server of that model, which then acts")
     parser.add_argument("--dev", action="store_true", help="dev runs, on the dev episodes")
     parser.add_argument(
         "--measured", action="store_true", help="report what there is, train nothing"
@@ -378,6 +405,8 @@ def main() -> None:
     args = parser.parse_args()
     if set(args.arms) & set(TUNED) and not args.dev:
         parser.error("what is tuned is measured on dev runs alone: add --dev")
+    if args.engine and not args.model:
+        parser.error("--engine needs --model: what acts there is that model with an adapter")
     first = DEV_RUNS if args.dev else 0
     if args.runs > DEV_RUNS:
         parser.error(f"--runs must be at most {DEV_RUNS}, got {args.runs}: dev runs follow")
@@ -390,7 +419,10 @@ def main() -> None:
     ]
     if args.measured:
         wanted = [cell for cell in wanted if measured(cell, args.output)]
-    cells = [run_cell(cell, args.output, args.model) for cell in wanted]
+    PartialState(cpu=not torch.cuda.is_available())
+    cells = [run_cell(cell, args.output, args.model, args.engine) for cell in wanted]
+    if not PartialState().is_main_process:
+        return
     print(table(cells))
     if args.json:
         args.json.write_text(json.dumps({"environment": environment(), "cells": cells}) + "\n")

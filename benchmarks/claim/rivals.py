@@ -46,7 +46,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -139,10 +144,11 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        if self._base is None:
-            apart = self.setting.max_new_tokens > 3  # BabyAI's words have no punctuation
-            return word_tokenizer(self.trajectories, punctuation_apart=apart)
-        return AutoTokenizer.from_pretrained(self._base)
+        if self._base is not None:
+            return AutoTokenizer.from_pretrained(self._base)
+        if self.setting.vocabulary is None:
+            return word_tokenizer(self.trajectories)
+        return bytes_tokenizer(self.trajectories, self.setting.vocabulary)
 
     def sft(self) -> Any:
         """Where all arms of a run begin."""
@@ -273,6 +279,29 @@ class Run:
             )
 
         return over_ranks(some, np.ones(len(seeds)))
+
+
+def bytes_tokenizer(trajectories: list[Any], size: int) -> Any:
+    """Byte-pair encoding learnt from a run's own demonstrations: no word is unknown to it."""
+    bytes_ = ByteLevel(add_prefix_space=False)
+    like = word_tokenizer(trajectories)
+    made = Tokenizer(BPE())
+    made.pre_tokenizer, made.decoder = bytes_, ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=like.all_special_tokens,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator((m["content"] for t in trajectories for m in t.messages), trainer)
+    names = {name: getattr(like, name) for name in ("pad_token", "unk_token", "eos_token")}
+    extra = [token for token in like.all_special_tokens if token not in names.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        chat_template=like.chat_template.replace("> ", ">").replace("}} ", "}}"),
+        additional_special_tokens=extra,
+        **names,
+    )
 
 
 def _updates(trainer: StepAgentTrainer) -> int:

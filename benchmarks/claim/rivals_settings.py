@@ -19,6 +19,8 @@ class Setting:
         episodes: of each of these splits; None: any seed is one.
         measured: dev and test episodes.
         steps: of an episode in evaluation and in training, at most.
+        vocabulary: of byte pairs learnt from the demonstrations, for a model from scratch; None:
+            their words, which are all that there are.
         rft_keeps: rollouts that earn as much; None: as the demonstration.
     """
 
@@ -36,6 +38,7 @@ class Setting:
     learning_rate: float = 3e-4
     cycles: int = 4
     epochs_per_cycle: int = 4
+    vocabulary: int | None = None
     rft_keeps: float | None = None
 
     @property
@@ -50,17 +53,20 @@ def setting_of(name: str) -> Setting:
     if prefix == "babyai":
         return Setting(rft_keeps=0.01)  # any that arrives: slower ones are paid less
     if prefix == "textworld":
-        return Setting(measured=(100, 100), steps=(12, 12), max_new_tokens=16)
+        return Setting(
+            measured=(100, 100), steps=(12, 12), max_new_tokens=16, cycles=2, vocabulary=1500
+        )
     if prefix != "scienceworld":
         raise ValueError(f"environment must be babyai, textworld or scienceworld, got {name!r}")
     sizes = [_episodes(name, split) for split in ("train", "dev", "test")]
     return Setting(
         splits=("train", "dev", "test"),
         episodes=tuple(sizes),
-        measured=(min(sizes[1], 75), min(sizes[2], 75)),
+        measured=(min(sizes[1], 40), min(sizes[2], 40)),
         steps=(25, 25),
-        max_new_tokens=12,
+        max_new_tokens=16,
         max_tokens=4096,
+        vocabulary=1500,
         batch_size=8,
         cycles=2,
     )

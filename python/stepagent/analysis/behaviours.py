@@ -91,9 +91,7 @@ class Behaviours:
             )
         joint_EJ, local_EIL = _means(model, tracks)
         joint = Clusters.fit(joint_EJ, count, seed)
-        local = Clusters.fit(
-            local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed
-        )
+        local = Clusters.fit(local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed)
         labels = joint.assign(joint_EJ)
         names = tuple(_name(episodes, labels == k, actions) for k in range(count))
         return cls(model, describe, actions, parts, joint, local, gain, names)

@@ -40,7 +40,9 @@ class Clusters:
         from sklearn.preprocessing import StandardScaler
 
         if (different := len(np.unique(points_ND.round(6), axis=0))) < count:
-            raise ValueError(f"count must be at most the number of latents, {different}, got {count}")
+            raise ValueError(
+                f"count must be at most the number of latents, {different}, got {count}"
+            )
         mixture = make_pipeline(
             StandardScaler(),
             GaussianMixture(

@@ -52,5 +52,7 @@ def _cycle_of(where: str, record: Any) -> int:
     meta = record.get("meta") if isinstance(record, dict) else None
     found = meta.get("cycle") if isinstance(meta, dict) else None
     if type(found) is not int:
-        raise ValueError(f"{where} must be a line of {_WRITER}, with its cycle, got cycle {found!r}")
+        raise ValueError(
+            f"{where} must be a line of {_WRITER}, with its cycle, got cycle {found!r}"
+        )
     return found

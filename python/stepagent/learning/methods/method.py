@@ -118,7 +118,7 @@ class Method:
             demonstrations.
         explores: It has the agent act in its own way, in `collect`, and not at the states that
             ``states`` names.
-        whole_episodes: In `collect` it takes `Acting.episodes`, at the expert's states too: there is
+        whole_episodes: In `collect` it takes `Acting.episodes`, whatever ``states`` is: there is
             something for ``save_rollouts``.
         scores: Which log-probs of all actions are made where a cycle begins: ``"ref_logps"``, under
             the reference, and ``"old_logps"``, under the policy that acted. A method with any

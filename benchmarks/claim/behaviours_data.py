@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,15 @@ class Turning(AlongWalls):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Policies of one environment, by name; each is made where its episodes are not there yet."""
+    """Policies of one environment, by name; each is made where its episodes are not there yet.
+
+    parts: of an episode; the trained ones' environment has episodes of one step.
+    """
 
     name: str
     env: str
     max_steps: int
+    parts: int
     policies: dict[str, Callable[[Path], Any]]
 
     def episodes(self, policy: str, seeds: range, folder: Path) -> list[Episode]:
@@ -97,6 +102,7 @@ SCRIPTED = Mixture(
     "scripted",
     "babyai:UnlockPickup",
     40,
+    2,
     {
         "expert": lambda _: ExpertPolicy(),
         "random": lambda _: RandomPolicy(),
@@ -108,6 +114,7 @@ SCRIPTED = Mixture(
 _TASK = "babyai:GoToLocalS6N2"
 
 
+@cache
 def _trained(arm: str, folder: Path) -> ModelPolicy:
     """An arm of `rivals.py` on 64 demonstrations, greedy."""
     run = Run(Cell(_TASK, 64, 0, arm), folder / "trained", None)
@@ -121,6 +128,7 @@ TRAINED = Mixture(
     "trained",
     _TASK,
     20,
+    1,
     {
         "expert": lambda _: ExpertPolicy(),
         "random": lambda _: RandomPolicy(),

@@ -86,9 +86,9 @@ def mixture(mixed: Mixture, folder: Path, each: int, seed: int) -> dict[str, Any
         "table": counted(whose, labels, len(mixed.policies)),
         "names": list(found.names),
         "gain": found.gain,
-        "plane": PCA(2).fit(latents[0]).transform(latents[1]).round(2).tolist(),
     }
     if mixed is SCRIPTED and each == MOST:
+        result["plane"] = PCA(2).fit(latents[0]).transform(latents[1]).round(2).tolist()
         result["switches"] = switches(found, mixed, folder, seed)
     return result
 
@@ -327,7 +327,9 @@ def picture(path: Path, result: dict[str, Any]) -> None:
 
     one = next(m for m in result["mixture"] if "switches" in m)
     points, example = np.array(one["plane"]), one["switches"]["example"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(5, 4))
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 3.2), width_ratios=(5, 4), layout="constrained"
+    )
     whose = np.repeat(np.arange(len(SCRIPTED.policies)), len(HELD_OUT))
     for k, policy in enumerate(SCRIPTED.policies):
         left.plot(*points[whose == k].T, ".", markersize=5, alpha=0.6, label=policy)
@@ -342,10 +344,9 @@ def picture(path: Path, result: dict[str, Any]) -> None:
         bottom += shares[:, k]
     for at in example["found"]:
         right.axvline(at - 0.5, color="black", linestyle="--", linewidth=1)
-    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     right.set_xlabel("cycle")
     right.set_title(f"half-random until cycle {example['at'] - 1}, then the expert", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 

@@ -57,8 +57,8 @@ class Clusters:
 
     def assign(self, points: NDArray[np.float64]) -> NDArray[np.int64]:
         """(..., D) to (...), the cluster that most probably made each point."""
-        found = self.number_K[self.mixture.predict(points.reshape(-1, points.shape[-1]))]
-        return found.reshape(points.shape[:-1])
+        component_N: NDArray[np.int64] = self.mixture.predict(points.reshape(-1, points.shape[-1]))
+        return self.number_K[component_N].reshape(points.shape[:-1])
 
     def density(self, points_ND: NDArray[np.float64]) -> NDArray[np.float64]:
         """(N,) the log of it: how typical each point is."""

@@ -168,6 +168,13 @@ class RunOptions:
     rollout_seed_start: int = field(
         default=0, metadata={"help": "first environment seed of the rollouts"}
     )
+    save_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "write the episodes that the agent acts in to rollouts.jsonl in output_dir, "
+            "each with its cycle"
+        },
+    )
     teacher_share: float = field(
         default=0.0,
         metadata={

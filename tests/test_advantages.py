@@ -304,7 +304,7 @@ def test_other_methods_advantages_equal_the_reference(
     states_S, turns_B, tools_B = batch["states_S"], batch["turns_B"], batch["tools_B"]
     cases: list[tuple[str, tuple[Tensor, ...], dict[str, Any]]] = [
         ("gigpo", (rewards_S, offsets, tasks_B, states_S), {"omega": weight, "scale": scale}),
-        ("istar", (outcomes_B, rewards_S, offsets, tasks_B), {"omega": weight}),
+        ("istar", (outcomes_B, rewards_S, offsets, tasks_B), {"omega": weight, "scale": scale}),
         ("prime", (outcomes_B, rewards_S, offsets, tasks_B), {"gamma": weight}),
         ("mt_grpo", (turns_B, outcomes_B, offsets, tasks_B, tools_B), {"lam": weight}),
     ]

@@ -12,12 +12,14 @@ from click.testing import CliRunner
 
 from stepagent import optional
 from stepagent.analysis import Behaviours, LatentOptions, change_points
+from stepagent.analysis.clusters import Clusters
 from stepagent.analysis.describing import HashedWords
 from stepagent.analysis.latent import Gaussian, LatentModel
 from stepagent.analysis.tracks import Actions, make_tracks
 from stepagent.cli import main
 from stepagent.data.trajectory import save_trajectories
 from stepagent.episodes import Episode
+from stepagent.records.cycle_file import ROLLOUTS, write_cycle
 
 metrics = pytest.importorskip("sklearn.metrics")
 QUICK = LatentOptions(updates=150, hidden=24, joint=2, local=2, learning_rate=1e-2)
@@ -94,6 +96,34 @@ def test_joint_clusters_find_the_convention_and_local_ones_the_role() -> None:
     roles = np.stack([leads != 0, leads != 1], axis=1)
     assert metrics.adjusted_rand_score(sides, found.assign(joints)) > 0.9
     assert metrics.adjusted_rand_score(roles.ravel(), found.assign_local(joints).ravel()) > 0.9
+
+
+def spread(each: int, seed: int) -> np.ndarray:
+    """Points of a narrow cluster, and of a long one that k-means would cut in two."""
+    rng = np.random.default_rng(seed)
+    narrow = rng.normal(size=(each, 2)) * 0.1
+    long = rng.normal(size=(2 * each, 2)) * (3, 0.1) + (0, 1)
+    return np.concatenate([narrow, long])
+
+
+def test_clusters_of_other_shapes_are_told_apart_and_the_largest_comes_first() -> None:
+    found = Clusters.fit(spread(60, 0), 2, seed=0)
+    labels = found.assign(spread(40, 1))
+    assert metrics.adjusted_rand_score(np.repeat([1, 0], [40, 80]), labels) > 0.95
+    assert labels.sum() < 60  # 0 is the long one
+
+
+def test_the_scale_and_the_turn_of_latents_say_nothing() -> None:
+    points, turn = spread(60, 0), np.array([[100.0, 0.1], [0.0, 0.1]])
+    one = Clusters.fit(points, 2, seed=0).assign(points)
+    other = Clusters.fit(points @ turn, 2, seed=0).assign(points @ turn)
+    assert metrics.adjusted_rand_score(one, other) > 0.95
+
+
+def test_the_densest_point_is_the_most_typical() -> None:
+    found = Clusters.fit(spread(60, 0), 2, seed=0)
+    centre, edge = found.density(np.array([[0.0, 0.0], [0.3, 0.0]]))
+    assert centre > edge
 
 
 # ------------------------------------------------------------------ the model
@@ -195,15 +225,11 @@ def test_one_policy_is_one_behaviour() -> None:
 @pytest.mark.slow
 def test_the_command_tells_shares_and_changes(tmp_path: Path) -> None:
     """Of a run whose records tell their cycle: three of one habit, then three of another."""
-    lines = []
     for cycle in range(6):
-        for s in range(10):
-            trajectory = lived(HABITS[cycle // 3], 100 * cycle + s).trajectory()
-            trajectory.meta["cycle"] = cycle
-            lines.append(trajectory)
-    save_trajectories(tmp_path / "run.jsonl", lines)
+        own = [lived(HABITS[cycle // 3], 100 * cycle + s) for s in range(10)]
+        write_cycle(tmp_path / "run" / ROLLOUTS, cycle, own)
     output = tmp_path / "behaviours.json"
-    command = ["behaviours", str(tmp_path / "run.jsonl"), "--count", "2", "--output", str(output)]
+    command = ["behaviours", str(tmp_path / "run"), "--count", "2", "--output", str(output)]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     report = json.loads(output.read_text())
@@ -211,12 +237,21 @@ def test_the_command_tells_shares_and_changes(tmp_path: Path) -> None:
     assert "behaviour changed at run, cycle 3" in done.stdout
     assert [point["cycle"] for point in report["points"]] == list(range(6))
     assert {tuple(point["shares"]) for point in report["points"]} == {(1.0, 0.0), (0.0, 1.0)}
-    assert sorted(kind["success"][0] for kind in report["behaviours"]) == [0.0, 1.0]
+    of_wrong, of_right = sorted(kind["success"] for kind in report["behaviours"])
+    assert (of_wrong[0], of_right[0]) == (0, 1)
+    assert of_wrong[2] < of_right[1]  # the intervals are apart
+    assert "100% (89%–100%)" in done.stdout
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     refused = CliRunner().invoke(main, ["behaviours", str(empty)])
     assert refused.exit_code == 1
     assert refused.stderr.startswith("Error: ")
+
+
+def test_a_folder_without_episodes_is_refused(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(main, ["behaviours", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "must hold rollouts.jsonl, which training with --save_rollouts writes" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["subgoals", "behaviours"])

@@ -109,7 +109,7 @@ def test_a_registered_name_is_a_method(hinge, config):
         ({"method": "pathlib:Path"}, "must be a subclass of stepagent.methods.Method"),
         (
             {"method": "sft", "beta": 0.5},
-            "beta is an option of method='implicit' or 'eto' or 'ipr', got beta=0.5",
+            "beta is an option of method='implicit' or 'eto' or 'ipr' or 'istar', got beta=0.5",
         ),
         ({"clip": 0.1}, "clip is an option of method='inverse'.* with method='implicit'"),
         ({"method": "sft", "baseline": "group"}, "baseline is an option of method='inverse'"),

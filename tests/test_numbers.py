@@ -24,9 +24,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rft": {"max_steps_per_episode": 3, "keep_reward": 0.0},
     "ipr": {"max_steps_per_episode": 3, "continuations": 1, "max_new_tokens": 2},
     "gigpo": {"rollouts": 4, "group_size": 2, "max_steps_per_episode": 3},
+    "istar": {"rollouts": 16, "group_size": 8, "max_steps_per_episode": 3, "critic_epochs": 1},
     "ppo": {"rollouts": 2, "max_steps_per_episode": 3},
 }
-ACTS_IN_ENV = ("early_experience", "eto", "rft", "ipr", "gigpo", "ppo")
+ACTS_IN_ENV = ("early_experience", "eto", "rft", "ipr", "gigpo", "istar", "ppo")
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -18,7 +18,7 @@ from stepagent.learning.methods.online import GRPO, GiGPO, anchors
 from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.records.episodes import Episode
 
-METHODS = ("grpo", "gigpo", "ppo")
+METHODS = ("grpo", "gigpo", "istar", "ppo")
 _slow = pytest.mark.slow
 
 
@@ -152,7 +152,7 @@ def test_success_is_never_read(config):
     assert credit(GRPO(config()), flagged)[0][1] > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["grpo", "gigpo", "ppo"])  # iStar: test_istar.py
 def test_a_cycle_gives_its_own_episodes_advantages(config, monkeypatch, method):
     """End to end: real rollouts, whose records are worked out by the definitions in float64."""
     made = trainer(config(method=method))
@@ -352,8 +352,12 @@ def test_episodes_that_crash_are_left_out(config):
         ({"kl_in": "reward", "kl_coef": 0.1}, "kl_in must be 'loss': .* got 'reward'"),
         ({"ask": "unsure"}, "ask must be left out: .* got 'unsure'"),
         ({"teacher_share": 0.5}, "teacher_share must be 0: .* got 0.5"),
-        ({"omega": 2.0}, "omega is an option of method='gigpo', got omega=2.0 with method='grpo'"),
+        ({"omega": 2.0}, "omega is an option of method='gigpo' or 'istar', got omega=2.0 with"),
         ({"gamma": 0.5}, "gamma is an option of method='inverse' or 'gigpo' or 'ppo', got"),
+        (
+            {"method": "istar", "fp16": True, "use_cpu": False},
+            "fp16 must be False with method='istar'",
+        ),
         ({"method": "gigpo", "omega": -1.0}, "omega must be finite and >= 0, got -1.0"),
         ({"method": "gigpo", "anchor": "room"}, "anchor must be one of .* got 'room'"),
         ({"method": "ppo", "group_size": 4}, "group_size is an option of method='grpo' or 'gigpo'"),

@@ -13,6 +13,7 @@ import pytest
 
 from stepagent.envs import ExpertUnavailable
 from stepagent.evaluation import bootstrap_runs
+from stepagent.report import load_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/claim"))
@@ -142,11 +143,15 @@ def test_a_cell_is_measured_once_and_is_the_same_again(arm, monkeypatch, tmp_pat
     first, again = (rivals.run_cell(one, tmp_path / name, None) for name in "ab")
     seconds = {"seconds": None}
     assert first | seconds == again | seconds
-    assert first["env_steps"] == 8 * tiny.steps[1]  # an untrained agent never arrives
+    each = rivals.ARMS[arm].get("samples", 1)
+    assert first["env_steps"] == 8 * each * tiny.steps[1]  # an untrained agent never arrives
     assert (first["expert_answers"] > 0) == (arm == rivals.RIVALS[2])
     assert str(tmp_path) not in json.dumps(first)
+    shown = load_run(one.board(tmp_path / "a"))
+    assert [float(e.success) for e in shown.episodes] == first["values"]["success"]
+    assert len(shown.cycles) == 1
     monkeypatch.setattr(rivals.Run, "train", None)  # it is read, and not trained again
     assert rivals.run_cell(one, tmp_path / "a", None) == first
-    monkeypatch.setitem(rivals.ARMS, arm, rivals.ARMS[arm] | {"learning_rate": 1e-5})
+    monkeypatch.setitem(rivals.ALL, arm, rivals.ARMS[arm] | {"learning_rate": 1e-5})
     with pytest.raises(TypeError, match="not callable"):  # other options: it would be trained
         rivals.run_cell(one, tmp_path / "a", None)

@@ -2,180 +2,190 @@
 
     python benchmarks/claim/behaviours.py --seeds 3 --output runs/behaviours    # resumes
 
-**Mixture.** Episodes of five policies in BabyAI, of two thirds of which a model is fitted without
-their labels: the expert, chance, an expert half of whose actions are random, one that walks along
-the walls, and one that mostly turns. The figure is the adjusted Rand index (ARI) of clusters and
-policies on the other third; and between two seeds of the model. **Switch.** Eight cycles of 20
-held-out episodes, of the half-random expert and then of the expert: the change point found, less
-the true one; and of eight cycles without a switch, how often one is found. **Toy.** Two agents
-choose a side of a road (the convention, shared) while one leads and one waits (the role). ARI of
-joint clusters with the convention and of local ones with the role, hierarchical and flat: the
-flat rival has no joint latent, so an episode is told by the mean of its agents' latents.
+**Mixture.** A model is fitted on episodes of five policies without their labels. The figure is the
+adjusted Rand index (ARI) of clusters and policies on held-out episodes, and of the clusters of two
+seeds of the model with each other. Beside it stand k-means on the same latents, and two ceilings
+that know the labels of the episodes fitted on: a logistic regression on the latents, and one policy
+for each label, a logistic regression of the action on the observation, an episode being of the one
+under which it is most likely. *scripted*: the expert, chance, an expert half of whose actions are
+random, one that walks along the walls, one that mostly turns (`babyai:UnlockPickup`). *trained*:
+the expert, chance, and greedy agents of SFT, DAgger and inverse RL (`babyai:GoToLocalS6N2`).
+
+**Switch.** Eight cycles of 20 episodes, of one policy and then of another: for each ordered pair
+and each of the seven places, the change point nearest to the true one. Eight cycles of one policy:
+is one found? Episodes are neither those fitted on nor those of the mixture.
+
+**Success.** Three behaviours are fitted on one policy alone, the half-random expert or the agent of
+SFT: the success of each on held-out episodes, with its interval.
+
+**Toy.** Two agents choose a side of a road (the convention, shared) while one leads and one waits
+(the role). ARI of joint clusters with the convention and of local ones with the role, hierarchical
+and flat: the flat rival has no joint latent, so an episode is told by its agents' mean latent, and
+roles of both by k-means too, which suits it better.
+
+Seeds from 500,000 on served to choose the clusters; none of them is in the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score
+from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from behaviours_data import SCRIPTED, TRAINED, Mixture, coordination
 from common import environment
 
-from stepagent.acting.policies import ExpertPolicy, RandomPolicy
-from stepagent.acting.rollout import run_episodes
-from stepagent.analysis import Behaviours, LatentOptions, change_points
-from stepagent.data.trajectory import save_trajectories
-from stepagent.records.episodes import Episode, load_episodes
+from stepagent.analysis import Behaviours, HashedWords, LatentOptions, change_points
+from stepagent.analysis.tracks import Actions, done_by
+from stepagent.evaluation.statistics import rate_interval
 
-ENV = "babyai:UnlockPickup"
-MAX_STEPS = 40
+MOST = 200  # episodes of a policy to fit on
+SIZES = (30, 60, 120, MOST)
+HELD_OUT = range(10_000, 10_100)
+CYCLES, PER_CYCLE = 8, 20
+SEQUENCES = 3  # without a switch, of each policy
 
-# ------------------------------------------------------------------ policies
-
-
-class HalfRandom(ExpertPolicy):
-    """The expert, half of whose actions are random."""
-
-    name = "half random"
-
-    def begin(self, seeds: Sequence[int]) -> None:
-        self._rngs = [np.random.default_rng((7, seed)) for seed in seeds]
-
-    def act(self, observations: Sequence[str], envs: Sequence[Any]) -> list[str | None]:
-        found = super().act(observations, envs)
-        for place, (env, rng) in enumerate(zip(envs, self._rngs, strict=True)):
-            if rng.random() < 0.5:
-                found[place] = env.actions[int(rng.integers(len(env.actions)))]
-        return found
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self._rngs = [self._rngs[row] for row in rows]
+# ------------------------------------------------------------------ mixture
 
 
-class AlongWalls(HalfRandom):
-    """Forward to the wall, then right: whatever the mission is. A tenth of it is random."""
-
-    name = "along walls"
-    noise = 0.1
-
-    def habit(self, observation: str) -> str:
-        return "right" if "walls ahead 1" in observation else "forward"
-
-    def act(self, observations: Sequence[str], envs: Sequence[Any]) -> list[str | None]:
-        return [
-            env.actions[int(rng.integers(len(env.actions)))]
-            if rng.random() < self.noise
-            else self.habit(text)
-            for text, env, rng in zip(observations, envs, self._rngs, strict=True)
-        ]
-
-
-class Turning(AlongWalls):
-    """Left, again and again; a tenth of it is random."""
-
-    name = "turning"
-
-    def habit(self, observation: str) -> str:
-        return "left"
-
-
-POLICIES: dict[str, Callable[[], Any]] = {
-    "expert": ExpertPolicy,
-    "random": RandomPolicy,
-    "half random": HalfRandom,
-    "along walls": AlongWalls,
-    "turning": Turning,
-}
-
-
-def episodes_of(policy: str, seeds: range, folder: Path) -> list[Episode]:
-    """Kept in the folder."""
-    path = folder / f"{policy} {seeds.start}-{seeds.stop}.jsonl"
-    if not path.exists():
-        found = run_episodes(ENV, POLICIES[policy](), seeds, max_steps=MAX_STEPS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_trajectories(path, [episode.trajectory() for episode in found])
-    return load_episodes(path)
-
-
-# ------------------------------------------------------------------ mixture, switch
-
-
-def fitted(folder: Path, seed: int, each: int) -> Behaviours:
-    known = [e for p in POLICIES for e in episodes_of(p, range(each), folder)]
-    return Behaviours.fit(known, count=len(POLICIES), seed=seed)
-
-
-def mixture(folder: Path, seed: int, each: int) -> dict[str, Any]:
-    found = fitted(folder, seed, each)
-    half = each // 2
-    held_out = {p: episodes_of(p, range(10_000, 10_000 + half), folder) for p in POLICIES}
-    labels = found.assign([e for own in held_out.values() for e in own])
-    true = np.repeat(np.arange(len(POLICIES)), half)
-    table = np.zeros((len(POLICIES), len(POLICIES)), int)
-    np.add.at(table, (true, labels), 1)
-    return {
+def mixture(mixed: Mixture, folder: Path, each: int, seed: int) -> dict[str, Any]:
+    known, whose_known = mixed.of_all(range(each), folder)
+    held_out, whose = mixed.of_all(HELD_OUT, folder)
+    found = Behaviours.fit(known, count=len(mixed.policies), parts=mixed.parts, seed=seed)
+    labels = found.assign(held_out)
+    latents = [found.latents(own)[0] for own in (known, held_out)]
+    by_means = k_means(*latents, len(mixed.policies), seed)
+    scaled = StandardScaler().fit(latents[0])
+    told = LogisticRegression(C=10, max_iter=3000)
+    told.fit(scaled.transform(latents[0]), whose_known)
+    told_labels = told.predict(scaled.transform(latents[1]))
+    result = {
+        "mixture": mixed.name,
+        "each": each,
         "seed": seed,
-        "ari": adjusted_rand_score(true, labels),
+        "ari": adjusted_rand_score(whose, labels),
+        "k_means": adjusted_rand_score(whose, by_means),
+        "told_latents": adjusted_rand_score(whose, told_labels),
         "labels": labels.tolist(),
-        "table": table.tolist(),
+        "table": counted(whose, labels, len(mixed.policies)),
         "names": list(found.names),
         "gain": found.gain,
-        "switches": switches(found, folder, seed),
+    }
+    if mixed is SCRIPTED and each == MOST:
+        result["plane"] = PCA(2).fit(latents[0]).transform(latents[1]).round(2).tolist()
+        result["switches"] = switches(found, mixed, folder, seed)
+    return result
+
+
+def told_policies(mixed: Mixture, folder: Path, each: int) -> dict[str, Any]:
+    """The ceiling of what an observation and the action there tell of whose episode it is."""
+    known, whose_known = mixed.of_all(range(each), folder)
+    held_out, whose = mixed.of_all(HELD_OUT, folder)
+    actions = Actions.of([action for e in known for action in done_by(e)], 32)
+    words = HashedWords(512)
+    seen = words([text for e in held_out for text in e.observations])
+    done = actions.index([action for e in held_out for action in done_by(e)])
+    of_episode = np.repeat(np.arange(len(held_out)), [len(e.actions) for e in held_out])
+    logps = np.zeros((len(held_out), len(mixed.policies)))
+    for k in range(len(mixed.policies)):
+        own = [e for e, policy in zip(known, whose_known, strict=True) if policy == k]
+        rows = words([text for e in own for text in e.observations])
+        policy = LogisticRegression(C=10, max_iter=200)
+        policy.fit(rows, actions.index([action for e in own for action in done_by(e)]))
+        logp = np.full((len(seen), len(actions.names)), np.log(1e-4))  # of what it never did
+        logp[:, policy.classes_] = np.log(policy.predict_proba(seen).clip(1e-4))
+        np.add.at(logps[:, k], of_episode, logp[np.arange(len(done)), done])
+    labels = logps.argmax(1)
+    return {
+        "mixture": mixed.name,
+        "each": each,
+        "ari": adjusted_rand_score(whose, labels),
+        "accuracy": float((labels == whose).mean()),
+        "table": counted(whose, labels, len(mixed.policies)),
     }
 
 
-def switches(found: Behaviours, folder: Path, seed: int) -> dict[str, Any]:
-    """Errors of change points, in cycles; and how many of as many sequences without one had one."""
-    before = found.assign(episodes_of("half random", range(20_000, 20_160), folder))
-    after = found.assign(episodes_of("expert", range(20_000, 20_160), folder))
-    rng = np.random.default_rng(seed)
-    errors, false = [], 0
-    for at in range(1, 8):
-        cycles = [rng.choice(before if c < at else after, 20) for c in range(8)]
-        changes = change_points(cycles, seed=seed)
-        errors.append(min((abs(change.at - at) for change in changes), default=None))
-        same = [rng.choice(before, 20) for _ in range(8)]
-        false += len(change_points(same, seed=seed)) > 0
-    return {"errors": errors, "false": false, "of": len(errors)}
+def counted(whose: np.ndarray, labels: np.ndarray, count: int) -> list[list[int]]:
+    """[policy][behaviour] episodes."""
+    table = np.zeros((count, count), int)
+    np.add.at(table, (whose, labels), 1)
+    return table.tolist()
+
+
+# ------------------------------------------------------------------ switch
+
+
+def switches(found: Behaviours, mixed: Mixture, folder: Path, seed: int) -> dict[str, Any]:
+    """Each switch's error in cycles, None where none is found; and changes where there are none."""
+    length = CYCLES * PER_CYCLE
+    seeds = range(20_000, 20_000 + SEQUENCES * length)
+    sequences = {
+        policy: found.assign(mixed.episodes(policy, seeds, folder)).reshape(
+            SEQUENCES, CYCLES, PER_CYCLE
+        )
+        for policy in mixed.policies
+    }
+    results = []
+    for before, after in ((a, b) for a in sequences for b in sequences if a != b):
+        for at in range(1, CYCLES):
+            cycles = [*sequences[before][0][:at], *sequences[after][0][at:]]
+            changes = [change.at for change in change_points(cycles, seed=seed)]
+            error = min((abs(place - at) for place in changes), default=None)
+            results.append([before, after, at, error, len(changes)])
+    same = [own for of_policy in sequences.values() for own in of_policy]
+    example = [*sequences["half random"][0][:5], *sequences["expert"][0][5:]]
+    return {
+        "switches": results,
+        "false": sum(bool(change_points(list(own), seed=seed)) for own in same),
+        "without": len(same),
+        "example": {
+            "at": 5,
+            "found": [change.at for change in change_points(example, seed=seed)],
+            "shares": [(np.bincount(own, minlength=5) / len(own)).tolist() for own in example],
+        },
+    }
+
+
+# ------------------------------------------------------------------ success
+
+
+def success(mixed: Mixture, policy: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Of the behaviours of one policy, on episodes that were not fitted on."""
+    known = mixed.episodes(policy, range(MOST), folder)
+    held_out = mixed.episodes(
+        policy, range(20_000, 20_000 + SEQUENCES * CYCLES * PER_CYCLE), folder
+    )
+    result: dict[str, Any] = {"policy": policy, "seed": seed, "behaviours": []}
+    try:
+        found = Behaviours.fit(known, count=3, parts=mixed.parts, seed=seed)
+    except ValueError as error:  # it has one behaviour only
+        return result | {"refused": str(error)}
+    labels = found.assign(held_out)
+    for k, name in enumerate(found.names):
+        own = [float(e.success) for e, label in zip(held_out, labels, strict=True) if label == k]
+        rate = rate_interval(own) if own else None
+        interval = None if rate is None else [rate.mean, rate.low, rate.high]
+        result["behaviours"].append({"name": name, "episodes": len(own), "success": interval})
+    return result | {"gain": found.gain}
 
 
 # ------------------------------------------------------------------ toy
-
-
-def coordination(count: int, seed: int) -> tuple[list[list[Episode]], np.ndarray, np.ndarray]:
-    """Joint episodes of two agents on a road, the convention (E,), and each agent's role (E, 2).
-
-    Each sees how near the other is. Near, both go to the side of their convention (three of them:
-    left, right, or stop). Far, the leader goes on and the other waits. A twentieth is random.
-    """
-    rng = np.random.default_rng(seed)
-    sides = ("left", "right", "stop")
-    conventions, leaders = rng.integers(3, size=count), rng.integers(2, size=count)
-    joints = []
-    for e in range(count):
-        near = rng.random(16) < 0.5
-        agents = []
-        for agent in range(2):
-            habit = "go on" if agent == leaders[e] else "wait"
-            actions = [sides[conventions[e]] if n else habit for n in near]
-            actions = [
-                str(rng.choice([*sides, "go on", "wait"])) if rng.random() < 0.05 else a
-                for a in actions
-            ]
-            seen = ["another is near" if n else "the road is free" for n in near]
-            agents.append(Episode("road", e, observations=seen, actions=actions))
-        joints.append(agents)
-    return joints, conventions, np.stack([leaders != 0, leaders != 1], axis=1).astype(int)
 
 
 def toy(seed: int) -> dict[str, Any]:
@@ -186,14 +196,23 @@ def toy(seed: int) -> dict[str, Any]:
         options = LatentOptions(hierarchical=hierarchical)
         found = Behaviours.fit(known, count=3, local_count=2, options=options, seed=seed)
         joint, local = found.assign(held_out), found.assign_local(held_out)
+        local_EIL, seen_EIL = (found.latents(own)[1] for own in (known, held_out))
         if not hierarchical:
-            means = [found.latents(own)[1].mean(1) for own in (known, held_out)]
-            joint = KMeans(3, n_init=10, random_state=seed).fit(means[0]).predict(means[1])
+            joint = k_means(local_EIL.mean(1), seen_EIL.mean(1), 3, seed)
+        size = local_EIL.shape[-1]
+        by_means = k_means(local_EIL.reshape(-1, size), seen_EIL.reshape(-1, size), 2, seed)
         result[name] = {
             "convention": adjusted_rand_score(conventions, joint),
             "role": adjusted_rand_score(roles.ravel(), local.ravel()),
+            "role, k-means": adjusted_rand_score(roles.ravel(), by_means),
         }
     return result
+
+
+def k_means(known: np.ndarray, held_out: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The clusters of the points held out."""
+    found: np.ndarray = KMeans(count, n_init=10, random_state=seed).fit(known).predict(held_out)
+    return found
 
 
 # ------------------------------------------------------------------ all
@@ -208,63 +227,145 @@ def cell(folder: Path, name: str, compute: Callable[[], dict[str, Any]]) -> dict
     return json.loads(path.read_text())
 
 
-def table(mixed: list[dict[str, Any]], toys: list[dict[str, Any]]) -> str:
-    lines = []
-    if mixed:
-        lines += [
-            "| seed | ARI with the policies | errors of changes, cycles | found without a switch |"
-        ]
-        lines += ["|---|---|---|---|"]
-    for one in mixed:
-        told = one["switches"]
-        errors = ", ".join("none found" if e is None else str(e) for e in told["errors"])
-        lines.append(
-            f"| {one['seed']} | {one['ari']:.2f} | {errors} | {told['false']} of {told['of']} |"
-        )
-    pairs = [
-        adjusted_rand_score(a["labels"], b["labels"])
-        for i, a in enumerate(mixed)
-        for b in mixed[:i]
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    seeds, folder = range(args.seeds), args.output
+    wanted = [(SCRIPTED, each) for each in SIZES] + [(TRAINED, MOST)] * args.trained
+    return {
+        "mixture": [
+            cell(folder, f"{m.name} {n} {s}", partial(mixture, m, folder, n, s))
+            for m, n in wanted
+            for s in seeds
+        ],
+        "told": [
+            cell(folder, f"told {m.name} {n}", partial(told_policies, m, folder, n))
+            for m, n in wanted
+        ],
+        "success": [
+            cell(folder, f"success {policy} {s}", partial(success, m, policy, folder, s))
+            for m, policy in [(SCRIPTED, "half random")] + [(TRAINED, "SFT")] * args.trained
+            for s in seeds
+        ],
+        "toy": [cell(folder, f"toy {s}", partial(toy, s)) for s in seeds],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [*_mixtures(result), "", *_switches(result["mixture"]), ""]
+    for name, policies in (("scripted", SCRIPTED.policies), ("trained", TRAINED.policies)):
+        shown = [one for one in result["mixture"] if (one["mixture"], one["each"]) == (name, MOST)]
+        if shown:
+            lines += [f"Held-out episodes of seed 0, {name}, policies by behaviours:", ""]
+            lines += ["| policy | " + " | ".join(shown[0]["names"]) + " |"]
+            lines += ["|---" * (len(policies) + 1) + "|"]
+            rows = zip(policies, shown[0]["table"], strict=True)
+            lines += [f"| {p} | " + " | ".join(map(str, row)) + " |" for p, row in rows] + [""]
+    return "\n".join([*lines, *_success(result["success"]), "", *_toys(result["toy"])])
+
+
+def _mixtures(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| policies | episodes of each to fit on | ARI with the policies | of k-means "
+        "| between seeds | told: latents | told: policies |",
+        "|---" * 7 + "|",
     ]
-    if pairs:
-        lines += ["", "ARI between seeds: " + ", ".join(f"{pair:.2f}" for pair in pairs)]
-    if mixed:
-        lines += ["", "Held-out episodes of the first seed, policies by behaviours:", ""]
-        lines += ["| policy | " + " | ".join(mixed[0]["names"]) + " |"]
-        lines += ["|---" * (len(POLICIES) + 1) + "|"]
-        lines += [
-            f"| {p} | " + " | ".join(map(str, row)) + " |"
-            for p, row in zip(POLICIES, mixed[0]["table"], strict=True)
-        ]
-    if toys:
-        lines += [
-            "",
-            "| toy, seed | joint: convention | local: role | flat: convention | flat: role |",
-        ]
-        lines += ["|---|---|---|---|---|"]
+    for told in result["told"]:
+        name, each = told["mixture"], told["each"]
+        own = [one for one in result["mixture"] if (one["mixture"], one["each"]) == (name, each)]
+        between = [adjusted_rand_score(a["labels"], b["labels"]) for a, b in combinations(own, 2)]
+        columns = [[one[key] for one in own] for key in ("ari", "k_means")]
+        columns += [between, [one["told_latents"] for one in own], [told["ari"]]]
+        shown = [", ".join(f"{x:.2f}" for x in values) for values in columns]
+        lines.append(f"| {name} | {each} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _switches(mixtures: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| seed | switches | at the cycle | within one cycle | none found "
+        "| with another change too | found without a switch |",
+        "|---" * 7 + "|",
+    ]
+    for one in mixtures:
+        if told := one.get("switches"):
+            errors = [error for *_, error, _ in told["switches"]]
+            counts = [len(errors), errors.count(0), errors.count(0) + errors.count(1)]
+            counts += [errors.count(None), sum(n > 1 for *_, n in told["switches"])]
+            without = f"{told['false']} of {told['without']}"
+            lines.append(f"| {one['seed']} | {' | '.join(map(str, counts))} | {without} |")
+    return lines
+
+
+def _success(found: list[dict[str, Any]]) -> list[str]:
+    lines = ["| policy, seed | behaviour | episodes | success |", "|---" * 4 + "|"]
+    for one in found:
+        which = f"{one['policy']}, {one['seed']}"
+        if "refused" in one:
+            lines.append(f"| {which} | refused: one behaviour only | | |")
+        for kind in one["behaviours"]:
+            mean, low, high = kind["success"] or [math.nan] * 3
+            rate = f"{mean:.2f} ({low:.2f} … {high:.2f})"
+            lines.append(f"| {which} | {kind['name']} | {kind['episodes']} | {rate} |")
+    return lines
+
+
+def _toys(toys: list[dict[str, Any]]) -> list[str]:
+    figures = ("convention", "role", "role, k-means")
+    columns = [f"{name}: {figure}" for name in ("hierarchical", "flat") for figure in figures]
+    lines = ["| toy, seed | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
     for one in toys:
-        both = [one[n][key] for n in ("hierarchical", "flat") for key in ("convention", "role")]
+        both = [one[name][figure] for name in ("hierarchical", "flat") for figure in figures]
         lines.append(f"| {one['seed']} | " + " | ".join(f"{x:.2f}" for x in both) + " |")
-    return "\n".join(lines).strip()
+    return lines
+
+
+def picture(path: Path, result: dict[str, Any]) -> None:
+    """Held-out episodes in the plane of their latents, and shares of behaviours along a switch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    one = next(m for m in result["mixture"] if "switches" in m)
+    points, example = np.array(one["plane"]), one["switches"]["example"]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 3.2), width_ratios=(5, 4), layout="constrained"
+    )
+    whose = np.repeat(np.arange(len(SCRIPTED.policies)), len(HELD_OUT))
+    for k, policy in enumerate(SCRIPTED.policies):
+        left.plot(*points[whose == k].T, ".", markersize=5, alpha=0.6, label=policy)
+    left.legend(fontsize=8, frameon=False)
+    left.set_xticks([])
+    left.set_yticks([])
+    left.set_title("latents of held-out episodes, by policy", fontsize=10)
+    shares = np.array(example["shares"])
+    bottom = np.zeros(len(shares))
+    for k in np.flatnonzero(shares.max(0) > 0):
+        right.bar(range(len(shares)), shares[:, k], bottom=bottom, label=one["names"][k])
+        bottom += shares[:, k]
+    for at in example["found"]:
+        right.axvline(at - 0.5, color="black", linestyle="--", linewidth=1)
+    right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    right.set_xlabel("cycle")
+    right.set_title(f"half-random until cycle {example['at'] - 1}, then the expert", fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--each", type=int, default=60, help="episodes of a policy to fit on")
+    parser.add_argument("--trained", action="store_true", help="the trained mixture too (minutes)")
     parser.add_argument("--output", type=Path, default=Path("runs/behaviours"))
     parser.add_argument("--json", type=Path, help="write the result here, and a .md beside it")
+    parser.add_argument("--picture", type=Path, help="draw latents and a switch")
     args = parser.parse_args()
-    toys = [cell(args.output, f"toy {seed}", partial(toy, seed)) for seed in range(args.seeds)]
-    mixed = [
-        cell(args.output, f"mixture {seed}", partial(mixture, args.output, seed, args.each))
-        for seed in range(args.seeds)
-    ]
-    print(table(mixed, toys))
+    torch.set_num_threads(1)
+    result = measure(args)
+    print(table(result))
     if args.json:
-        result = {"environment": environment(), "mixture": mixed, "toy": toys}
-        args.json.write_text(json.dumps(result) + "\n")
-        args.json.with_suffix(".md").write_text(table(mixed, toys) + "\n")
+        args.json.write_text(json.dumps({"environment": environment(), **result}) + "\n")
+        args.json.with_suffix(".md").write_text(table(result) + "\n")
+    if args.picture:
+        picture(args.picture, result)
 
 
 if __name__ == "__main__":

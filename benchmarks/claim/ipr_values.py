@@ -8,9 +8,10 @@ after the agent's action there and after the expert's, at temperature 1: N = 5, 
 these N = 200.
 
 1. Rank correlation of the two means, over all (state, action).
-2. A step pair at N = 5 names a step. Of an explored trajectory with several steps at which the
-   agent does otherwise than the expert: is the named one (of the largest gain in step reward) that
-   where the N = 200 values part most? Chance is one of those steps, drawn evenly.
+2. A step pair at N = 5 names a step, also one at which both do the same. Of an explored trajectory
+   in which ground was lost: is the named one (of the largest gain in step reward) that where the
+   N = 200 values part most? Chance is a step of it drawn evenly; and, apart, one of those at which
+   the agent does otherwise than the expert, where there are several.
 3. Does the agent's action at a named step lose ground, so that the bot needs more steps after it
    than after the expert's? Chance is all steps at which the agent does otherwise.
 
@@ -44,6 +45,10 @@ ENV = "babyai:GoToLocalS6N2"
 DEMONSTRATIONS, EXPLORED = 100, 12
 EPOCHS, MAX_NEW_TOKENS, MAX_STEPS = 12, 3, 15
 FEW, MANY = 5, 200
+OF_ALL = "named step is the lost one"
+OF_DIFFERING = "of the steps that differ, the named one is the lost one"
+GROUND = "ground lost at a named step"
+NAMED = (OF_ALL, OF_DIFFERING, GROUND)
 
 
 def measure(run: int, folder: Path) -> dict[str, Any]:
@@ -154,25 +159,42 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def named(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Per trajectory: whether the named step is where values part most, less chance; per named
-    step: whether the agent lost ground there, less the share of all steps where they differ."""
-    hits, ground = [], []
+def named(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each less what chance would give: see the head of this file."""
     apart = [row for row in rows if row["differs"]]
     lost = [row["bot_steps"] > row["steps"] for row in apart]
-    for i in sorted({row["trajectory"] for row in apart}):
-        steps = [row for row in apart if row["trajectory"] == i]
+    found: dict[str, list[float]] = {name: [] for name in NAMED}
+    for i in sorted({row["trajectory"] for row in rows}):
+        steps = [row for row in rows if row["trajectory"] == i]
         pairs = [row for row in steps if side(row) == "expert"]
-        ground += [float(row["bot_steps"] > row["steps"]) - float(np.mean(lost)) for row in pairs]
-        if len(steps) < 2 or not pairs:
+        if not pairs:
             continue
-        best = max(pairs, key=lambda row: gap(row, "few"))
-        most = max(gap(row, "many") for row in steps)
-        hits.append(float(gap(best, "many") == most) - 1 / len(steps))
-    return hits, ground
+        found[OF_ALL] += _is_most(pairs, steps)
+        differing = [row for row in steps if row["differs"]]
+        found[OF_DIFFERING] += _is_most([r for r in pairs if r["differs"]], differing)
+        found[GROUND] += [
+            float(row["bot_steps"] > row["steps"]) - float(np.mean(lost))
+            for row in pairs
+            if row["differs"]
+        ]
+    return found
+
+
+def _is_most(pairs: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[float]:
+    """Whether the pair of the largest N = 5 gap is where N = 200 parts most, less the share of
+    steps that are; nothing where there is no choice, or no step was lost."""
+    most = max((gap(row, "many") for row in steps), default=0.0)
+    lost = [row for row in steps if gap(row, "many") == most]
+    if not pairs or most <= 0 or len(lost) == len(steps):
+        return []
+    best = max(pairs, key=lambda row: gap(row, "few"))
+    return [float(gap(best, "many") == most) - len(lost) / len(steps)]
 
 
 def gap(row: dict[str, Any], samples: str) -> float:
+    """Expert's value less the agent's; the same action has one value, which few only estimate."""
+    if samples == "many" and not row["differs"]:
+        return 0.0
     return float(row[f"expert_{samples}"] - row[f"agent_{samples}"])
 
 
@@ -199,8 +221,8 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
             for name in by_run[0]
         },
     }
-    for place, name in enumerate(("named step is the lost one", "ground lost at a named step")):
-        values = [share[place] for share in shares]
+    for name in NAMED:
+        values = [share[name] for share in shares]
         found[f"{name}, above chance"] = {
             "counts": [len(one) for one in values],
             **interval([one for one in values if one]),

@@ -1,8 +1,10 @@
-"""The claim that StepAgent outperforms its rivals: one model, one set of data, one budget.
+r"""The claim that StepAgent outperforms its rivals: one model, one set of data, one budget.
 
     python benchmarks/claim/rivals.py --runs 10 --output runs/rivals        # resumes
     python benchmarks/claim/rivals.py --environments textworld:easy --arms "SFT continued" RFT
-    accelerate launch benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy
+    stepagent report runs/rivals/"babyai_GoToLocalS6N2, 64"/run0/board/*    # curves, every episode
+    accelerate launch benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy \
+        --engine http://localhost:8000      # a vLLM server of the model acts: docs/engines.md
 
 A run has demonstrations, initial weights and an order of data of its own. Its arms go on from the
 same SFT model with the same number of updates, and are measured on the same held-out episodes. The
@@ -35,20 +37,28 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from accelerate import PartialState
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import environment
 from counted import Spent, counted
 from rivals_settings import (
+    ABLATIONS,
     ARMS,
     LANGUAGE_MODEL,
     OF_OWN_EPISODES,
@@ -64,11 +74,13 @@ from stepagent.evaluation import RunsInterval, bootstrap_runs
 from stepagent.learning.config import StepAgentConfig
 from stepagent.learning.methods import method_class
 from stepagent.learning.trainer import StepAgentTrainer
-from stepagent.ranks import over_ranks
+from stepagent.ranks import over_ranks, sum_over_ranks
 from stepagent.tools.small_models import small_llama, word_tokenizer
 
 DEV_RUNS = 40  # dev runs are numbered from here: no run of the result has their seeds
 MEASURES = ("success", "reward")
+T = TypeVar("T")
+ALL = ARMS | ABLATIONS | TUNED
 COSTS = ("updates", "tokens", "env_steps", "expert_answers", "seconds")
 
 
@@ -86,6 +98,10 @@ class Cell:
         """Where its result is kept."""
         return self.folder(output) / "cells" / f"{self.arm}{', dev' * self.dev}.json"
 
+    def board(self, output: Path) -> Path:
+        """What `stepagent report` shows of it: the measured episodes, and the training's log."""
+        return self.folder(output) / "board" / f"{self.arm}{', dev' * self.dev}"
+
     def folder(self, output: Path) -> Path:
         """Of the run that it belongs to, which its arms share."""
         name = f"{self.environment.replace(':', '_')}, {self.demonstrations}"
@@ -95,8 +111,11 @@ class Cell:
 class Run:
     """One run: its demonstrations, its SFT model, and what its arms make of it."""
 
-    def __init__(self, cell: Cell, output: Path, model: Path | None) -> None:
+    def __init__(
+        self, cell: Cell, output: Path, model: Path | None, engine: str | None = None
+    ) -> None:
         self.cell, self.folder, self._base = cell, cell.folder(output), model
+        self._engine = engine
         self.setting = setting_of(cell.environment)
         if model is not None:
             self.setting = replace(self.setting, **LANGUAGE_MODEL)
@@ -114,24 +133,27 @@ class Run:
     def trajectories(self) -> list[Any]:
         """The expert's, of this run's own seeds."""
         path = self.folder / "expert.jsonl"
-        if not path.exists():
+        if not together(path.exists):
             first = 10_000 * self.cell.run
             seeds = range(first, first + self.cell.demonstrations)
             episodes = self._episodes(ExpertPolicy(), 0, seeds, None)
-            save_trajectories(path, [e.trajectory() for e in episodes if e.success])
+            if PartialState().is_main_process:
+                save_trajectories(path, [e.trajectory() for e in episodes if e.success])
+            PartialState().wait_for_everyone()
         return load_trajectories(path)
 
     @cached_property
     def tokenizer(self) -> Any:
-        if self._base is None:
-            apart = self.setting.max_new_tokens > 3  # BabyAI's words have no punctuation
-            return word_tokenizer(self.trajectories, punctuation_apart=apart)
-        return AutoTokenizer.from_pretrained(self._base)
+        if self._base is not None:
+            return AutoTokenizer.from_pretrained(self._base)
+        if self.setting.vocabulary is None:
+            return word_tokenizer(self.trajectories)
+        return bytes_tokenizer(self.trajectories, self.setting.vocabulary)
 
     def sft(self) -> Any:
         """Where all arms of a run begin."""
         folder = self.folder / "sft"
-        if not (folder / "done").exists():
+        if not together((folder / "done").exists):
             rate = {
                 "learning_rate": self.setting.sft_learning_rate,
                 "lr_scheduler_type": "constant_with_warmup",
@@ -140,6 +162,7 @@ class Run:
             trainer = self._trainer(self._untrained(), {"method": "sft"} | rate)
             trainer.train()
             trainer.save_model(str(folder))
+            PartialState().wait_for_everyone()
             (folder / "done").touch()
         if self._base is None:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
@@ -166,7 +189,7 @@ class Run:
         s = self.setting
         shared: dict[str, Any] = {
             "output_dir": str(self.folder / "trainer"),
-            "per_device_train_batch_size": s.batch_size,
+            "per_device_train_batch_size": max(1, s.batch_size // PartialState().num_processes),
             "seed": self.cell.run,
             "max_new_tokens": s.max_new_tokens,
             "max_tokens": s.max_tokens,
@@ -179,12 +202,16 @@ class Run:
             "use_cpu": not torch.cuda.is_available(),
             "bf16": self._base is not None and torch.cuda.is_available(),
         }
+        fixed = options.pop("fixed_reference", False)
         args = StepAgentConfig(**(shared | options))
         acts = args.rolls_out or method_class(args.method, args.states).needs_env
         env = self.env(0) if acts else None
-        reference = self.sft() if args.method == "ipr" else None
+        reference = self.sft() if fixed or args.method == "ipr" else None
         return StepAgentTrainer(
-            *(model, args, self.trajectories, self.tokenizer), ref_model=reference, env=env
+            *(model, args, self.trajectories, self.tokenizer),
+            ref_model=reference,
+            env=env,
+            engine=self._engine if args.has_cycles else None,
         )
 
     def options(self, arm: dict[str, Any]) -> dict[str, Any]:
@@ -208,26 +235,29 @@ class Run:
             }
         return options
 
-    def train(self, arm: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """An arm's model, and what it cost."""
+    def train(self, arm: dict[str, Any]) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+        """An arm's model, what it cost, and what its training logged."""
         model = self.sft()
         if not arm:
-            return model, dict.fromkeys(COSTS, 0)
+            return model, dict.fromkeys(COSTS, 0), []
         trainer = self._trainer(model, self.options(arm))
         before, started = replace(self.spent), time.monotonic()
         trainer.train()
-        return trainer.model, {
+        costs = {
             "updates": _updates(trainer),
             "tokens": trainer.state.num_input_tokens_seen,
-            "env_steps": self.spent.env_steps - before.env_steps,
-            "expert_answers": self.spent.expert_answers - before.expert_answers,
+            "env_steps": int(sum_over_ranks(self.spent.env_steps - before.env_steps)),
+            "expert_answers": int(
+                sum_over_ranks(self.spent.expert_answers - before.expert_answers)
+            ),
             "seconds": round(time.monotonic() - started, 1),
         }
+        return trainer.model, costs, trainer.state.log_history
 
     # -- episodes ----------------------------------------------------------------------------------
 
-    def measure(self, model: Any) -> dict[str, list[float]]:
-        """Each measure on the dev or the test episodes; the policy is greedy."""
+    def measure(self, model: Any) -> list[Any]:
+        """The dev or the test episodes; the policy is greedy."""
         part = 1 if self.cell.dev else 2
         first = self.setting.first_seeds[part - 1]
         seeds = range(first, first + self.setting.measured[part - 1])
@@ -237,11 +267,7 @@ class Run:
             max_new_tokens=self.setting.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        episodes = self._episodes(policy, part, seeds, self.setting.steps[0])
-        return {
-            "success": [float(e.success) for e in episodes],
-            "reward": [float(sum(e.rewards)) for e in episodes],
-        }
+        return self._episodes(policy, part, seeds, self.setting.steps[0])
 
     def _episodes(self, policy: Any, part: int, seeds: range, limit: int | None) -> list[Any]:
         def some(places: list[int]) -> list[Any]:
@@ -255,6 +281,29 @@ class Run:
         return over_ranks(some, np.ones(len(seeds)))
 
 
+def bytes_tokenizer(trajectories: list[Any], size: int) -> Any:
+    """Byte-pair encoding learnt from a run's own demonstrations: no word is unknown to it."""
+    bytes_ = ByteLevel(add_prefix_space=False)
+    like = word_tokenizer(trajectories)
+    made = Tokenizer(BPE())
+    made.pre_tokenizer, made.decoder = bytes_, ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=like.all_special_tokens,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator((m["content"] for t in trajectories for m in t.messages), trainer)
+    names = {name: getattr(like, name) for name in ("pad_token", "unk_token", "eos_token")}
+    extra = [token for token in like.all_special_tokens if token not in names.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        chat_template=like.chat_template.replace("> ", ">").replace("}} ", "}}"),
+        additional_special_tokens=extra,
+        **names,
+    )
+
+
 def _updates(trainer: StepAgentTrainer) -> int:
     """Those that had something to learn: a cycle of few pairs has empty batches."""
     args, per_epoch = trainer.args, trainer.steps_per_epoch
@@ -262,7 +311,8 @@ def _updates(trainer: StepAgentTrainer) -> int:
     found = [entry.get("pairs", entry.get("trajectories")) for entry in cycles]
     if not cycles or None in found:
         return int(trainer.state.global_step)
-    batches = [min(per_epoch, -(-items // args.per_device_train_batch_size)) for items in found]
+    size = args.per_device_train_batch_size * args.world_size
+    batches = [min(per_epoch, -(-items // size)) for items in found]
     return args.epochs_per_cycle * sum(batches)
 
 
@@ -270,22 +320,41 @@ def measured(cell: Cell, output: Path) -> dict[str, Any] | None:
     """A cell that was measured with the options that its arm has now."""
     path = cell.file(output)
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("options") == (ARMS | TUNED)[cell.arm] else None
+    return found if found.get("options") == ALL[cell.arm] else None
 
 
-def run_cell(cell: Cell, output: Path, model: Path | None) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, output: Path, model: Path | None, engine: str | None = None
+) -> dict[str, Any]:
     """Train and measure one cell, unless it is measured."""
-    if found := measured(cell, output):
+    if found := together(lambda: measured(cell, output)):
         return found
-    path, options = cell.file(output), (ARMS | TUNED)[cell.arm]
-    run = Run(cell, output, model)
-    trained, costs = run.train(options)
-    result = {**asdict(cell), "options": options, **costs, "values": run.measure(trained)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result))
-    means = {name: round(float(np.mean(v)), 3) for name, v in result["values"].items()}
-    print(*path.parts[-4:], means, costs, file=sys.stderr, flush=True)
+    path, options = cell.file(output), ALL[cell.arm]
+    run = Run(cell, output, model, engine)
+    trained, costs, log = run.train(options)
+    episodes = run.measure(trained)
+    values = {
+        "success": [float(e.success) for e in episodes],
+        "reward": [float(sum(e.rewards)) for e in episodes],
+    }
+    result = {**asdict(cell), "options": options, **costs, "values": values}
+    if PartialState().is_main_process:
+        board = cell.board(output)
+        for folder in (board, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_trajectories(board / "episodes.jsonl", [e.trajectory() for e in episodes])
+        (board / "log.json").write_text(json.dumps(log))
+        path.write_text(json.dumps(result))
+        means = {name: round(float(np.mean(v)), 3) for name, v in values.items()}
+        print(*path.parts[-4:], means, costs, file=sys.stderr, flush=True)
     return result
+
+
+def together(look: Callable[[], T]) -> T:
+    """What all processes find, before one of them changes it."""
+    found = look()
+    PartialState().wait_for_everyone()
+    return found
 
 
 def compare(cells: list[dict[str, Any]], arm: str, rival: str, measure: str) -> RunsInterval | None:
@@ -300,7 +369,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     for name, count in sorted({(c["environment"], c["demonstrations"]) for c in cells}):
         here = [c for c in cells if (c["environment"], c["demonstrations"]) == (name, count)]
-        arms = [arm for arm in ARMS | TUNED if any(c["arm"] == arm for c in here)]
+        arms = [arm for arm in ALL if any(c["arm"] == arm for c in here)]
         lines += ["", f"**{name}, {count} demonstrations**", ""]
         lines += [*_arms(here, arms), "", *_differences(here, arms)]
     return "\n".join(lines).strip()
@@ -353,8 +422,9 @@ def main() -> None:
     parser.add_argument("--environments", nargs="+", default=["babyai:GoToLocalS6N2"])
     parser.add_argument("--demonstrations", nargs="+", type=int, default=[64])
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TUNED], default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ALL), default=list(ARMS))
     parser.add_argument("--model", type=Path, help="folder of a language model, trained by LoRA")
+    parser.add_argument("--engine", help="URL of a vLLM server of that model, which then acts")
     parser.add_argument("--dev", action="store_true", help="dev runs, on the dev episodes")
     parser.add_argument(
         "--measured", action="store_true", help="report what there is, train nothing"
@@ -364,6 +434,8 @@ def main() -> None:
     args = parser.parse_args()
     if set(args.arms) & set(TUNED) and not args.dev:
         parser.error("what is tuned is measured on dev runs alone: add --dev")
+    if args.engine and not args.model:
+        parser.error("--engine needs --model: what acts there is that model with an adapter")
     first = DEV_RUNS if args.dev else 0
     if args.runs > DEV_RUNS:
         parser.error(f"--runs must be at most {DEV_RUNS}, got {args.runs}: dev runs follow")
@@ -376,7 +448,10 @@ def main() -> None:
     ]
     if args.measured:
         wanted = [cell for cell in wanted if measured(cell, args.output)]
-    cells = [run_cell(cell, args.output, args.model) for cell in wanted]
+    PartialState(cpu=not torch.cuda.is_available())
+    cells = [run_cell(cell, args.output, args.model, args.engine) for cell in wanted]
+    if not PartialState().is_main_process:
+        return
     print(table(cells))
     if args.json:
         args.json.write_text(json.dumps({"environment": environment(), "cells": cells}) + "\n")

@@ -19,6 +19,8 @@ class Setting:
         episodes: of each of these splits; None: any seed is one.
         measured: dev and test episodes.
         steps: of an episode in evaluation and in training, at most.
+        vocabulary: of byte pairs learnt from the demonstrations, for a model from scratch; None:
+            their words, which are all that there are.
         rft_keeps: rollouts that earn as much; None: as the demonstration.
     """
 
@@ -36,6 +38,7 @@ class Setting:
     learning_rate: float = 3e-4
     cycles: int = 4
     epochs_per_cycle: int = 4
+    vocabulary: int | None = None
     rft_keeps: float | None = None
 
     @property
@@ -50,17 +53,20 @@ def setting_of(name: str) -> Setting:
     if prefix == "babyai":
         return Setting(rft_keeps=0.01)  # any that arrives: slower ones are paid less
     if prefix == "textworld":
-        return Setting(measured=(100, 100), steps=(12, 12), max_new_tokens=16)
+        return Setting(
+            measured=(100, 100), steps=(12, 12), max_new_tokens=16, cycles=2, vocabulary=1500
+        )
     if prefix != "scienceworld":
         raise ValueError(f"environment must be babyai, textworld or scienceworld, got {name!r}")
     sizes = [_episodes(name, split) for split in ("train", "dev", "test")]
     return Setting(
         splits=("train", "dev", "test"),
         episodes=tuple(sizes),
-        measured=(min(sizes[1], 75), min(sizes[2], 75)),
+        measured=(min(sizes[1], 40), min(sizes[2], 40)),
         steps=(25, 25),
-        max_new_tokens=12,
+        max_new_tokens=16,
         max_tokens=4096,
+        vocabulary=1500,
         batch_size=8,
         cycles=2,
     )
@@ -86,6 +92,10 @@ LANGUAGE_MODEL = {
 }
 _AT_AGENT = {"states": "agent"}
 STEPAGENT = "implicit, agent's states"
+_ETO = {
+    **{"method": "eto", "learning_rate": 1e-4},
+    **{"samples": 4, "temperature": 1.0, "epochs_per_cycle": 3},
+}
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": {},
     "SFT continued": {"method": "sft"},
@@ -94,17 +104,29 @@ ARMS: dict[str, dict[str, Any]] = {
     "implicit, expert's states": {"method": "implicit"},
     "inverse": {"method": "inverse", "gamma": 0.0, **_AT_AGENT},
     "RFT": {"method": "rft", "samples": 1, "temperature": 1.0, "epochs_per_cycle": 3},
-    "ETO": {
-        **{"method": "eto", "beta": 0.1, "learning_rate": 1e-4},
-        **{"samples": 4, "temperature": 1.0, "epochs_per_cycle": 3},
-    },
+    "ETO": _ETO | {"beta": 0.5},  # the better of those in TUNED
+    "ETO, beta 0.1": _ETO | {"beta": 0.1},
     "IPR": {"method": "ipr", "beta": 0.1},
     "GRPO": {"method": "grpo", "group_size": 8},
     "GiGPO": {"method": "gigpo", "group_size": 8},
+    "iStar": {"method": "istar", "group_size": 8, "critic_epochs": 2},
     "PPO": {"method": "ppo", "critic_learning_rate": 1e-3},
 }
 RIVALS = ("SFT", "SFT continued", STEPAGENT)
-OF_OWN_EPISODES = ("dagger", "grpo", "gigpo", "ppo")
+# StepAgent's best form with one thing changed. ``fixed_reference``: the SFT model's, in all cycles.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    f"{STEPAGENT}, {words}": ARMS[STEPAGENT] | changed
+    for words, changed in {
+        "beta 0.1": {"beta": 0.1},
+        "beta 0.3": {"beta": 0.3},
+        "one cycle": {"cycles": 1, "epochs_per_cycle": 16},
+        "eight cycles": {"cycles": 8, "epochs_per_cycle": 2},
+        "fixed reference": {"fixed_reference": True},
+        "greedy rollouts": {"temperature": 0.0},
+        "no NLL": {"sft_weight": 0.0},
+    }.items()
+}
+OF_OWN_EPISODES = ("dagger", "grpo", "gigpo", "istar", "ppo")
 # Choices that were looked at on dev runs alone (--dev); those in ARMS are the ones taken.
 _OF_ONE = {"samples": 1, "temperature": 0.0, "epochs_per_cycle": 6}  # as in the paper
 TUNED: dict[str, dict[str, Any]] = {

@@ -372,13 +372,14 @@ def istar(
     trajectory_groups_B: Index,
     *,
     omega: float = 1.0,
+    scale: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """A = A^ep + ω A^st, step rewards compared over all steps of a task."""
     groups_B = _index(trajectory_groups_B)
-    episode_B = group_relative(outcomes_B, groups_B, dtype=dtype)
+    episode_B = group_relative(outcomes_B, groups_B, scale=scale, dtype=dtype)
     groups_S = _spread(groups_B, trajectory_offsets)
-    step_S = group_relative(step_rewards_S, groups_S, dtype=dtype)
+    step_S = group_relative(step_rewards_S, groups_S, scale=scale, dtype=dtype)
     return _spread(episode_B, trajectory_offsets) + omega * step_S
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..optional import require
+from .clusters import Clusters
 from .describing import Describe, HashedWords
 from .latent import LatentModel, LatentOptions, train_latent_model
 from .tracks import Actions, Joint, Tracks, agents_of, done_by, make_tracks
@@ -28,7 +29,7 @@ _GAIN = 0.02  # nats an action
 class Behaviours:
     """Made by `fit`. Behaviours are numbered from 0, the most frequent first.
 
-    joint_KJ, local_KL: centres of the clusters of z_ω, and of what z_α has beyond its prior's mean.
+    joint, local: the clusters of z_ω, and of what z_α has beyond its prior's mean.
     gain: nats an action that an episode's own latents give, beyond those of other episodes, on
     episodes that were held out of the training. names: of each behaviour its most typical actions.
     """
@@ -37,8 +38,8 @@ class Behaviours:
     describe: Describe
     actions: Actions
     parts: int
-    joint_KJ: NDArray[np.float64]
-    local_KL: NDArray[np.float64]
+    joint: Clusters
+    local: Clusters
     gain: float
     names: tuple[str, ...]
 
@@ -89,21 +90,19 @@ class Behaviours:
                 f"out, less than {_GAIN}: they show one behaviour only"
             )
         joint_EJ, local_EIL = _means(model, tracks)
-        joint_KJ = _clusters(joint_EJ, count, seed)
-        local_KL = _clusters(local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed)
-        labels = _distances(joint_EJ, joint_KJ).argmin(-1)
+        joint = Clusters.fit(joint_EJ, count, seed)
+        local = Clusters.fit(local_EIL.reshape(-1, local_EIL.shape[-1]), local_count or count, seed)
+        labels = joint.assign(joint_EJ)
         names = tuple(_name(episodes, labels == k, actions) for k in range(count))
-        return cls(model, describe, actions, parts, joint_KJ, local_KL, gain, names)
+        return cls(model, describe, actions, parts, joint, local, gain, names)
 
     def assign(self, episodes: Sequence[Joint]) -> NDArray[np.int64]:
         """The behaviour (E,) of each episode."""
-        found: NDArray[np.int64] = _distances(self.latents(episodes)[0], self.joint_KJ).argmin(-1)
-        return found
+        return self.joint.assign(self.latents(episodes)[0])
 
     def assign_local(self, episodes: Sequence[Joint]) -> NDArray[np.int64]:
         """The local behaviour (E, I) of each agent or part: what it adds to the joint one."""
-        found: NDArray[np.int64] = _distances(self.latents(episodes)[1], self.local_KL).argmin(-1)
-        return found
+        return self.local.assign(self.latents(episodes)[1])
 
     def latents(self, episodes: Sequence[Joint]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """z_ω (E, J), and (E, I, L) what each z_α has beyond the mean that z_ω makes expected."""
@@ -113,13 +112,11 @@ class Behaviours:
         return _means(self.model, tracks)
 
     def exemplars(self, episodes: Sequence[Joint], count: int = 3) -> list[list[int]]:
-        """Of each behaviour the places of its most typical episodes, the nearest first."""
-        away_EK = _distances(self.latents(episodes)[0], self.joint_KJ)
-        labels = away_EK.argmin(-1)
-        return [
-            [int(e) for e in np.argsort(away_EK[:, k], kind="stable") if labels[e] == k][:count]
-            for k in range(len(self.names))
-        ]
+        """Of each behaviour the places of its most typical episodes, the densest first."""
+        latents_EJ = self.latents(episodes)[0]
+        labels = self.joint.assign(latents_EJ)
+        order = np.argsort(-self.joint.density(latents_EJ), kind="stable")
+        return [[int(e) for e in order if labels[e] == k][:count] for k in range(len(self.joint))]
 
 
 def _check(episodes: Sequence[Joint], count: int, parts: int) -> None:
@@ -149,26 +146,6 @@ def _told(model: LatentModel, tracks: Tracks, held_out: NDArray[np.int64]) -> fl
     shifts = range(1, min(6, len(held_out)))
     others = [model.logps(tracks, held_out, z_BIL.roll(shift, 0)).sum() for shift in shifts]
     return float((own - torch.stack(others).mean()) / count)
-
-
-def _clusters(points_ND: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
-    """Centres (K, D) by k-means, of the largest cluster first.
-
-    Raises:
-        ValueError: where less than K points differ.
-    """
-    from sklearn.cluster import KMeans
-
-    if (different := len(np.unique(points_ND.round(6), axis=0))) < count:
-        raise ValueError(f"count must be at most the number of latents, {different}, got {count}")
-    found = KMeans(count, n_init=10, random_state=seed).fit(points_ND)
-    order = np.argsort(-np.bincount(found.labels_, minlength=count), kind="stable")
-    centres: NDArray[np.float64] = found.cluster_centers_[order]
-    return centres
-
-
-def _distances(points_ND: NDArray[np.float64], centres_KD: NDArray[np.float64]) -> Any:
-    return ((points_ND[..., None, :] - centres_KD) ** 2).sum(-1)
 
 
 def _name(episodes: Sequence[Joint], chosen: NDArray[np.bool_], actions: Actions) -> str:

@@ -114,7 +114,7 @@ def _local(joint: Joint, parts: int) -> list[list[tuple[str, str]]]:
         if len(own) < least:
             raise ValueError(
                 f"an episode must have at least {least} step{'s' if least > 1 else ''}, got "
-                f"{len(own)} in {episode.id}"
+                f"{len(own)} in {episode.id}" + (": take fewer parts" if least > 1 else "")
             )
     if len(agents) > 1:
         return steps

@@ -35,9 +35,10 @@ def behaviours(
 ) -> tuple[dict[str, Any], str]:
     """Find kinds of behaviour in episodes, and when their shares changed.
 
-    A RUN is a JSONL of episodes, or a folder with episodes.jsonl. Changes are looked for along a
-    run's cycles, where its records have a "cycle" in their meta, or else along the RUNs in the
-    order they are given. Episodes that crashed are left out.
+    A RUN is a JSONL of episodes, or a folder with the rollouts.jsonl of training (--save_rollouts)
+    or else with episodes.jsonl. Changes are looked for along a run's cycles, where its records have
+    a "cycle" in their meta, or else along the RUNs in the order they are given. Episodes that
+    crashed are left out.
     """
     from ..analysis import Behaviours
     from ..optional import require
@@ -70,18 +71,33 @@ def _points(runs: tuple[Path, ...]) -> list[Point]:
     from ..report import load_runs
 
     points: list[Point] = []
-    for path, run in zip(runs, load_runs(runs), strict=True):
-        file = path / "episodes.jsonl" if path.is_dir() else path
+    files = [_file(path) for path in runs]
+    for file, run in zip(files, load_runs(files), strict=True):
         by_cycle: dict[int | None, list[Episode]] = {}
         for trajectory, episode in zip(load_trajectories(file), run.episodes, strict=True):
             if episode.crashed is None:
                 cycle = trajectory.meta.get("cycle")
                 by_cycle.setdefault(cycle if type(cycle) is int else None, []).append(episode)
         if not by_cycle:
-            raise ValueError(f"{path} must hold an episode that ended, got none")
+            raise ValueError(f"{file} must hold an episode that ended, got none")
         ordered = sorted(by_cycle.items(), key=lambda item: (item[0] is not None, item[0] or 0))
         points += [(run.name, cycle, episodes) for cycle, episodes in ordered]
     return points
+
+
+def _file(run: Path) -> Path:
+    """A folder's rollouts of training, which have cycles; or else its episodes."""
+    from ..records.cycle_file import ROLLOUTS
+
+    if not run.is_dir():
+        return run
+    for name in (ROLLOUTS, "episodes.jsonl"):
+        if (run / name).is_file():
+            return run / name
+    raise ValueError(
+        f"{run} must hold {ROLLOUTS}, which training with --save_rollouts writes, or "
+        "episodes.jsonl, got neither"
+    )
 
 
 def summary(found: Behaviours, points: list[Point]) -> dict[str, Any]:
@@ -147,10 +163,9 @@ def _sequences(points: list[Point], labels: list[Any]) -> list[tuple[int, list[A
 
 def _text(report: dict[str, Any]) -> str:
     lines = [f"behaviours tell {report['gain']:.2f} nats an action beyond the observation"]
-    lines.append("   episodes  success  actions")
+    lines.append("   episodes   success (95 %)  actions")
     for k, kind in enumerate(report["behaviours"], start=1):
-        success = f"{kind['success'][0]:.0%}" if kind["success"] else "n/a"
-        lines.append(f"{k}  {kind['episodes']:>8}  {success:>7}  {kind['name']}")
+        lines.append(f"{k}  {kind['episodes']:>8}  {_rate(kind['success']):>15}  {kind['name']}")
         shown = ", ".join(f"{e['run']} seed {e['seed']}" for e in kind["exemplars"])
         lines.append(f"     such as {shown}" if shown else "     no episodes")
     for point in report["points"]:
@@ -164,6 +179,13 @@ def _text(report: dict[str, Any]) -> str:
     if report["output"]:
         lines.append(f"Wrote them to {report['output']}")
     return "\n".join(lines)
+
+
+def _rate(success: list[float | None] | None) -> str:
+    if success is None:
+        return "n/a"
+    mean, low, high = success
+    return f"{mean:.0%}" if low is None else f"{mean:.0%} ({low:.0%}–{high:.0%})"
 
 
 def _point_name(point: dict[str, Any]) -> str:

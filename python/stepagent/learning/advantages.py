@@ -162,6 +162,7 @@ def istar(
     trajectory_groups_B: Index,
     *,
     omega: float = 1.0,
+    scale: bool = True,
 ) -> Tensor:
     """iStar (arXiv 2509.19199): the outcome's advantage and that of the implicit step reward.
 
@@ -174,6 +175,7 @@ def istar(
     Args:
         outcomes_B: (B,) reward of each trajectory. step_rewards_S: (S,). Both any float dtype.
         trajectory_offsets, trajectory_groups_B: as in `gigpo`.
+        scale: divide both by their groups' deviations.
 
     Returns, Raises: as `group_relative`.
     """
@@ -182,8 +184,9 @@ def istar(
     groups_B = as_index("trajectory_groups_B", trajectory_groups_B, outcomes_B.device)
     check_length("trajectory_groups_B", groups_B, len(offsets) - 1, "trajectory_offsets says")
     lengths_B = offsets.diff()
-    outcome_B = group_relative(outcomes_B, groups_B)
-    step_S = group_relative(step_rewards_S, groups_B.repeat_interleave(lengths_B))
+    outcome_B = group_relative(outcomes_B, groups_B, scale=scale)
+    step_groups_S = groups_B.repeat_interleave(lengths_B)
+    step_S = group_relative(step_rewards_S, step_groups_S, scale=scale)
     return outcome_B.repeat_interleave(lengths_B) + omega * step_S
 
 

@@ -29,6 +29,7 @@ from ..engines import CompletionsEngine, Engine
 from ..engines.adapters import PolicyOnEngine, first_state, logp_gap
 from ..envs.pool import EnvFactory
 from ..ranks import over_ranks
+from ..records.cycle_file import ROLLOUTS, write_cycle
 from ..records.episodes import Episode
 from ..trees.tree import TokenTree, pack_step_pairs
 from .cycle import Comparison
@@ -73,6 +74,7 @@ class Collector:
         self._on_engine: PolicyOnEngine | None = None
         self.questions = Questions(args, asker)
         self._verdicts: dict[str, float] = {}  # of the newest cycle
+        self._acted: list[Episode] = []  # since `keep_rollouts`
 
     def figures(self) -> dict[str, float]:
         """Of the newest cycle, beside those of what it compares."""
@@ -152,6 +154,12 @@ class Collector:
             made += self._at_agent_states(actor, cycle, alike, explorer)
         return made
 
+    def keep_rollouts(self, cycle: int) -> None:
+        """Write down, with ``save_rollouts``, the episodes that the agent acted in."""
+        if self._args.save_rollouts and self._args.should_save:
+            write_cycle(Path(str(self._args.output_dir), ROLLOUTS), cycle, self._acted)
+        self._acted = []
+
     def _actor(
         self, policy: PreTrainedModel, sharded: bool
     ) -> tuple[PreTrainedModel | Engine, bool]:
@@ -184,6 +192,7 @@ class Collector:
             return roll_out(env, agent, starts, options, None if args.disable_tqdm else "rollout")
 
         found = over_ranks(rolled_out, np.ones(len(places)), alike=alike)
+        self._acted += found
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
     def agent(
@@ -264,6 +273,7 @@ class Collector:
             episodes = self.questions.choose(
                 acted_in, cycle, lambda steps: self._asked(acted_in, steps)
             )
+        self._acted += episodes
         form = FORMATS[self._args.action_format]
         trunks, answers = trunks_and_answers(episodes, self._tokenizer, form)
         ended = [e.crashed is None and e.trunk is not None for e in episodes]

@@ -211,6 +211,12 @@ class StepAgentConfig(StepAgentOptions, TrainingArguments):
             )
         if self.alternatives and not self.verify:
             raise ValueError(f"alternatives={self.alternatives} needs verify, got None")
+        whole_episodes = method_class(self.method, self.states).whole_episodes
+        if self.save_rollouts and not (self.rolls_out or whole_episodes):
+            raise ValueError(
+                f"save_rollouts needs states='agent' or 'mixed', or a method that acts in whole "
+                f"episodes, got method={self.method!r} with states={self.states!r}"
+            )
         if self.teacher_decay != 1 and not self.teacher_share:
             raise ValueError(
                 f"teacher_decay={self.teacher_decay} needs a teacher_share > 0, got "

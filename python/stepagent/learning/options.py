@@ -26,6 +26,7 @@ Method: TypeAlias = Literal[
     "ipr",
     "grpo",
     "gigpo",
+    "istar",
     "ppo",
 ]
 States: TypeAlias = Literal["expert", "agent", "mixed"]
@@ -77,7 +78,7 @@ class RunOptions:
             "the rollouts that were good enough (needs --env); ipr: the better of what agent and "
             "expert make of each of the expert's states preferred, by the final and by the step "
             "reward (needs --env and --ref-model, the policy where training starts); grpo, gigpo, "
-            "ppo: online RL on what the environment pays (needs --env, no expert)",
+            "istar, ppo: online RL on what the environment pays (needs --env, no expert)",
             "choices": METHODS,
             "open": True,
         },
@@ -169,6 +170,13 @@ class RunOptions:
     rollout_seed_start: int = field(
         default=0, metadata={"help": "first environment seed of the rollouts"}
     )
+    save_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "write the episodes that the agent acts in to rollouts.jsonl in output_dir, "
+            "each with its cycle"
+        },
+    )
     teacher_share: float = field(
         default=0.0,
         metadata={
@@ -251,7 +259,7 @@ class ImplicitOptions(PairOptions):
         metadata={
             "help": "step reward = beta · log(policy / reference). Fully optimised cycles converge "
             "to the expert only for beta > 0.5, at once for beta = 1; default: 1, of eto and ipr "
-            "0.1"
+            "0.1, of istar 0.05"
         },
     )
 
@@ -313,15 +321,22 @@ class DiscountOptions:
 
 
 @dataclass
-class ValueOptions(DiscountOptions):
-    """Of methods with a value function."""
+class CriticOptions:
+    """Of methods with a model that judges and learns as the policy does."""
 
     critic_learning_rate: float = field(
-        default=3e-4, metadata={"help": "of discriminator and value function, constant"}
+        default=3e-4,
+        metadata={"help": "of discriminator, value function and process reward model, constant"},
     )
     critic_epochs: int = field(
-        default=10, metadata={"help": "passes over a cycle's data, for either of them"}
+        default=10, metadata={"help": "passes over a cycle's data, for each of them"}
     )
+
+
+@dataclass
+class ValueOptions(DiscountOptions, CriticOptions):
+    """Of methods with a value function."""
+
     gae_lambda: float = field(default=0.95, metadata={"help": "of the advantages in rollouts"})
 
 
@@ -393,16 +408,25 @@ class GroupOptions(PPOOptions):
         default=None,
         metadata={
             "help": "divide by the deviation in a group, which weighs tasks that nearly all "
-            "episodes solve, or fail, like others; default: of grpo true, of gigpo false"
+            "episodes solve, or fail, like others; default: of grpo and istar true, of gigpo false"
         },
     )
 
 
 @dataclass
-class GiGPOOptions(GroupOptions, DiscountOptions):
+class StepShareOptions:
+    """Of methods whose steps have an advantage of their own, beside the outcome's."""
+
+    omega: float = field(
+        default=1.0,
+        metadata={"help": "weight of the steps' own advantage, beside that of the outcome"},
+    )
+
+
+@dataclass
+class GiGPOOptions(GroupOptions, DiscountOptions, StepShareOptions):
     """Of ``method="gigpo"``."""
 
-    omega: float = field(default=1.0, metadata={"help": "weight of what steps at one state earn"})
     anchor: Anchor = field(
         default="observation",
         metadata={
@@ -410,6 +434,16 @@ class GiGPOOptions(GroupOptions, DiscountOptions):
             "with the same history too",
             "choices": ANCHORS,
         },
+    )
+
+
+@dataclass
+class IStarOptions(GroupOptions, CriticOptions, StepShareOptions):
+    """Of ``method="istar"``."""
+
+    beta: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "as of implicit, of the process reward model"},
     )
 
 
@@ -517,5 +551,6 @@ OPTIONS_OF_METHODS: dict[str, type] = {
     "ipr": IPROptions,
     "grpo": GroupOptions,
     "gigpo": GiGPOOptions,
+    "istar": IStarOptions,
     "ppo": OnlinePPOOptions,
 }

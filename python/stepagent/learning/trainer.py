@@ -287,6 +287,7 @@ class StepAgentTrainer(CardWritingTrainer):
         published = self._collector.publish(self._policy, cycle, self._score_policy)
         acting = Acting(self._collector, self._policy, cycle, self._is_sharded)
         fresh, explored = self._method.collect(acting, cycle)
+        self._collector.keep_rollouts(cycle)
         fresh = self._parts.told(fresh)
         self._cycle = cycle
         self._check_answered(fresh, cycle)

@@ -18,7 +18,7 @@ from ..data.trajectory import Trajectory
 from .episodes import Episode
 from .journal import Journal, check_run, open_journal, refuse_run
 
-_BEGINNING = b'{"messages": ['
+BEGINNING = b'{"messages": ['
 _WRITER = "stepagent evaluate or collect"
 
 
@@ -35,7 +35,7 @@ def open_episodes(path: Path, run: dict[str, Any], seeds: Sequence[int]) -> Iter
         ValueError: where the file holds something else, which stays as it is.
         OSError: where another process writes it.
     """
-    with open_journal(path, _BEGINNING, _WRITER) as journal:
+    with open_journal(path, BEGINNING, _WRITER) as journal:
         episodes = EpisodeFile(journal, run, seeds)
         yield episodes
         episodes.sort()
@@ -71,7 +71,7 @@ class EpisodeFile:
         trajectory = episode.trajectory()
         trajectory.meta["run"] = self._run
         start = self._journal.tell()
-        self._journal.append([_line(vars(trajectory))])
+        self._journal.append([line_of(vars(trajectory))])
         self._lines.append((episode.seed, start, self._journal.tell()))
         if episode.crashed is None:
             self.ended[episode.seed] = episode
@@ -90,7 +90,7 @@ class EpisodeFile:
             return line
         record = json.loads(line)
         record["meta"]["run"]["seeds"] = self._run["seeds"]
-        return _line(record)
+        return line_of(record)
 
     def _check(self, where: str, record: Any) -> Episode:
         """The episode of a record, which must be one of this run."""
@@ -108,7 +108,8 @@ class EpisodeFile:
         return episode
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def line_of(record: dict[str, Any]) -> bytes:
+    """A trajectory's line, by its fields."""
     return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 

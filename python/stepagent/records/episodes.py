@@ -10,6 +10,7 @@ What can be trained on is the trajectory itself; all that an evaluation knows be
               token_ids (L), action_spans (T, 2), rewinds (K, 2; where there are any),
               logps (T, tokens of the action), made_with (hashes of the tokenizer and of its chat
               template): a local model's
+              cycle: that it was acted in, of a trainer's (records/cycle_file.py)
               overruled: T each, token ids or null, where the expert acted in the agent's place
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.trajectory import Trajectory, load_trajectories
 from ..evaluation.agentboard import is_agentboard, load_agentboard
+from ..records.cycle_file import ROLLOUTS
 from ..records.episodes import Episode
 from ..records.provenance import sittings
 from .kinds import what_is
@@ -152,7 +153,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def _name(path: Path) -> str:
     """The folder's where the file's own says nothing."""
     path = path.resolve()
-    return path.parent.name if path.name == "episodes.jsonl" else path.stem
+    return path.parent.name if path.name in ("episodes.jsonl", ROLLOUTS) else path.stem
 
 
 def _logged(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

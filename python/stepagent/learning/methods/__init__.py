@@ -29,6 +29,7 @@ _FILES = {
     "ipr": "stepagent.learning.methods.ipr:IPR",
     "grpo": "stepagent.learning.methods.online:GRPO",
     "gigpo": "stepagent.learning.methods.online:GiGPO",
+    "istar": "stepagent.learning.methods.istar:IStar",
     "ppo": "stepagent.learning.methods.online:PPO",
 }
 _registered: dict[str, type[Method]] = {}

@@ -57,6 +57,7 @@ class IPR(TaskMethod):
 
     Options = IPROptions
     options: IPROptions
+    whole_episodes = False  # it begins where the expert stood
     defaults: ClassVar[Mapping[str, Any]] = {"beta": 0.1, "temperature": 0.0}
     _expert_values: list[NDArray[np.float64]] | None  # (T,) each, of the first cycle
 

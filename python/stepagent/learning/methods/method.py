@@ -121,6 +121,8 @@ class Method:
             demonstrations.
         explores: It has the agent act in its own way, in `collect`, and not at the states that
             ``states`` names.
+        whole_episodes: In `collect` it takes `Acting.episodes`, whatever ``states`` is: there is
+            something for ``save_rollouts``.
         scores: Which log-probs of all actions are made where a cycle begins: ``"ref_logps"``, under
             the reference, and ``"old_logps"``, under the policy that acted. A method with any
             compares the policy with itself, so its noise (dropout) is turned off.
@@ -136,6 +138,7 @@ class Method:
     Options: ClassVar[type] = NoOptions
     acts: ClassVar[bool] = True
     explores: ClassVar[bool] = False
+    whole_episodes: ClassVar[bool] = False
     scores: ClassVar[tuple[str, ...]] = ("ref_logps",)
     defaults: ClassVar[Mapping[str, Any]] = {}
     figures: ClassVar[tuple[str, ...]] = ()

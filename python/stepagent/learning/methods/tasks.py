@@ -24,6 +24,7 @@ class TaskMethod(Method):
     """Rolls the agent out ``samples`` times in the task of each demonstration."""
 
     explores = True
+    whole_episodes = True
     needs_env = True
     needs_answers = False
     _run: Run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,13 @@ from stepagent.learning.trainer import StepAgentTrainer
 from stepagent.records.episodes import load_episodes
 from stepagent.report.language_model_demo import language_model_table
 from stepagent.tools.demo import language_model
-from stepagent.tools.demo.language_model import ARMS, SIZES, Settings, run_language_model_demo
+from stepagent.tools.demo.language_model import (
+    ARMS,
+    DEFAULT_ARMS,
+    SIZES,
+    Settings,
+    run_language_model_demo,
+)
 from stepagent.tools.small_models import small_llama
 
 # PEFT, of transformers' names.
@@ -45,7 +52,7 @@ TINY = Settings(
     save_steps=1,
     evaluation_episodes=2,
 )
-STAGES = ("zero_shot", "sft", "sft_long", *ARMS)
+STAGES = ("zero_shot", "sft", "sft_long", *DEFAULT_ARMS)
 # Of time and memory: no two runs have the same.
 PASSING = ("seconds", "tokens_per_second", "peak_memory", "peak_gpu_memory")
 
@@ -93,7 +100,7 @@ def test_each_stage_has_its_measures_of_each_game(finished: tuple[Path, dict[str
 
 def test_the_arms_update_as_often(finished: tuple[Path, dict[str, Any]]) -> None:
     _, metrics = finished
-    assert {metrics[arm]["cost"]["updates"] for arm in ARMS} == {4}  # 2 cycles of 2 games
+    assert {metrics[arm]["cost"]["updates"] for arm in DEFAULT_ARMS} == {4}  # 2 cycles of 2 games
     assert metrics["sft"]["cost"]["updates"] == 2
     assert metrics["sft_long"]["cost"]["updates"] == 4
 
@@ -223,6 +230,20 @@ def test_a_folder_without_a_model_is_refused(settings: Settings, tmp_path: Path)
     with pytest.raises(ValueError, match="model must be 'smollm2' or a folder"):
         run_language_model_demo(tmp_path / "run", replace(settings, model=str(tmp_path)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:cycle . keeps none:RuntimeWarning")
+def test_rivals_are_arms_on_request(
+    settings: Settings, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "with_rivals"
+    shutil.copytree(finished[0], folder)
+    found = run_language_model_demo(folder, settings, ["rft", "eto"])
+    assert set(ARMS) == set(ARMS) & set(found)
+    assert found["dagger"]["per_game"] == finished[1]["dagger"]["per_game"]
+    assert "RFT" not in language_model_table(finished[1])
+    assert "RFT" in language_model_table(found)
 
 
 def test_an_unknown_arm_is_refused(settings: Settings, tmp_path: Path) -> None:

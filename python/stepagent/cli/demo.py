@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..tools.demo import Method
     from ..tools.demo.language_model import Size
 
-_ARMS = ("sft_continued", "dagger", "stepagent", "inverse_expert_states")
+_ARMS = ("sft_continued", "dagger", "stepagent", "rft", "eto", "inverse_expert_states")
 
 
 @click.command()
@@ -40,7 +40,7 @@ _ARMS = ("sft_continued", "dagger", "stepagent", "inverse_expert_states")
     type=click.Choice(_ARMS),
     multiple=True,
     help="Of a language model: how it goes on after SFT; may be repeated. Further ones in one "
-    "folder share a report.  [default: all]",
+    "folder share a report.  [default: all but rft and eto]",
 )
 @click.option(
     "--size",
@@ -79,7 +79,7 @@ def demo(
             metrics, table = _from_scratch(output, seed, method or "implicit")
         else:
             output = output or Path("runs/demo_lm")
-            metrics, table = _language_model(output, seed, model, size or "full", arms or _ARMS)
+            metrics, table = _language_model(output, seed, model, size or "full", arms)
     except KeyboardInterrupt as interrupt:
         raise Interrupted("the same command continues where it stopped") from interrupt
     files = "metrics.json, report.html, the trajectories and the models"
@@ -98,8 +98,8 @@ def _language_model(
     output: Path, seed: int, model: str, size: Size, arms: tuple[str, ...]
 ) -> tuple[dict[str, Any], str]:
     from ..report.language_model_demo import language_model_table
-    from ..tools.demo.language_model import SIZES, run_language_model_demo
+    from ..tools.demo.language_model import DEFAULT_ARMS, SIZES, run_language_model_demo
 
     settings = replace(SIZES[size], seed=seed, model=model)
-    metrics = run_language_model_demo(output, settings, arms)
+    metrics = run_language_model_demo(output, settings, arms or DEFAULT_ARMS)
     return metrics, language_model_table(metrics)

@@ -24,6 +24,8 @@ _LABELS = {
     "dagger": "DAgger",
     "stepagent_expert_states": "StepAgent, expert’s states",
     "stepagent": "StepAgent",
+    "rft": "RFT",
+    "eto": "ETO",
     "inverse_expert_states": "Inverse RL, expert’s states",
     "inverse": "StepAgent, inverse RL",
 }

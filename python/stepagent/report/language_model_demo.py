@@ -22,6 +22,8 @@ _TERMS = {
     "dagger": "SFT on the expert’s answers at the agent’s own states, aggregated.",
     "stepagent": "Implicit step rewards at the agent’s own states: the expert’s answer there is "
     "raised above the agent’s action.",
+    "rft": "The demonstrations, and the games that the agent won itself, are imitated.",
+    "eto": "Of a whole game the expert’s is preferred over the agent’s worse one.",
     "inverse_expert_states": "At the expert’s states a discriminator learns to tell the agent’s "
     "actions from the expert’s; its verdict is the reward, which PPO follows.",
 }

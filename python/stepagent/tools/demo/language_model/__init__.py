@@ -20,10 +20,11 @@ from ..example import most_to_show, with_step_rewards
 from .agents import LanguageModelDemo
 from .measuring import held_out, measure, measure_stage
 from .settings import SIZES, Settings, Size
-from .stages import ARMS, UNTRAINED, stage_options
+from .stages import ARMS, DEFAULT_ARMS, UNTRAINED, stage_options
 
 __all__ = [
     "ARMS",
+    "DEFAULT_ARMS",
     "SIZES",
     "LanguageModelDemo",
     "Settings",
@@ -34,7 +35,7 @@ __all__ = [
 
 
 def run_language_model_demo(
-    output: Path, settings: Settings, arms: Sequence[str] = tuple(ARMS)
+    output: Path, settings: Settings, arms: Sequence[str] = DEFAULT_ARMS
 ) -> dict[str, Any]:
     """Run the demo into ``output``, or finish it there; returns what ``metrics.json`` holds.
 

@@ -20,7 +20,7 @@ from ..data.trunk import Trunk
 
 if TYPE_CHECKING:
     from .config import StepAgentConfig
-    from .options import States
+    from .options.choices import States
 
 CYCLE_FILE = "cycle.safetensors"
 _RUN_FILE = "stepagent.json"

@@ -33,7 +33,7 @@ from ..checks import check_choice
 from ..models import read_trees, text_config, unwrapped
 from ..ops import step_sums
 from ..trees.tree import on_host
-from .options import BODIES, DiscriminatorBody
+from .options.choices import BODIES, DiscriminatorBody
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

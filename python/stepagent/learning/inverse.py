@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from ..trees.tree import TokenTree
     from .config import StepAgentConfig
-    from .options import RewardForm
+    from .options.choices import RewardForm
 
 CRITIC_FILE, REPLAY_FILE = "critic.safetensors", "replay.safetensors"
 OPTIMIZER_FILE = "critic_optimizer.pt"

@@ -20,7 +20,7 @@ from stepagent.checks import (
     check_positive,
     compute_dtype,
 )
-from stepagent.learning.options import (
+from stepagent.learning.options.choices import (
     KL_ESTIMATORS,
     RATIOS,
     REWARD_FORMS,

@@ -19,7 +19,7 @@ from ..data.branch import action_of, written_text
 from ..data.encoding import common_prefix
 from ..data.trunk import Trunk
 from .cycle import Comparison
-from .options import ScoredPart
+from .options.choices import ScoredPart
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -27,7 +27,7 @@ from ...ops.kl import ratios_of
 from ..cycle import Comparison
 from ..figures import sides
 from ..losses import ppo_loss
-from ..options import DistillationOptions
+from ..options.methods import DistillationOptions
 from .method import SIDES, Batch, Method
 from .ppo import agents_tokens, divergence
 

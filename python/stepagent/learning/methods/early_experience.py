@@ -21,7 +21,7 @@ from ...acting.rollout import env_seed
 from ...models.support import position_limit
 from ...ranks import over_ranks
 from ..cycle import Comparison
-from ..options import EarlyExperienceOptions
+from ..options.methods import EarlyExperienceOptions
 from .method import Batch, Method, Run
 
 if TYPE_CHECKING:

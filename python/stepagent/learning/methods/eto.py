@@ -21,7 +21,7 @@ from ...ops import step_rewards
 from ..cycle import CHOSEN, REJECTED, Comparison
 from ..figures import trajectory_figures
 from ..losses import implicit_step_loss
-from ..options import ETOOptions
+from ..options.methods import ETOOptions
 from ..trajectory_pairs import trajectory_pair
 from .method import Batch
 from .tasks import ROUNDING, TaskMethod, gold

@@ -10,7 +10,7 @@ from ...ops import step_rewards
 from ..cycle import Comparison
 from ..figures import reward_figures, sides
 from ..losses import implicit_step_loss
-from ..options import ImplicitOptions
+from ..options.methods import ImplicitOptions
 from .method import REWARDS, SIDES, Batch, Method
 
 

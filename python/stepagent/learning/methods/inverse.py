@@ -14,7 +14,7 @@ from ..explorer import ExploringReflection, check_explorer
 from ..figures import reward_figures, sides
 from ..inverse import InverseReflection
 from ..iq import IQReflection
-from ..options import InverseOptions
+from ..options.methods import InverseOptions
 from ..parts import StepParts
 from .method import REWARDS, SIDES, Batch, Run
 from .ppo import PPOMethod

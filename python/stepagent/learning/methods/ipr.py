@@ -29,7 +29,7 @@ from ...acting.rollout import continue_rollouts, env_seed
 from ...ops import step_sums
 from ...ranks import over_ranks
 from ..cycle import CHOSEN, REJECTED, Comparison
-from ..options import IPROptions
+from ..options.methods import IPROptions
 from ..preferences import Judged, Thresholds, ipr_preference
 from ..reference_policy import reference_of
 from ..trajectory_pairs import Rival, compared_with

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..advantages import istar
 from ..cycle import Comparison
-from ..options import IStarOptions
+from ..options.methods import IStarOptions
 from ..process_reward import ProcessReward
 from .method import Run
 from .online import GRPO

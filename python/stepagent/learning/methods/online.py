@@ -26,7 +26,8 @@ from torch import Tensor
 from ...ops import step_sums
 from ..advantages import gigpo, group_relative, standardised, step_gae
 from ..cycle import Comparison
-from ..options import Anchor, GiGPOOptions, GroupOptions, OnlinePPOOptions, PPOOptions
+from ..options.choices import Anchor
+from ..options.methods import GiGPOOptions, GroupOptions, OnlinePPOOptions, PPOOptions
 from ..values import ValueFunction, explained
 from .method import Run
 from .ppo import PPOMethod

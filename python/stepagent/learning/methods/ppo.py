@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ops import step_rewards
 from ..figures import sides
 from ..losses import ppo_loss
-from ..options import PPOOptions
+from ..options.methods import PPOOptions
 from .method import SIDES, Batch, Method
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..cycle import Comparison
-from ..options import RFTOptions
+from ..options.methods import RFTOptions
 from .method import Batch
 from .tasks import ROUNDING, TaskMethod, gold
 

@@ -29,7 +29,7 @@ from ...data.ends import ends_of
 from ..advantages import group_relative, leave_one_out
 from ..cycle import Comparison
 from ..figures import sides
-from ..options import SRLOptions
+from ..options.methods import SRLOptions
 from .method import SIDES, Batch, Run
 from .ppo import PPOMethod
 

@@ -113,7 +113,8 @@ def test_a_run_keeps_each_cycles_episodes(tmp_path: Path) -> None:
     assert held(tmp_path / ROLLOUTS) == [(c, 2 * c + g) for c in range(3) for g in (0, 0, 1, 1)]
 
 
-@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])  # within the second cycle, and at its end
+# Within the second cycle, and at its end.
+@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_neither_loses_nor_repeats_a_cycle(stop: int, tmp_path: Path) -> None:
     trained(tmp_path / "whole")
     trained(tmp_path / "resumed", stop=stop)

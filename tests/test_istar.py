@@ -127,8 +127,36 @@ def test_steps_are_rewarded_by_what_it_has_learnt(tmp_path):
         groups_B,
         omega=2.0,
     )
+    groups = groups_B.tolist()
+    dead = [g for g in set(groups) if len(set(returns_B[groups_B == g].tolist())) == 1]
+    alive_S = np.repeat([g not in dead for g in groups], [len(r) for r in rewards])
     found_S = np.concatenate([c.advantages for c in made._comparisons])
-    np.testing.assert_allclose(found_S, expected_S.numpy(), atol=2e-3)
+    np.testing.assert_allclose(found_S, expected_S.numpy() * alive_S, atol=2e-3)
+
+
+def test_a_task_whose_episodes_earn_the_same_has_no_advantage(tmp_path):
+    """Beside one that has: its step rewards are not 0, and would be scaled up to deviation 1."""
+
+    class HalfFree(Letters):
+        def reset(self, seed: int) -> Any:
+            self._free = seed % 2 == 0
+            return super().reset(seed)
+
+        def step(self, action: str) -> Any:
+            found = super().step(action)
+            if self._free:
+                return found[0], 0.5, self._steps == 3, False, found[4]
+            return found
+
+    made = trainer(config(tmp_path), env=HalfFree)
+    fresh, returns_B, groups_B = collected(made)
+    dead = {g for g in groups_B.tolist() if len(set(returns_B[groups_B == g].tolist())) == 1}
+    assert dead
+    assert dead < set(groups_B.tolist())
+    rewards = made._method._judge.rewards(fresh)
+    for g, r_S, c in zip(groups_B.tolist(), rewards, made._comparisons, strict=True):
+        assert bool((r_S != 0).any())
+        assert (g in dead) == bool((c.advantages == 0).all())
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ class IStar(GRPO):
 
     A step's reward is compared with the mean over all steps of its task's episodes, as the paper
     has it: of how many there are the policy decides too, so this part, unlike GRPO's, is not free
-    of bias.
+    of bias. Not the paper's: where all of a task's episodes earned the same, the model has learnt
+    nothing from them, and its noise, scaled to deviation 1, would be learnt: these steps have an
+    advantage of 0.
     """
 
     Options = IStarOptions
@@ -72,6 +74,7 @@ class IStar(GRPO):
             omega=self.options.omega,
             scale=bool(self.options.scale_advantages),
         )
+        advantages_S *= torch.repeat_interleave(_differ(returns_B, groups_B), torch.tensor(lengths))
         figures["step_reward_std"] = float(rewards_S.std(correction=0))
         parts = torch.split(advantages_S.float(), lengths)
         prepared = [
@@ -84,3 +87,8 @@ class IStar(GRPO):
 
     def load(self, folder: Path) -> None:
         self._judge.load(folder)
+
+
+def _differ(returns_B: Tensor, groups_B: Tensor) -> Tensor:
+    """(B,) bool, of the tasks whose episodes earned differently."""
+    return torch.tensor([len(set(returns_B[groups_B == g].tolist())) > 1 for g in groups_B])

@@ -57,7 +57,7 @@ def stage_options(settings: Settings, stage: str) -> dict[str, Any]:
         "sft_continued": arm | {"method": "sft", "num_train_epochs": s.cycles},
         "dagger": arm | cycles | at_agent | {"method": "sft"},
         "stepagent": arm | cycles | at_agent | {"method": "implicit", "beta": s.beta},
-        "rft": arm | cycles | acts | {"method": "rft", "temperature": 1.0},
+        "rft": arm | cycles | acts | {"method": "rft", "samples": 1, "temperature": 1.0},
         # A third of the rate, as was best for BabyAI (docs/claim.md): at more, pairs of whole
         # trajectories fall apart.
         "eto": arm | cycles | acts | eto,

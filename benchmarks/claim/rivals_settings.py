@@ -96,6 +96,7 @@ _ETO = {
     **{"method": "eto", "learning_rate": 1e-4},
     **{"samples": 4, "temperature": 1.0, "epochs_per_cycle": 3},
 }
+_ISTAR = {"method": "istar", "group_size": 8, "critic_epochs": 2}
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": {},
     "SFT continued": {"method": "sft"},
@@ -109,7 +110,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "IPR": {"method": "ipr", "beta": 0.1},
     "GRPO": {"method": "grpo", "group_size": 8},
     "GiGPO": {"method": "gigpo", "group_size": 8},
-    "iStar": {"method": "istar", "group_size": 8, "critic_epochs": 2},
+    "iStar": _ISTAR | {"omega": 0.1},  # the better of those in TUNED
+    "iStar, omega 1": _ISTAR,
     "PPO": {"method": "ppo", "critic_learning_rate": 1e-3},
 }
 RIVALS = ("SFT", "SFT continued", STEPAGENT)
@@ -136,4 +138,12 @@ TUNED: dict[str, dict[str, Any]] = {
     for name, rollouts in (("ETO", {}), ("ETO of one rollout", _OF_ONE))
     for rate in (3e-4, 1e-4, 3e-5)
     for beta in (0.1, 0.5)
+} | {
+    f"iStar, {words}": _ISTAR | changed
+    for words, changed in {
+        "omega 0.1": {"omega": 0.1},
+        "lr 0.0001": {"learning_rate": 1e-4},
+        "reward model's lr 3e-05": {"critic_learning_rate": 3e-5},
+        "omega 0.1, lr 0.0001": {"omega": 0.1, "learning_rate": 1e-4},
+    }.items()
 }

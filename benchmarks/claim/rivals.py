@@ -3,7 +3,7 @@ r"""The claim that StepAgent outperforms its rivals: one model, one set of data,
     python benchmarks/claim/rivals.py --runs 10 --output runs/rivals        # resumes
     python benchmarks/claim/rivals.py --environments textworld:easy --arms "SFT continued" RFT
     stepagent report runs/rivals/"babyai_GoToLocalS6N2, 64"/run0/board/*    # curves, every episode
-    accelerate launch benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy \
+    torchrun --nproc_per_node 4 benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy \
         --engine http://localhost:8000      # a vLLM server of the model acts: docs/engines.md
 
 A run has demonstrations, initial weights and an order of data of its own. Its arms go on from the
@@ -16,7 +16,7 @@ with SFT continued, and with StepAgent's best form; all of these comparisons are
 BabyAI and TextWorld: each run trains on seeds of its own; 500,000 on are for choosing, and
 1,000,000 on for the result. ScienceWorld: its own train, dev and test splits; runs share the train
 split, so their demonstrations may overlap. ``--dev`` measures dev runs, which are others, on the
-dev episodes: all choices were made so (docs/claim.md), and the result was measured once.
+dev episodes. Choices are made so; docs/claim.md names those that were made after a test cell.
 
 Predictions, written down before the first run:
 

@@ -58,7 +58,6 @@ class ProcessReward:
         Raises:
             FloatingPointError: where one is not finite.
         """
-
         size = self._args.per_device_eval_batch_size
 
         def work(places: list[int]) -> list[Tensor]:

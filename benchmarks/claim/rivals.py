@@ -3,7 +3,7 @@ r"""The claim that StepAgent outperforms its rivals: one model, one set of data,
     python benchmarks/claim/rivals.py --runs 10 --output runs/rivals        # resumes
     python benchmarks/claim/rivals.py --environments textworld:easy --arms "SFT continued" RFT
     stepagent report runs/rivals/"babyai_GoToLocalS6N2, 64"/run0/board/*    # curves, every episode
-    torchrun --nproc_per_node 4 benchmarks/claim/rivals.py --model FOLDER --environments textworld:easy \
+    torchrun --nproc_per_node 4 benchmarks/claim/rivals.py --model FOLDER \
         --engine http://localhost:8000      # a vLLM server of the model acts: docs/engines.md
 
 A run has demonstrations, initial weights and an order of data of its own. Its arms go on from the
